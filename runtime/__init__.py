@@ -1,0 +1,1 @@
+"""What a run needs around the maths: options, processes, data, VAE, checkpoints, monitoring."""

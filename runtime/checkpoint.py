@@ -1,0 +1,321 @@
+"""Checkpoints: written whole or not at all, loaded without running code, turned back into a model."""
+
+import argparse
+import hashlib
+import math
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models import SIZES, DiT, ModelConfig
+from rope import RopeConfig
+from runtime.options import UserError, check_image_size, check_rope, format_size
+
+TEMPORARY = ".partial"  # suffix of a file being written
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; what was there before is untouched."""
+
+
+def save(path: Path, state: dict) -> None:
+    """Write state to path so that a reader sees a whole file or none. Raises SaveError, leaving no partial file."""
+    partial = path.with_name(path.name + TEMPORARY)
+    needed, free = tensor_bytes(state), shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise SaveError(f"checkpoint {str(path)!r} needs {needed} bytes and {free} are free on its disk")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        partial.unlink(missing_ok=True)
+        raise SaveError(f"checkpoint {str(path)!r} could not be written: {error}") from error
+
+
+def tensor_bytes(state) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(state, Tensor):
+        return state.nbytes
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return sum(tensor_bytes(value) for value in values)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what a killed process left half-written."""
+    for partial in folder.glob(f"*{TEMPORARY}"):
+        partial.unlink()
+
+
+def step_path(folder: Path, step: int) -> Path:
+    return folder / f"{step:07d}.pt"
+
+
+def training_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    found = [path for path in folder.glob("*.pt") if re.fullmatch(r"\d{7,}", path.stem)]
+    return sorted(found, key=lambda path: int(path.stem))
+
+
+def latest(folder: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that verifies, None where there is none at all.
+
+    Those that do not verify are reported and left alone. Raises UserError when they are all there is, since a fresh
+    start would overwrite what may be days of work.
+    """
+    paths = training_checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            load(path, verify=True)
+            return path
+        except UserError as error:
+            report(f"warning: skipped a checkpoint: {error}")
+    if paths:
+        raise UserError(f"no checkpoint in {str(folder)!r} can be read; restore one, or remove them to start afresh")
+    return None
+
+
+def prune(folder: Path, keep: int | None) -> None:
+    """Delete all but the newest keep checkpoints; None keeps all. The caller has just written the newest."""
+    if keep is not None:
+        for path in training_checkpoints(folder)[:-keep]:
+            path.unlink()
+
+
+def load(path: str | Path, verify: bool = False) -> dict:
+    """Read a checkpoint into a dict of plain types and CPU tensors, mapped from the file rather than copied.
+
+    Unpickling is restricted to tensors, plain types and argparse.Namespace: a file that asks for anything else is
+    refused. verify also checks every byte against the checksums in the file. Raises UserError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {str(path)!r} does not exist; expected a file such as checkpoints/0050000.pt")
+    try:
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            _check_archive(path, verify)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|global|class|function) `?([\w.]+)", str(error))
+        what = f"it asks for {found[1]}" if found and "." in found[1] else "it is damaged, or not made by torch.save"
+        raise UserError(f"checkpoint {str(path)!r} is refused: {what}; only tensors and plain values load") from error
+    except UserError:
+        raise
+    except Exception as error:  # whatever a hostile file makes the reader raise, it is the file's fault
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"checkpoint {str(path)!r} cannot be read ({reason}); it is truncated or not a checkpoint: copy it again"
+        ) from error
+    if not isinstance(state, dict):
+        raise UserError(f"checkpoint {str(path)!r} holds a {type(state).__name__}; expected a dict of weights")
+    return state
+
+
+def _check_archive(path: Path, verify: bool) -> None:
+    """Refuse archives that torch.save does not write: compressed entries can claim any size."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
+                raise UserError(f"checkpoint {str(path)!r} is refused: entry {entry.filename!r} is compressed")
+        damaged = archive.testzip() if verify else None
+        if damaged is not None:
+            raise UserError(f"checkpoint {str(path)!r} is damaged: checksum of {damaged!r} differs; copy it again")
+
+
+@dataclass
+class Trained:
+    """A trained model as a checkpoint describes it."""
+
+    path: Path
+    model: DiT
+    config: ModelConfig
+    image_size: tuple[int, int]
+    vae: dict  # "source", and the geometry where the checkpoint knows it
+    classes: list[str] | None  # names of the classes, None when unknown
+    step: int | None  # None when unknown
+    sha256: str  # of the weights
+
+
+def load_trained(path: str | Path, weights: str = "ema", given: dict | None = None) -> Trained:
+    """Rebuild the model from a checkpoint of this repository, or from a DiT-style file.
+
+    weights is "ema" or "model". given holds what the command line says: "model", "image_size", "num_classes",
+    "use_rope", "rope" (a dict of RopeConfig fields); None or missing keys are left to the checkpoint, and what
+    is given has to agree with it. A file without a config is completed from its "args", from the shapes of
+    its weights, and from given; its border is clamp. Raises UserError.
+    """
+    path, given = Path(path), {key: value for key, value in (given or {}).items() if value is not None}
+    state = load(path)
+    tensors = _weights(state, weights, path)
+    stored = state.get("config") if isinstance(state.get("config"), dict) else None
+    try:
+        known = _from_config(stored) if stored else _from_foreign(state, tensors, given, path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {str(path)!r} has a config that cannot be read: {error}") from error
+    config: ModelConfig = known["config"]
+    _check_agreement(config, known["image_size"], given, path)
+    check_rope(config.rope, config.head_dim, config.model)
+    model = config.build()
+    _load_weights(model, tensors, path)
+    step = state.get("step", state.get("train_steps"))
+    return Trained(
+        path=path,
+        model=model.eval().requires_grad_(False),
+        config=config,
+        image_size=known["image_size"],
+        vae=known["vae"],
+        classes=known["classes"],
+        step=step if isinstance(step, int) else None,
+        sha256=weights_hash(tensors),
+    )
+
+
+def weights_hash(tensors: dict[str, Tensor]) -> str:
+    """Hash of names and values of weights, whatever file they came in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _weights(state: dict, which: str, path: Path) -> dict[str, Tensor]:
+    """The chosen weights of a training checkpoint, or the file itself when it is a bare state dict."""
+    chosen = state
+    if isinstance(state.get("ema"), dict) or isinstance(state.get("model"), dict):
+        chosen = state.get(which)
+        if not isinstance(chosen, dict):
+            other = "model" if which == "ema" else "ema"
+            raise UserError(f"checkpoint {str(path)!r} has no {which!r} weights; pass --weights {other}")
+    tensors = {name.removeprefix("module."): value for name, value in chosen.items() if isinstance(value, Tensor)}
+    if "x_embedder.proj.weight" not in tensors:
+        raise UserError(
+            f"checkpoint {str(path)!r} holds no DiT weights (no x_embedder.proj.weight); expected a state dict, or a "
+            "dict with 'ema' or 'model'"
+        )
+    bad = [n for n, v in tensors.items() if not v.is_floating_point() or not bool(torch.isfinite(v).all())]
+    if bad:
+        raise UserError(
+            f"checkpoint {str(path)!r} has values in {bad[0]} that are not finite numbers; use an earlier one"
+        )
+    return tensors
+
+
+def _from_config(stored: dict) -> dict:
+    return {
+        "config": ModelConfig.from_dict(stored["model"]),
+        "image_size": tuple(stored["image_size"]),
+        "vae": dict(stored["vae"]),
+        "classes": stored["data"].get("classes"),
+    }
+
+
+def _from_foreign(state: dict, tensors: dict[str, Tensor], given: dict, path: Path) -> dict:
+    """What a file without a config tells by its args and its shapes; the rest is taken from given."""
+    args = state.get("args")
+    args = dict(args if isinstance(args, dict) else vars(args)) if args is not None else {}
+    shapes = _from_shapes(tensors, path)
+    rope = None
+    if shapes.pop("has_rope"):
+        rope = _foreign_rope(args, given, path)
+    grid = shapes.pop("grid")
+    if grid is not None:
+        image_size = (grid * 8, grid * 8)
+    else:
+        size = args.get("image_size", given.get("image_size", 256))
+        image_size = (int(size), int(size)) if not isinstance(size, tuple) else size
+    patch = int(shapes["model"].split("/")[1])
+    config = ModelConfig(input_size=check_image_size(image_size, 8, patch), rope=rope, **shapes)
+    return {
+        "config": config,
+        "image_size": image_size,
+        "vae": {"source": args.get("vae", "ema"), "downsampling": 8},
+        "classes": None,
+    }
+
+
+def _foreign_rope(args: dict, given: dict, path: Path) -> RopeConfig:
+    names = [field.name for field in fields(RopeConfig)]
+    stored = {name: args[f"rope_{name}"] for name in names if name != "border" and f"rope_{name}" in args}
+    if not stored and not given.get("use_rope"):
+        raise UserError(
+            f"checkpoint {str(path)!r} uses RoPE and does not say which; pass --use-rope --rope-rotate R and the other "
+            "--rope options it was trained with"
+        )
+    return RopeConfig(**{**given.get("rope", {}), **stored})
+
+
+def _from_shapes(tensors: dict[str, Tensor], path: Path) -> dict:
+    """Model name, channels, classes and grid, from the shapes of the weights."""
+    try:
+        hidden, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
+        depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+        rows = tensors["final_layer.linear.weight"].shape[0]
+        classes = tensors["y_embedder.embedding_table.weight"].shape[0] - 1
+        tokens = tensors["pos_embed"].shape[1] if "pos_embed" in tensors else None
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(
+            f"checkpoint {str(path)!r} is not a whole DiT ({error}); expected all of its weights"
+        ) from error
+    sizes = [name for name, size in SIZES.items() if (size["hidden_size"], size["depth"]) == (hidden, depth)]
+    if not sizes or patch not in (2, 4, 8):
+        raise UserError(
+            f"checkpoint {str(path)!r} has hidden size {hidden}, depth {depth} and patch {patch}, which is none of "
+            f"DiT-{{{'|'.join(SIZES)}}}/{{2|4|8}}"
+        )
+    return {
+        "model": f"DiT-{sizes[0]}/{patch}",
+        "in_channels": channels,
+        "num_classes": classes,
+        "learn_sigma": rows == 2 * channels * patch**2,
+        "has_rope": "rope_embedder.freqs" in tensors,
+        "grid": None if tokens is None else math.isqrt(tokens) * patch,
+    }
+
+
+def _check_agreement(config: ModelConfig, image_size: tuple[int, int], given: dict, path: Path) -> None:
+    """Raise UserError when a flag says otherwise than the checkpoint."""
+    stored = {
+        "--model": config.model,
+        "--num-classes": config.num_classes,
+        "--image-size": format_size(image_size),
+        "--use-rope": config.rope is not None,
+    }
+    flags = {"--model": given.get("model"), "--num-classes": given.get("num_classes")}
+    flags["--image-size"] = format_size(given["image_size"]) if "image_size" in given else None
+    flags["--use-rope"] = given.get("use_rope")
+    for name, value in given.get("rope", {}).items():
+        flags[f"--rope-{name.replace('_', '-')}"] = value
+        stored[f"--rope-{name.replace('_', '-')}"] = getattr(config.rope, name, None)
+    for flag, value in flags.items():
+        if value is not None and value != stored[flag]:
+            raise UserError(
+                f"{flag} {value} disagrees with checkpoint {str(path)!r}, which was trained with {stored[flag]}; "
+                "leave the flag out"
+            )
+
+
+def _load_weights(model: DiT, tensors: dict[str, Tensor], path: Path) -> None:
+    expected = model.state_dict()
+    missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    wrong = [n for n in expected if n in tensors and tensors[n].shape != expected[n].shape]
+    if missing:
+        raise UserError(f"checkpoint {str(path)!r} lacks {len(missing)} weights, such as {min(missing)}")
+    if unexpected:
+        raise UserError(f"checkpoint {str(path)!r} has {len(unexpected)} unknown weights, such as {min(unexpected)}")
+    if wrong:
+        shapes = f"{tuple(tensors[wrong[0]].shape)}, expected {tuple(expected[wrong[0]].shape)}"
+        raise UserError(f"checkpoint {str(path)!r}: {wrong[0]} has shape {shapes}")
+    model.load_state_dict(tensors)

@@ -1,0 +1,320 @@
+"""Data of a run: image folder and its preparation, latent cache, resumable batches, the demo digits."""
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
+
+from runtime.distributed import hash_seed, ignore_stop_signals, rank, world_size
+from runtime.options import Parser, UserError, command, count
+
+PREPARATION = "box-halving, bicubic, centre crop; EXIF orientation applied"  # named in every latent cache
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands in a batch for an image that could not be read: workers cannot raise one-line errors themselves."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"image {self.path!r} cannot be read ({self.reason}); repair it or remove it from the data set"
+
+
+class ImageList:
+    """The images of a class-folder data set, in the order of class and file names.
+
+    Raises UserError for a folder that is missing, has no class folders, or has a class without images.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise UserError(f"--data-path {str(root)!r} is not a folder; expected one with a sub-folder for each class")
+        self.classes = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
+        if not self.classes:
+            raise UserError(f"--data-path {str(root)!r} has no class folders; expected one sub-folder for each class")
+        paths, labels = [], []
+        for label, name in enumerate(self.classes):
+            found = _images_below(self.root, name)
+            if not found:
+                raise UserError(
+                    f"class folder {str(self.root / name)!r} has no images; expected files ending in "
+                    f"{', '.join(IMG_EXTENSIONS)}; add some or remove the folder"
+                )
+            paths += found
+            labels += [label] * len(found)
+        self.paths = np.array(paths)  # bytes: a million str objects would be copied into every worker
+        self.labels = np.array(labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> Path:
+        return self.root / os.fsdecode(self.paths[index])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the relative paths, which hold the classes; the folder may move, its list may not change."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            digest.update(path + b"\0")
+        return digest.hexdigest()
+
+
+def _images_below(root: Path, name: str) -> list[bytes]:
+    found = []
+    for folder, subfolders, files in os.walk(root / name, followlinks=True):
+        subfolders.sort()
+        relative = os.path.relpath(folder, root)
+        found += [
+            os.fsencode(os.path.join(relative, file))
+            for file in sorted(files)
+            if has_file_allowed_extension(file, IMG_EXTENSIONS)
+        ]
+    return found
+
+
+def read_image(path: Path) -> Image.Image:
+    """Open an image as 8-bit RGB, upright: the first frame, alpha dropped, 16 bits scaled to 8.
+
+    Raises OSError, ValueError or Image.DecompressionBombError for a file that cannot be decoded whole.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about palettes and large images: neither concerns the pixels read here
+        with Image.open(path) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "F":
+                raise ValueError("floating-point pixels have no defined range")
+            if image.mode.startswith("I"):
+                return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+            return image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
+
+
+def prepare(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """DiT's preparation: halve by box filter while at least twice too large, resize bicubically, crop the centre.
+
+    Returns (height, width, 3) uint8. For a square size this is the preparation of ADM's reference batches.
+    Raises ValueError for an image that is too elongated.
+    """
+    height, width = size
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    resized = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    if resized[0] * resized[1] > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are too elongated to be resized to {width} x {height}")
+    image = image.resize(resized, Image.Resampling.BICUBIC)
+    top, left = (image.height - height) // 2, (image.width - width) // 2
+    return np.asarray(image)[top : top + height, left : left + width]
+
+
+class ImageData(Dataset):
+    """Images of a list, prepared: item (epoch, index) is (image (3, H, W) uint8, label).
+
+    With flip, half the images of an epoch are mirrored, as (seed, epoch, index) decides.
+    """
+
+    def __init__(self, images: ImageList, size: tuple[int, int], flip: bool, seed: int):
+        self.images, self.size, self.flip, self.seed = images, size, flip, seed
+
+    def __getitem__(self, item: tuple[int, int]):
+        epoch, index = item
+        pixels = read_prepared(self.images.path(index), self.size)
+        if isinstance(pixels, Unreadable):
+            return pixels
+        if self.flip and is_flipped(self.seed, epoch, index):
+            pixels = pixels[:, ::-1]
+        return to_tensor(pixels), int(self.images.labels[index])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def read_prepared(path: Path, size: tuple[int, int]) -> np.ndarray | Unreadable:
+    """The prepared image (H, W, 3) uint8, or why there is none."""
+    try:
+        return prepare(read_image(path), size)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return Unreadable(str(path), str(error) or type(error).__name__)
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 to a tensor (3, H, W) uint8 of its own memory."""
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+def is_flipped(seed: int, epoch: int, index: int) -> bool:
+    """Whether the image is mirrored in this epoch: a fair coin for each (seed, epoch, index)."""
+    return hash_seed(seed, "flip", epoch, index) % 2 == 1
+
+
+class LatentData(Dataset):
+    """Posterior moments from a latent cache: item (epoch, index) is (moments (2C, h, w) float16, label)."""
+
+    def __init__(self, cache: "LatentCache", flip: bool, seed: int):
+        self.cache, self.flip, self.seed = cache, flip, seed
+
+    def __getitem__(self, item: tuple[int, int]):
+        epoch, index = item
+        flipped = self.flip and is_flipped(self.seed, epoch, index)
+        moments = self.cache.moments[self.cache.rows[index], int(flipped)]
+        return torch.from_numpy(moments.copy()), int(self.cache.labels[index])
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+
+class LatentCache:
+    """A finished latent cache: moments.npy (N, flips, 2C, h, w) float16 memory-mapped, labels.npy, meta.json.
+
+    Raises UserError for a folder that is not a finished cache.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        try:
+            self.meta = json.loads((self.root / "meta.json").read_text())
+            labels = np.load(self.root / "labels.npy")
+            shape = self.moments.shape
+        except FileNotFoundError as error:
+            raise UserError(
+                f"--latents-dir {str(root)!r} is not a finished latent cache ({Path(error.filename).name} is missing); "
+                "run cache_latents.py with this folder first"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"--latents-dir {str(root)!r} is damaged ({error}); remove it and make it again") from error
+        if list(shape) != self.meta["shape"]:
+            raise UserError(f"--latents-dir {str(root)!r} holds {shape}, its meta.json says {self.meta['shape']}")
+        self.rows = np.flatnonzero(labels >= 0)  # unreadable images were left out, with label -1
+        self.labels = labels[self.rows]
+        self.classes: list[str] = self.meta["classes"]
+        self.fingerprint: str = self.meta["fingerprint"]
+
+    @cached_property
+    def moments(self) -> np.ndarray:
+        return np.load(self.root / "moments.npy", mmap_mode="r")
+
+    def __getstate__(self):
+        """A worker that is spawned maps the file itself in place of being sent its contents."""
+        return {key: value for key, value in self.__dict__.items() if key != "moments"}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class EpochBatches(Sampler):
+    """This process's part of every global batch, as lists of (epoch, index), from start_step on for ever.
+
+    The order of an epoch is a permutation seeded by (seed, epoch); the last, incomplete batch is dropped. Global
+    batches are the same for any number of processes and micro-batches.
+    """
+
+    def __init__(self, length: int, global_batch: int, seed: int, start_step: int = 0, micro_batches: int = 1):
+        self.length, self.global_batch, self.seed = length, global_batch, seed
+        self.start_step, self.micro_batches = start_step, micro_batches
+        self.steps_per_epoch = length // global_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        local = self.global_batch // world_size()
+        epoch, step = divmod(self.start_step, self.steps_per_epoch)
+        while True:
+            generator = np.random.default_rng(hash_seed(self.seed, "order", epoch))
+            order = generator.permutation(self.length)
+            for first in range(step * self.global_batch, self.steps_per_epoch * self.global_batch, self.global_batch):
+                mine = order[first + rank() * local : first + (rank() + 1) * local]
+                for part in np.split(mine, self.micro_batches):
+                    yield [(epoch, int(index)) for index in part]
+            epoch, step = epoch + 1, 0
+
+
+def collate(items: list) -> tuple[Tensor, Tensor] | Unreadable:
+    """Stack a batch, or hand on the first image that could not be read."""
+    for item in items:
+        if isinstance(item, Unreadable):
+            return item
+    inputs, labels = zip(*items, strict=True)
+    return torch.stack(inputs), torch.tensor(labels)
+
+
+@contextmanager
+def open_loader(
+    data: Dataset, batches: Iterable, num_workers: int, device: torch.device, collate_fn: Callable = collate
+) -> Iterator[Iterator]:
+    """An iterator over batches (lists of what data is indexed by), with workers that stay ahead of the device."""
+    loader = DataLoader(
+        data,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=collate_fn,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_stop_signals,
+        prefetch_factor=4 if num_workers else None,
+    )
+    iterator = iter(loader)
+    try:
+        yield iterator
+    finally:
+        if num_workers:  # they ignore SIGTERM, by which the interpreter would try to end them at its own end
+            iterator._shutdown_workers()
+
+
+def enlarged_digits(size: int) -> tuple[list[Image.Image], np.ndarray]:
+    """scikit-learn's 1,797 handwritten digits (8 x 8, values 0 to 16) as size x size RGB images, and their labels.
+
+    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (its test part).
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    grey = [Image.fromarray(values) for values in (digits.images * (255 / 16)).round().astype(np.uint8)]
+    images = [image.resize((size, size), Image.Resampling.BICUBIC).convert("RGB") for image in grey]
+    return images, digits.target.astype(np.int64)
+
+
+def write_digits(root: Path, size: int = 64) -> None:
+    """Write the digits as a class-folder data set of PNGs, root/<digit>/<index>.png, unless it is there.
+
+    The folder appears under its name only when every file is in it.
+    """
+    root = Path(root)
+    if root.exists():
+        return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
+    images, labels = enlarged_digits(size)
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        folder = partial / str(label)
+        folder.mkdir(exist_ok=True)
+        image.save(folder / f"{index:04d}.png")
+    partial.chmod(0o755)
+    partial.rename(root)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the demo digits from the command line: python -m runtime.data --digits FOLDER."""
+    parser = Parser(description="Write scikit-learn's handwritten digits as a class-folder data set.")
+    parser.add_argument("--digits", type=Path, required=True, metavar="FOLDER", help="where to write it")
+    parser.add_argument("--size", type=count, default=64, help="height and width in pixels")
+    args = parser.parse_args(argv)
+    write_digits(args.digits, args.size)
+    print(f"demo data: 1797 handwritten digits in {args.digits}")
+
+
+if __name__ == "__main__":
+    command(main)()

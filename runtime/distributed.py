@@ -1,0 +1,171 @@
+"""Processes of a run: group, device, seeds, agreement between ranks, stopping on a signal.
+
+One process without torchrun takes the same lines as many: collectives over one process return at once.
+"""
+
+import atexit
+import datetime
+import os
+import signal
+import zlib
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from runtime.options import UserError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def _environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise UserError(f"environment variable {name}={text!r} is not a whole number; unset it or start with torchrun")
+    return int(text)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes the files and the log."""
+    return rank() == 0
+
+
+def setup(tf32: bool = True) -> torch.device:
+    """Join the process group that torchrun describes, if any, and return this process's device.
+
+    CUDA (one GPU per process), else MPS (a single process), else CPU. Raises UserError when there are more
+    processes on a node than GPUs.
+    """
+    processes = _environment("WORLD_SIZE", 1)
+    local_rank = _environment("LOCAL_RANK", 0)
+    device = _device(local_rank, processes)
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    if processes > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            timeout=datetime.timedelta(minutes=30),  # long enough to write the largest checkpoint
+            device_id=device if device.type == "cuda" else None,
+        )
+        atexit.register(_leave)
+    return device
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(local_rank: int, processes: int) -> torch.device:
+    if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UserError(
+                f"process {local_rank} of this node has no GPU: {gpus} present; start torchrun with "
+                f"--nproc_per_node {gpus}"
+            )
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    if torch.backends.mps.is_available() and processes == 1:
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def hash_seed(*values: int | str) -> int:
+    """A 63-bit seed for a stream named by values, such as (seed, "noise", index).
+
+    Values are hashed, not added, so that neighbouring seeds share nothing.
+    """
+    entropy = [zlib.crc32(value.encode()) if isinstance(value, str) else value for value in values]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def seed_step(seed: int, step: int, micro_batch: int = 0) -> None:
+    """Seed this process's generators for one step: random state never needs to be stored."""
+    torch.manual_seed(hash_seed(seed, "step", rank(), step, micro_batch))
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with gradients averaged over processes."""
+    if world_size() == 1:
+        return model
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def no_sync(model: nn.Module, last: bool):
+    """Context in which gradients only accumulate, for all micro-batches but the last."""
+    return nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+
+
+def barrier() -> None:
+    """Wait for all processes. On CPU, so that no GPU has to finish its queue."""
+    all_reduce(torch.zeros(1))
+
+
+def all_reduce(values: Tensor, op: str = "sum") -> Tensor:
+    """Sum (or "max") of a tensor over processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+    return values
+
+
+def gather(value) -> list:
+    """Every process's value of a plain Python object, by rank, on all of them."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_main(function: Callable, *args):
+    """Call function on rank 0 and return its result on every rank; a UserError is raised on all of them."""
+    outcome = [None, None]
+    if is_main():
+        try:
+            outcome[0] = function(*args)
+        except UserError as error:
+            outcome[1] = str(error)
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+class StopOnSignal:
+    """Context that remembers SIGTERM, SIGINT or SIGUSR1 in place of dying from it: a run can end with its step."""
+
+    def __init__(self):
+        self.received: str | None = None
+
+    def __enter__(self) -> "StopOnSignal":
+        self._previous = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        return self
+
+    def _remember(self, number: int, frame) -> None:
+        self.received = signal.Signals(number).name
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """For data workers: a signal to the whole process group is the main process's to answer."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,174 @@
+"""What a run shows: log, metrics.jsonl, config.json, progress bar and loss plot, written by rank 0."""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from runtime.distributed import is_main
+from runtime.options import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class TqdmHandler(logging.StreamHandler):
+    """Prints log lines above a progress bar in place of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def make_logger(folder: Path | None = None) -> logging.Logger:
+    """A logger to the terminal and, with a folder, to its log.txt; silent on ranks other than 0."""
+    logger = logging.getLogger("spiral_rope_dit")
+    for handler in list(logger.handlers):
+        handler.close()
+        logger.removeHandler(handler)
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+    if not is_main():
+        logger.addHandler(logging.NullHandler())
+        return logger
+    handlers: list[logging.Handler] = [TqdmHandler()]
+    if folder is not None:
+        handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8", delay=True))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+    return logger
+
+
+def progress_bar(total: int, initial: int = 0, unit: str = "step", description: str | None = None) -> tqdm:
+    """A progress bar with rate and ETA, on a terminal and on rank 0 only."""
+    hidden = not (is_main() and sys.stderr.isatty())
+    return tqdm(total=total, initial=initial, unit=unit, desc=description, disable=hidden, dynamic_ncols=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_json(path: Path, values: dict) -> None:
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises UserError when the file is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(path)!r} cannot be read ({error}); remove it together with what it describes") from error
+
+
+class Metrics:
+    """metrics.jsonl: one line a record, each step once. On resume, lines past the checkpoint are dropped."""
+
+    def __init__(self, folder: Path, step: int):
+        self.path = folder / "metrics.jsonl"
+        if is_main():
+            kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def write(self, record: dict) -> None:
+        if is_main():
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Records of a metrics.jsonl; a last line that a killed process left incomplete is not one."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def describe_environment(device: torch.device) -> dict:
+    """Versions, device and git commit, for config.json."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("torchvision", "timm", "diffusers", "numpy", "pillow"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"versions": versions, "device": f"{device.type}: {name}", "git_commit": git_commit()}
+
+
+def git_commit() -> str | None:
+    """Commit of the working tree, with "+changes" when files differ from it; None outside git."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def plot_loss(folder: Path) -> None:
+    """Draw loss.png from metrics.jsonl: training loss and gradient norm by step."""
+    records = [record for record in read_metrics(folder / "metrics.jsonl") if record.get("loss") is not None]
+    if not (is_main() and records):
+        return
+    from matplotlib.figure import Figure
+
+    steps = [record["step"] for record in records]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    left = figure.add_subplot()
+    right = left.twinx()
+    lines = left.plot(steps, [record["loss"] for record in records], color="C0", label="training loss")
+    lines += right.plot(
+        steps, [record["grad_norm"] for record in records], color="C1", alpha=0.5, label="gradient norm"
+    )
+    left.set(title="Training loss", xlabel="training step", ylabel="loss (noise MSE + variational term, bits/dim)")
+    left.set_yscale("log")
+    right.set_ylabel("gradient norm (L2, before clipping)")
+    left.grid(alpha=0.3)
+    left.legend(lines, [line.get_label() for line in lines])
+    save_figure(figure, folder / "loss.png")
+
+
+def save_figure(figure, path: Path) -> None:
+    """Save a figure at 150 dpi, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, dpi=150, format=path.suffix[1:])
+    os.replace(partial, path)
+
+
+def format_bytes(size: float) -> str:
+    """1.5 GB: decimal units, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def format_seconds(seconds: float) -> str:
+    """2d 03:04:05, without the days when there are none."""
+    days, rest = divmod(int(seconds), 86400)
+    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days}d {clock}" if days else clock

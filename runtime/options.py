@@ -1,0 +1,178 @@
+"""Command-line options that commands share, and the errors that a user can cause."""
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from models import SIZES, DiT_models
+from rope import RopeConfig, valid_rotations
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: one line that names the value, what was expected and the remedy."""
+
+
+def command(main: Callable) -> Callable:
+    """Turn a UserError raised in main(argv) into its one line on stderr and exit status 2.
+
+    Under torchrun rank 0 speaks; the other ranks give it a moment, because torchrun ends all of them as soon as
+    the first one has exited.
+    """
+    program = Path(inspect.getfile(main)).name
+
+    @functools.wraps(main)
+    def wrapped(argv: list[str] | None = None):
+        try:
+            return main(argv)
+        except UserError as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{program}: error: {one_line(str(error))}", file=sys.stderr, flush=True)
+            else:
+                time.sleep(2)
+            sys.exit(2)
+        except KeyboardInterrupt:  # before a run answers signals itself
+            print(f"{program}: interrupted", file=sys.stderr, flush=True)
+            sys.exit(130)
+
+    return wrapped
+
+
+def one_line(text: str) -> str:
+    """Text with line breaks and other control characters made visible, so that it prints as one line."""
+    return re.sub(r"[\x00-\x1f\x7f]", lambda match: repr(match.group())[1:-1], text)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes no abbreviated options, suggests corrections, and raises UserError."""
+
+    def __init__(self, description: str | None = None, **kwargs):
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, allow_abbrev=False, formatter_class=formatter, **kwargs)
+
+    def error(self, message: str):
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            option = unknown.split()[0].split("=")[0]
+            close = difflib.get_close_matches(option, self._option_string_actions, n=1)
+            message = f"{message}; {f'did you mean {close[0]}?' if close else 'see --help'}"
+        raise UserError(message)
+
+
+def number(kind: type, low: float, high: float = math.inf, *, open_low=False, open_high=False) -> Callable:
+    """An argparse type: a finite int or float between low and high, either of which may be excluded."""
+    name = "a whole number" if kind is int else "a number"
+    if math.isinf(high):
+        bounds = f"> {low:g}" if open_low else f">= {low:g}"
+    else:
+        bounds = f"with {low:g} {'<' if open_low else '<='} value {'<' if open_high else '<='} {high:g}"
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        above = value > low if open_low else value >= low
+        below = value < high if open_high else value <= high
+        if not (math.isfinite(value) and above and below):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bounds}")
+        return value
+
+    return parse
+
+
+count = number(int, 1)  # sizes, steps, batches
+seed = number(int, 0, 2**63 - 1)
+non_negative_int = number(int, 0)
+positive = number(float, 0, open_low=True)
+non_negative = number(float, 0)
+fraction = number(float, 0, 1)
+
+
+def model_name(text: str) -> str:
+    """An argparse type: the name of a model, such as DiT-B/4."""
+    if text not in DiT_models:
+        sizes = "|".join(SIZES)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a model; expected DiT-{{{sizes}}}/{{2|4|8}}, as in DiT-B/4")
+    return text
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """An argparse type: height and width in pixels, from "256" or "256x384"."""
+    match = re.fullmatch(r"([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an image size; expected pixels, as in 256 or 256x384")
+    height = int(match[1])
+    return height, int(match[2] or height)
+
+
+ROPE_OPTIONS = {
+    "rotate": dict(type=non_negative_int, help="R: K = 2R directions; 0 = axial"),
+    "theta": dict(type=positive, help="base of the lang frequencies"),
+    "freqs_for": dict(choices=["lang", "pixel"], help="geometric (lang) or evenly spaced (pixel) frequencies"),
+    "max_freq": dict(type=positive, help="pixel: highest frequency, times pi/2 radians per patch"),
+    "truncate_percentage": dict(type=fraction, help="fraction of the frequencies set to 0, lowest lang ones first"),
+    "max_freq_lang": dict(type=positive, help="lang: highest frequency, radians per patch"),
+    "min_freq_lang": dict(type=non_negative, help="lang, R > 0: lowest frequency, radians per patch; 0 = from theta"),
+    "same_theta": dict(action="store_true", help="every direction gets the same frequencies"),
+    "border": dict(choices=["clamp", "exact"], help="clamp projections to the axis length, or keep Eq. 10 exact"),
+}
+
+
+def add_rope_options(parser: Parser) -> None:
+    """Add --use-rope and one option for each field of RopeConfig; None means that the option was not given."""
+    group = parser.add_argument_group("rotary position embedding")
+    group.add_argument("--use-rope", action="store_true", default=None, help="rotate queries and keys (else sin-cos)")
+    for field in dataclasses.fields(RopeConfig):
+        options = dict(ROPE_OPTIONS[field.name])
+        options["help"] += f" (default: {field.default})"
+        group.add_argument(
+            f"--rope-{field.name.replace('_', '-')}", dest=f"rope_{field.name}", default=argparse.SUPPRESS, **options
+        )
+
+
+def given_rope_options(args: argparse.Namespace) -> dict:
+    """The RopeConfig fields that the command line gives. Raises UserError when --use-rope is missing beside them."""
+    names = [field.name for field in dataclasses.fields(RopeConfig) if hasattr(args, f"rope_{field.name}")]
+    if names and not args.use_rope:
+        flags = ", ".join(f"--rope-{name.replace('_', '-')}" for name in names)
+        raise UserError(f"{flags} given without --use-rope; add --use-rope, or leave it out")
+    return {name: getattr(args, f"rope_{name}") for name in names}
+
+
+def rope_from_args(args: argparse.Namespace) -> RopeConfig | None:
+    """The rotary embedding that the command line describes; None without --use-rope."""
+    given = given_rope_options(args)
+    return RopeConfig(**given) if args.use_rope else None
+
+
+def check_rope(rope: RopeConfig | None, head_dim: int, model: str) -> None:
+    """Raise UserError when rotate does not fit the model's head dimension."""
+    if rope is not None and rope.rotate not in (valid := valid_rotations(head_dim, rope.same_theta)):
+        extra = " with --rope-same-theta" if rope.same_theta else ""
+        values = ", ".join(map(str, valid))
+        raise UserError(f"--rope-rotate {rope.rotate} does not fit {model}{extra}; expected one of {values}")
+
+
+def check_image_size(size: tuple[int, int], downsampling: int, patch_size: int) -> tuple[int, int]:
+    """Latent height and width for an image size. Raises UserError when the patches do not divide it."""
+    unit = downsampling * patch_size
+    if size[0] % unit or size[1] % unit:
+        raise UserError(
+            f"--image-size {format_size(size)} is not divisible by {unit} (VAE down-sampling {downsampling} x patch "
+            f"{patch_size}); choose a multiple of {unit}"
+        )
+    return size[0] // downsampling, size[1] // downsampling
+
+
+def format_size(size: tuple[int, int]) -> str:
+    """256 or 256x384, as image_size reads it."""
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"

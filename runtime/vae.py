@@ -1,0 +1,89 @@
+"""The autoencoder between pixels and latents: a diffusers AutoencoderKL by name or path."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from runtime.options import UserError
+
+SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+
+
+class VAE:
+    """A frozen AutoencoderKL in float32; what it needs to know is read from the model's own config.
+
+    source is "ema" or "mse" (Stable Diffusion's fine-tuned autoencoders), a local folder, or a hub id.
+    Raises UserError when it cannot be loaded.
+    """
+
+    def __init__(self, source: str, device: torch.device | str = "cpu"):
+        self.source = source
+        self.model = _load(source).to(device).eval().requires_grad_(False)
+        config = self.model.config
+        self.downsampling = 2 ** (len(config.block_out_channels) - 1)
+        self.latent_channels = config.latent_channels
+        self.scaling_factor = config.scaling_factor
+        self.shift_factor = getattr(config, "shift_factor", None) or 0.0
+
+    def describe(self) -> dict:
+        """Identity and geometry as plain types: equal for the same weights, wherever they were loaded from."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return {
+            "sha256": digest.hexdigest(),
+            "downsampling": self.downsampling,
+            "latent_channels": self.latent_channels,
+            "scaling_factor": self.scaling_factor,
+            "shift_factor": self.shift_factor,
+        }
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) uint8 to posterior moments (N, 2C, h, w) float32: mean, then standard deviation."""
+        pixels = images.to(self.model.device).float() / 127.5 - 1  # to [-1, 1]
+        posterior = self.model.encode(pixels).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (N, C, h, w) to images (N, H, W, 3) uint8 on the CPU."""
+        pixels = self.model.decode(latents.float() / self.scaling_factor + self.shift_factor).sample
+        pixels = (127.5 * pixels + 128).clamp(0, 255)  # rounds half up once the fraction is cut off
+        return pixels.permute(0, 2, 3, 1).to("cpu", torch.uint8)
+
+
+def sample_latents(moments: Tensor, scaling_factor: float, shift_factor: float = 0.0) -> Tensor:
+    """Draw scaled latents (N, C, h, w) float32 from posterior moments (N, 2C, h, w)."""
+    mean, std = moments.float().chunk(2, dim=1)
+    return (mean + std * torch.randn_like(mean) - shift_factor) * scaling_factor
+
+
+def _load(source: str):
+    from diffusers import AutoencoderKL
+
+    hub_id = SHORT_NAMES.get(source, source)
+    local = Path(source).is_dir()
+    if not local and (source.startswith((".", "/", "~")) or hub_id.count("/") != 1):
+        raise UserError(
+            f"--vae {source!r} is not a folder; expected ema, mse, a hub id, or a folder with config.json and "
+            "diffusion_pytorch_model.safetensors"
+        )
+    if local and not (Path(source) / "config.json").is_file():
+        raise UserError(f"--vae folder {source!r} has no config.json; expected one that save_pretrained wrote")
+    try:
+        model = AutoencoderKL.from_pretrained(hub_id, local_files_only=local, torch_dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if local:
+            raise UserError(f"--vae folder {source!r} cannot be loaded as an AutoencoderKL: {reason}") from error
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true") else ""
+        raise UserError(
+            f"--vae {source!r}: {hub_id} cannot be fetched from the Hugging Face hub{offline}: {reason}; "
+            "check the name and the network, or pass a local folder that holds the autoencoder"
+        ) from error
+    return model

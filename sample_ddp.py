@@ -1,0 +1,274 @@
+"""Sample many images from a checkpoint, for FID: PNGs, one .npz for the ADM evaluator, and a labelled grid.
+
+Image i depends on the checkpoint, the settings and i alone: any number of processes gives the same images, and an
+interrupted command goes on with the missing ones.
+"""
+
+import argparse
+import os
+import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from runtime import checkpoint, distributed, monitor, options, pictures, sampling
+from runtime.options import UserError
+from runtime.sampling import SamplingConfig
+from runtime.vae import VAE
+
+GRID_SAMPLES = 100
+WHERE = ("checkpoint", "vae")  # settings that tell where something was found; hashes tell what it is
+PNG_END = b"IEND\xaeB`\x82"  # type and checksum of the chunk that ends every PNG
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = options.Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--ckpt", type=Path, required=True, help="checkpoint of train.py, or a DiT-style file")
+    add("--weights", choices=["ema", "model"], default="ema", help="averaged or raw weights")
+    add("--sample-dir", type=Path, default=Path("samples"), help="where the folder of images and the .npz go")
+    add("--num-fid-samples", type=options.count, default=50_000, help="images to make")
+    add("--per-proc-batch-size", type=options.count, default=32, help="images at a time for each process")
+    add("--vae", default=None, help="ema, mse, hub id or folder of an AutoencoderKL (None: the one of the training)")
+    add("--sampler", choices=sampling.SAMPLERS, default="ddpm", help="ancestral, DDIM, or DPM-Solver++")
+    add("--num-sampling-steps", type=options.number(int, 1, 1000), default=250, help="model evaluations an image")
+    add("--cfg-scale", type=options.number(float, 1), default=1.5, help="classifier-free guidance; 1 = none")
+    add("--cfg-channels", choices=["3", "all"], default="3", help="latent channels that guidance acts on")
+    add(
+        "--guidance-interval",
+        type=options.fraction,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("LO", "HI"),
+        help="fractions of the schedule (0 clean, 1 noise) between which guidance acts",
+    )
+    add("--global-seed", type=options.seed, default=0, help="with the index of an image, decides its label and noise")
+    add("--class-balanced", action="store_true", help="labels in turn instead of uniformly random")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16: autocast; auto: if it is native")
+    add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 for float32 products on CUDA")
+    add("--print-name", action="store_true", help="print the path of the .npz that would be made, and stop")
+    group = parser.add_argument_group("model: needed only where the checkpoint does not tell")
+    group.add_argument("--model", type=options.model_name, default=None, help="size and patch, as in DiT-B/4")
+    group.add_argument("--image-size", type=options.image_size, default=None, help="pixels, as in 256 or 256x384")
+    group.add_argument("--num-classes", type=options.count, default=None, help="classes of the label table")
+    options.add_rope_options(parser)
+    args = parser.parse_args(argv)
+    if not args.guidance_interval[0] < args.guidance_interval[1]:
+        low, high = args.guidance_interval
+        raise UserError(f"--guidance-interval {low:g} {high:g} is empty; expected LO < HI")
+    return args
+
+
+def given_model(args: argparse.Namespace) -> dict:
+    """What the command line says about the model, for load_trained to check or to use."""
+    rope = options.given_rope_options(args)
+    names = ("model", "image_size", "num_classes", "use_rope")
+    return {name: getattr(args, name) for name in names} | ({"rope": rope} if rope else {})
+
+
+def sampling_config(args: argparse.Namespace) -> SamplingConfig:
+    return SamplingConfig(
+        sampler=args.sampler,
+        steps=args.num_sampling_steps,
+        cfg_scale=args.cfg_scale,
+        cfg_channels="all" if args.cfg_channels == "all" else 3,
+        guidance_interval=tuple(args.guidance_interval),
+        seed=args.global_seed,
+        class_balanced=args.class_balanced,
+    )
+
+
+def run_name(trained: checkpoint.Trained, vae_source: str, args: argparse.Namespace) -> str:
+    """DiT-B-4-0400000-size-256-vae-mse-cfg-1.0-seed-100."""
+    model = trained.config.model.replace("/", "-")
+    size, vae = options.format_size(trained.image_size), Path(vae_source).resolve().name
+    return f"{model}-{trained.path.stem}-size-{size}-vae-{vae}-cfg-{args.cfg_scale}-seed-{args.global_seed}"
+
+
+def load_vae(source: str, trained: checkpoint.Trained, device: torch.device) -> VAE:
+    """The autoencoder that decodes. Raises UserError when its latents are not of the model's shape."""
+    vae = VAE(source, device)
+    expected = (trained.config.in_channels, trained.vae.get("downsampling", vae.downsampling))
+    if (vae.latent_channels, vae.downsampling) != expected:
+        raise UserError(
+            f"--vae {source!r} has {vae.latent_channels} latent channels and down-sampling {vae.downsampling}; the "
+            f"checkpoint was trained with {expected[0]} and {expected[1]}"
+        )
+    return vae
+
+
+class SampleFolder:
+    """The images of a run, <dir>/<name>/000000.png ..., with the settings that made them in <dir>/<name>.json."""
+
+    def __init__(self, root: Path, name: str):
+        self.root, self.name = root, name
+        self.images = root / name
+        self.settings, self.npz, self.grid = (root / f"{name}{suffix}" for suffix in (".json", ".npz", ".png"))
+
+    def open(self, settings: dict) -> None:
+        """Create it, or check that it was begun with the same settings. Raises UserError."""
+        if self.settings.exists():
+            stored = monitor.read_json(self.settings)
+            differing = [k for k in settings if k not in WHERE and stored.get(k) != settings[k]]
+            if differing:
+                listed = ", ".join(f"{key} {stored.get(key)!r} (now {settings[key]!r})" for key in differing)
+                raise UserError(
+                    f"{str(self.images)!r} was begun with other settings: {listed}; repeat them, or use another "
+                    "--sample-dir"
+                )
+        try:
+            self.images.mkdir(parents=True, exist_ok=True)
+            monitor.write_json(self.settings, settings)
+            for partial in self.images.glob("*.partial"):
+                partial.unlink()
+        except OSError as error:
+            raise UserError(f"--sample-dir {str(self.root)!r} cannot be written ({error.strerror})") from error
+
+    def path(self, index: int) -> Path:
+        return self.images / f"{index:06d}.png"
+
+    def is_complete(self, index: int) -> bool:
+        """Whether the image is there, to the last byte of a PNG."""
+        try:
+            with open(self.path(index), "rb") as file:
+                file.seek(-len(PNG_END), os.SEEK_END)
+                return file.read() == PNG_END
+        except OSError:
+            return False
+
+    def missing(self, total: int) -> list[int]:
+        """Indices below total without a complete image."""
+        with ThreadPoolExecutor(16) as pool:
+            complete = list(pool.map(self.is_complete, range(total)))
+        return [index for index, done in enumerate(complete) if not done]
+
+    def read(self, index: int) -> np.ndarray:
+        with Image.open(self.path(index)) as image:
+            return np.asarray(image.convert("RGB"))
+
+
+class BackgroundWriter:
+    """Decodes latents and writes PNGs while the next batch is sampled; at most two batches wait."""
+
+    def __init__(self, vae: VAE, folder: SampleFolder):
+        self.vae, self.folder = vae, folder
+        self.decoder = ThreadPoolExecutor(1)
+        self.encoders = ThreadPoolExecutor(4)
+        self.waiting: list[Future] = []
+
+    def put(self, latents: torch.Tensor, indices: list[int]) -> None:
+        while len(self.waiting) >= 2:
+            self.waiting.pop(0).result()
+        self.waiting.append(self.decoder.submit(self._write, latents, indices))
+
+    def _write(self, latents: torch.Tensor, indices: list[int]) -> None:
+        images = [Image.fromarray(pixels.numpy()) for pixels in self.vae.decode(latents)]
+        list(self.encoders.map(pictures.save_png, images, [self.folder.path(index) for index in indices]))
+
+    def close(self) -> None:
+        """Wait for everything to be on disk."""
+        for future in self.waiting:
+            future.result()
+        self.decoder.shutdown()
+        self.encoders.shutdown()
+
+
+def sample_missing(trained, vae: VAE, folder: SampleFolder, config: SamplingConfig, args, device) -> bool:
+    """Make this process's share of the missing images. Returns whether all of them were made, or a signal came."""
+    missing = distributed.on_main(folder.missing, args.num_fid_samples)
+    mine = missing[distributed.rank() :: distributed.world_size()]
+    shape = (trained.config.in_channels, *trained.config.input_size)
+    precision = sampling.resolve_precision(args.precision, device)
+    model = trained.model.to(device)
+    writer, begun = BackgroundWriter(vae, folder), args.num_fid_samples - len(missing)
+    bar = monitor.progress_bar(args.num_fid_samples, begun, "image", "sampling")
+    with distributed.StopOnSignal() as stop, bar:
+        for first in range(0, len(mine), args.per_proc_batch_size):
+            if stop.received:
+                break
+            indices = mine[first : first + args.per_proc_batch_size]
+            labels = [sampling.label_of(index, trained.config.num_classes, config) for index in indices]
+            writer.put(sampling.sample_latents(model, config, indices, labels, shape, device, precision), indices)
+            bar.update(min(len(indices) * distributed.world_size(), bar.total - bar.n))
+        writer.close()
+    return int(distributed.all_reduce(torch.tensor(int(stop.received is not None)), "max")) == 0
+
+
+def write_npz(folder: SampleFolder, labels: list[int], size: tuple[int, int]) -> None:
+    """Stream images and labels into <name>.npz: arr_0 uint8 (N, H, W, 3), arr_1 int64 (N,), the ADM convention."""
+    partial = folder.npz.with_name(folder.npz.name + ".partial")
+    shape = (len(labels), *size, 3)
+    bar = monitor.progress_bar(len(labels), unit="image", description="packing")
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file, ThreadPoolExecutor(8) as pool:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for first in range(0, len(labels), 256):
+                for pixels in pool.map(folder.read, range(first, min(first + 256, len(labels)))):
+                    file.write(np.ascontiguousarray(pixels).tobytes())
+                    bar.update()
+        with archive.open("arr_1.npy", "w") as file:
+            np.lib.format.write_array(file, np.array(labels, dtype=np.int64))
+    bar.close()
+    os.replace(partial, folder.npz)
+
+
+def write_results(folder: SampleFolder, trained: checkpoint.Trained, config: SamplingConfig, total: int) -> None:
+    """The .npz and the labelled grid of the first samples."""
+    labels = [sampling.label_of(index, trained.config.num_classes, config) for index in range(total)]
+    shown = range(min(total, GRID_SAMPLES))
+    captions = [pictures.class_name(labels[index], trained.classes) for index in shown]
+    grid = pictures.draw_grid([folder.read(index) for index in shown], captions, columns=10, title=folder.name)
+    pictures.save_png(grid, folder.grid)
+    write_npz(folder, labels, trained.image_size)
+
+
+def is_packed(folder: SampleFolder, total: int) -> bool:
+    """Whether the .npz and the grid of exactly total images are there."""
+    if not (folder.npz.exists() and folder.grid.exists()):
+        return False
+    with np.load(folder.npz) as archive:
+        return len(archive["arr_1"]) == total
+
+
+@options.command
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    trained = checkpoint.load_trained(args.ckpt, args.weights, given_model(args))
+    vae_source = args.vae or trained.vae["source"]
+    folder = SampleFolder(args.sample_dir, run_name(trained, vae_source, args))
+    if args.print_name:
+        return print(folder.npz)
+    device = distributed.setup(args.tf32)
+    vae = load_vae(vae_source, trained, device)
+    config = sampling_config(args)
+    settings = {
+        "checkpoint": str(args.ckpt),
+        "weights_sha256": trained.sha256,
+        "step": trained.step,
+        "weights": args.weights,
+        "model": trained.config.to_dict(),
+        "image_size": list(trained.image_size),
+        "vae": vae_source,
+        "vae_sha256": vae.describe()["sha256"],
+        "precision": sampling.resolve_precision(args.precision, device),
+        **asdict(config),
+        "guidance_interval": list(config.guidance_interval),
+    }
+    distributed.on_main(folder.open, settings)
+    logger = monitor.make_logger()
+    if not sample_missing(trained, vae, folder, config, args, device):
+        return logger.info("stopped on request; repeat the same command to go on")
+    if distributed.on_main(is_packed, folder, args.num_fid_samples):
+        logger.info(f"nothing to do: all {args.num_fid_samples:,} samples are there")
+    else:
+        distributed.on_main(write_results, folder, trained, config, args.num_fid_samples)
+    logger.info(f"images: {folder.images}\ngrid: {folder.grid}\nsamples: {folder.npz}")
+
+
+if __name__ == "__main__":
+    main()
