@@ -21,7 +21,6 @@ ROPE_BORDER=${ROPE_BORDER:-clamp}           # clamp (as the published weights) o
 WEIGHT_DECAY=${WEIGHT_DECAY:-0}             # of AdamW
 GRAD_CLIP=${GRAD_CLIP:-}                    # largest gradient norm; empty: not limited
 KEEP_CHECKPOINTS=${KEEP_CHECKPOINTS:-}      # newest checkpoints to keep; empty: all
-SAMPLE_EVERY=${SAMPLE_EVERY:-}              # steps between sample grids while training; empty: at checkpoints, 0: none
 PRECISION=${PRECISION:-auto}                # fp32, bf16, or auto: bf16 where the hardware computes in it
 COMPILE=${COMPILE:-False}                   # torch.compile for training
 GRAD_ACCUM_STEPS=${GRAD_ACCUM_STEPS:-1}     # parts in which each process computes its batch, for less memory
@@ -303,7 +302,6 @@ check_settings() {
   check_warmup
   whole SAMPLING_STEPS 1 1000
   whole MASTER_PORT 1 65535
-  if [[ -n $SAMPLE_EVERY ]]; then whole SAMPLE_EVERY 0; fi
   for name in CACHE_LATENTS COMPILE GRAD_CHECKPOINTING FLIP CLASS_BALANCED; do
     truth "$name"
   done
@@ -481,7 +479,6 @@ build_commands() { # sets LAUNCH and the arguments of each stage, script first
   fi
   TRAIN+=(--num-workers "$NUM_WORKERS" --log-every "$LOG_EVERY" --ckpt-every "$CKPT_EVERY" --precision "$PRECISION")
   if [[ -n $KEEP_CHECKPOINTS ]]; then TRAIN+=(--keep-checkpoints "$KEEP_CHECKPOINTS"); fi
-  if [[ -n $SAMPLE_EVERY ]]; then TRAIN+=(--sample-every "$SAMPLE_EVERY"); fi
   if [[ $COMPILE == True ]]; then TRAIN+=(--compile); fi
   if ((GRAD_ACCUM_STEPS > 1)); then TRAIN+=(--grad-accum-steps "$GRAD_ACCUM_STEPS"); fi
   if [[ $GRAD_CHECKPOINTING == True ]]; then TRAIN+=(--grad-checkpointing); fi

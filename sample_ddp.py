@@ -180,6 +180,8 @@ class BackgroundWriter:
 def sample_missing(trained, vae: VAE, folder: SampleFolder, config: SamplingConfig, args, device) -> bool:
     """Make this process's share of the missing images. Returns whether all of them were made, or a signal came."""
     missing = distributed.on_main(folder.missing, args.num_fid_samples)
+    if missing and distributed.is_main():
+        folder.npz.unlink(missing_ok=True)  # whoever finds one may take it for complete
     mine = missing[distributed.rank() :: distributed.world_size()]
     shape = (trained.config.in_channels, *trained.config.input_size)
     precision = sampling.resolve_precision(args.precision, device)

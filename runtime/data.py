@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -45,7 +46,7 @@ class ImageList:
         self.root = Path(root)
         if not self.root.is_dir():
             raise UserError(f"--data-path {str(root)!r} is not a folder; expected one with a sub-folder for each class")
-        self.classes = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
+        self.classes = sorted(entry.name for entry in os.scandir(self.root) if _is_class(entry))
         if not self.classes:
             raise UserError(f"--data-path {str(root)!r} has no class folders; expected one sub-folder for each class")
         paths, labels = [], []
@@ -74,6 +75,10 @@ class ImageList:
         for path in self.paths:
             digest.update(path + b"\0")
         return digest.hexdigest()
+
+
+def _is_class(entry: os.DirEntry) -> bool:
+    return entry.is_dir() and not entry.name.startswith(".")  # .ipynb_checkpoints and the like are not classes
 
 
 def _images_below(root: Path, name: str) -> list[bytes]:
@@ -303,7 +308,12 @@ def write_digits(root: Path, size: int = 64) -> None:
         folder.mkdir(exist_ok=True)
         image.save(folder / f"{index:04d}.png")
     partial.chmod(0o755)
-    partial.rename(root)
+    try:
+        partial.rename(root)
+    except OSError:  # another process was faster, and its files are the same
+        shutil.rmtree(partial)
+        if not root.is_dir():
+            raise
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -78,12 +78,19 @@ def _load(source: str):
     try:
         model = AutoencoderKL.from_pretrained(hub_id, local_files_only=local, torch_dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if local:
-            raise UserError(f"--vae folder {source!r} cannot be loaded as an AutoencoderKL: {reason}") from error
+            raise UserError(f"--vae folder {source!r} cannot be loaded as an AutoencoderKL: {_reason(error)}") from error
+        while error.__cause__ or error.__context__:  # down to what the network said
+            error = error.__cause__ or error.__context__
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true") else ""
         raise UserError(
-            f"--vae {source!r}: {hub_id} cannot be fetched from the Hugging Face hub{offline}: {reason}; "
+            f"--vae {source!r}: {hub_id} cannot be fetched from the Hugging Face hub{offline}: {_reason(error)}; "
             "check the name and the network, or pass a local folder that holds the autoencoder"
         ) from error
     return model
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error's text, or its name where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
