@@ -1,0 +1,209 @@
+"""Fixtures that several test files share."""
+
+import json
+import os
+import signal
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY_RUN = {
+    "model": "DiT-XS/2",
+    "image_size": 32,
+    "global_batch_size": 8,
+    "max_steps": 7,
+    "num_workers": 0,
+    "log_every": 3,
+    "ckpt_every": 4,
+    "lr": 0.001,
+    "precision": "fp32",
+}
+TINY_XS = {"depth": 2, "hidden_size": 64}  # head dimension 32; a checkpoint of 3 MB in place of 30
+
+
+@pytest.fixture
+def golden():
+    """Reader of a file of golden numbers: golden("rope_tables.npz") or golden("state_dict.json")."""
+
+    def read(name):
+        path = GOLDEN / name
+        return json.loads(path.read_text()) if path.suffix == ".json" else np.load(path)
+
+    return read
+
+
+@pytest.fixture
+def fill_weights():
+    """Gives a model the weights of the golden numbers, which follow from the names in its state dict."""
+
+    def fill(model):
+        weights = model.state_dict()
+        for name in weights.keys() - {"pos_embed", "rope_embedder.freqs"}:
+            random = np.random.RandomState(zlib.crc32(name.encode()))
+            weights[name] = torch.from_numpy(random.standard_normal(weights[name].shape).astype(np.float32) * 0.05)
+        model.load_state_dict(weights)
+        return model
+
+    return fill
+
+
+@pytest.fixture
+def tiny_commands(monkeypatch):
+    """Runs commands on one thread of the CPU, where bits can be compared, and with a smaller model than DiT-XS."""
+    with tiny(monkeypatch):
+        yield
+
+
+@contextmanager
+def tiny(patch: pytest.MonkeyPatch):
+    import models
+    from runtime import distributed
+
+    patch.setattr(distributed, "_device", lambda *_: torch.device("cpu"))
+    for name, value in TINY_XS.items():
+        patch.setitem(models.SIZES["XS"], name, value)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def make_vae(tmp_path_factory):
+    """Writer of a small, untrained AutoencoderKL: make_vae(stages, scaling_factor) -> its folder."""
+
+    def make(stages: int = 4, scaling_factor: float = 0.5, seed: int = 0) -> Path:
+        from diffusers import AutoencoderKL
+
+        torch.manual_seed(seed)
+        folder = tmp_path_factory.mktemp("vae")
+        AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * stages,
+            up_block_types=["UpDecoderBlock2D"] * stages,
+            block_out_channels=[4, 4, 8, 8][:stages],
+            layers_per_block=1,
+            norm_num_groups=2,
+            latent_channels=4,
+            sample_size=32,
+            scaling_factor=scaling_factor,
+        ).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def vae_folder(make_vae):
+    """A small, untrained AutoencoderKL with a down-sampling of 8."""
+    return make_vae()
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """24 images of 32 x 32 in three classes, each of them of its own colours."""
+    root = tmp_path_factory.mktemp("data") / "it's a $HOME set"
+    random = np.random.default_rng(0)
+    for index in range(24):
+        folder = root / ("ant", "bee", "käfer")[index % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((32, 32), Image.Resampling.BICUBIC).save(folder / f"{index:02d}.png")
+    return root
+
+
+@pytest.fixture
+def train_arguments(image_folder, vae_folder):
+    """Command line of a tiny run: train_arguments(results_dir, lr=0.01, no_flip=True, vae=None to leave it out)."""
+
+    def build(results: Path, **changes) -> list[str]:
+        options = TINY_RUN | {"data_path": image_folder, "vae": vae_folder, "results_dir": results}
+        return command_line(options | changes)
+
+    return build
+
+
+@pytest.fixture
+def sample_arguments(run):
+    """Command line that makes 13 images with the run's last checkpoint: sample_arguments(sample_dir, cfg_scale=1)."""
+
+    def build(folder: Path, **changes) -> list[str]:
+        options = {
+            "ckpt": run / "checkpoints" / "0000007.pt",
+            "sample_dir": folder,
+            "num_fid_samples": 13,
+            "num_sampling_steps": 4,
+            "per_proc_batch_size": 5,
+            "precision": "fp32",
+        }
+        return command_line(options | changes)
+
+    return build
+
+
+def command_line(options: dict) -> list[str]:
+    """Options as arguments: True is a flag, None is left out, a tuple is several values."""
+    arguments = []
+    for name, value in options.items():
+        if value is None:
+            continue
+        arguments.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            arguments += map(str, value) if isinstance(value, tuple) else [str(value)]
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, image_folder, vae_folder):
+    """Folder of a finished run of 7 steps: Spiral RoPE, fast enough a learning rate for the weights to matter."""
+    import train
+
+    results = tmp_path_factory.mktemp("run") / "results"
+    options = TINY_RUN | {"data_path": image_folder, "vae": vae_folder, "results_dir": results}
+    options |= {"lr": 0.01, "ema_decay": 0.5, "use_rope": True, "rope_rotate": 2}
+    with pytest.MonkeyPatch.context() as patch, tiny(patch):
+        train.main(command_line(options))
+    return results
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that has to be refused: exit status 2 and one line on stderr, which is returned."""
+
+    def call(main, arguments) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        errors = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert errors.count("\n") == 1 and errors.endswith("\n"), errors
+        program, line = errors[:-1].split(": error: ", 1)
+        assert program == f"{main.__wrapped__.__module__}.py"
+        return line
+
+    return call
+
+
+@pytest.fixture
+def signal_after(monkeypatch):
+    """Makes this process signal itself when a function returns for the count-th time, and undoes it then."""
+
+    def patch(owner, name: str, count: int, number: int = signal.SIGTERM) -> None:
+        original, calls = getattr(owner, name), []
+
+        def wrapper(*args, **kwargs):
+            result = original(*args, **kwargs)
+            calls.append(1)
+            if len(calls) == count:
+                monkeypatch.setattr(owner, name, original)
+                os.kill(os.getpid(), number)
+            return result
+
+        monkeypatch.setattr(owner, name, wrapper)
+
+    return patch

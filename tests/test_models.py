@@ -1,0 +1,298 @@
+"""DiT: golden numbers, initialisation, conditioning, guidance, precision, compilation."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import models
+from models import DiT, DiT_models, ModelConfig, sincos_table
+from rope import RopeConfig
+
+TINY = dict(input_size=8, hidden_size=128, depth=2, num_heads=2, num_classes=10)
+ENCODINGS = [None, RopeConfig(rotate=0), RopeConfig(rotate=4)]
+encodings = pytest.mark.parametrize("rope", ENCODINGS, ids=["sincos", "axial", "spiral"])
+
+
+def inputs(batch=2, size=(8, 8), channels=4):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, channels, *size, generator=generator)
+    t = torch.randint(0, 1000, (batch,), generator=generator)
+    return x, t, torch.randint(0, 10, (batch,), generator=generator)
+
+
+@pytest.mark.parametrize("name, rope", [("DiT-S/2 rope rotate=4", RopeConfig(rotate=4)), ("DiT-S/2 no rope", None)])
+def test_state_dict_has_the_published_names_and_shapes(golden, name, rope):
+    with torch.device("meta"):
+        model = DiT_models["DiT-S/2"](rope=rope)
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    assert shapes == golden("state_dict.json")["trainable_and_buffers"][name]
+
+
+def test_sizes_have_the_published_parameter_counts(golden):
+    counts = golden("state_dict.json")["parameters_with_rope"]
+    assert len(counts) == 12
+    for name, expected in counts.items():
+        with torch.device("meta"):
+            model = DiT_models[name](rope=RopeConfig())
+        assert sum(p.numel() for p in model.parameters()) == expected, name
+
+
+def test_outputs_are_the_golden_ones(golden, fill_weights):
+    numbers = golden("dit_forward.npz")
+    for i, case in enumerate(json.loads(numbers["cases"].item())):
+        case.pop("batch")
+        rope = case.pop("rope")
+        model = fill_weights(DiT(**case, rope=RopeConfig(**rope) if rope else None)).eval()
+        x, t, y = (torch.from_numpy(numbers[f"{name}_{i}"]) for name in "xty")
+        with torch.no_grad():
+            out, guided = model(x, t, y), model.forward_with_cfg(x, t, y, 1.5)
+        expected, expected_guided = (torch.from_numpy(numbers[f"{name}_{i}"]) for name in ("out", "cfg"))
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(guided, expected_guided[: len(x)], atol=1e-5, rtol=0)
+
+
+@encodings
+def test_freshly_initialised_model_outputs_exactly_zero(rope):
+    model = DiT(**TINY, rope=rope)
+    assert not model(*inputs()).any()
+
+
+def test_initialisation_statistics():
+    torch.manual_seed(0)
+    model = DiT(**{**TINY, "num_classes": 100}, rope=RopeConfig())
+    normal = {"y_embedder.embedding_table", "t_embedder.mlp.0", "t_embedder.mlp.2"}
+    for name, module in model.named_modules():
+        if getattr(module, "weight", None) is None:
+            continue
+        weight = module.weight.detach().flatten(1)
+        assert getattr(module, "bias", None) is None or not module.bias.any(), name
+        if name in normal:
+            assert weight.std().item() == pytest.approx(0.02, rel=0.05), name
+            assert (weight.abs() > 0.05).any(), name  # normal, which a uniform one with this std would not reach
+        elif "adaLN_modulation" in name or name == "final_layer.linear":
+            assert not weight.any(), name
+        else:  # Xavier: uniform within sqrt(6 / (inputs + outputs))
+            bound = math.sqrt(6 / sum(weight.shape))
+            assert 0.95 * bound < weight.abs().max() <= bound, name
+            assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05), name
+
+
+def test_position_table_follows_its_formula():
+    h, w, dim = 3, 5, 16
+    table = sincos_table(dim, h, w)
+    for i in range(h):
+        for j in range(w):
+            expected = []
+            for position in (j, i):
+                for wave in (math.sin, math.cos):
+                    expected += [wave(position / 10000 ** (k / (dim / 4))) for k in range(dim // 4)]
+            torch.testing.assert_close(table[i * w + j], torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+def test_timestep_features_follow_their_formula():
+    embedder = DiT(**TINY).t_embedder
+    embedder.mlp = torch.nn.Sequential(torch.nn.Linear(256, 256))
+    torch.nn.init.eye_(embedder.mlp[0].weight)
+    torch.nn.init.zeros_(embedder.mlp[0].bias)
+    for t in (torch.tensor([0, 1, 999]), torch.tensor([0.0, 0.5, 250.25])):
+        phases = t.double()[:, None] * 10000 ** (-torch.arange(128).double() / 128)
+        expected = torch.cat([phases.cos(), phases.sin()], dim=1).float()
+        torch.testing.assert_close(embedder(t), expected, atol=1e-4, rtol=0)
+
+
+def test_patches_return_to_their_places():
+    model = DiT(**TINY, learn_sigma=False)
+    p, channels, h, w = 2, 4, 3, 5
+    tokens = torch.arange(h * w * p * p * channels, dtype=torch.float32).view(1, h * w, -1)
+    image = model.unpatchify(tokens, h, w)
+    assert image.shape == (1, channels, h * p, w * p)
+    for c in range(channels):
+        for i in range(h * p):
+            for j in range(w * p):
+                assert image[0, c, i, j] == tokens[0, (i // p) * w + j // p, ((i % p) * p + j % p) * channels + c]
+
+
+def test_labels_are_dropped_at_the_right_rate_in_training_alone():
+    torch.manual_seed(0)
+    embedder = DiT(**TINY, class_dropout_prob=0.1).y_embedder
+    embedder.embedding_table.weight.data = torch.arange(11.0)[:, None]  # the embedding is the label
+    labels = torch.arange(10).repeat(5000)
+    embedded = embedder.train()(labels).flatten()
+    dropped = embedded == 10
+    assert dropped.float().mean().item() == pytest.approx(0.1, abs=4 * math.sqrt(0.1 * 0.9 / 50000))
+    assert torch.equal(embedded[~dropped], labels[~dropped].float())
+    assert torch.equal(embedder.eval()(labels).flatten(), labels.float())
+    embedder.dropout_prob = 0.0
+    assert torch.equal(embedder.train()(labels).flatten(), labels.float())
+
+
+@encodings
+@pytest.mark.parametrize("cfg_channels, guided_channels", [(3, 3), ("all", 4), (1, 1)])
+def test_guidance_is_its_closed_form_over_two_passes(rope, cfg_channels, guided_channels, fill_weights):
+    model = fill_weights(DiT(**TINY, rope=rope)).eval()
+    x, t, y = inputs()
+    with torch.no_grad():
+        conditional, unconditional = model(x, t, y), model(x, t, torch.full_like(y, 10))
+        guided = model.forward_with_cfg(x, t, y, 2.5, cfg_channels)
+        unguided = model.forward_with_cfg(x, t, y, 1.0, cfg_channels)
+    expected = conditional.clone()
+    expected[:, :guided_channels] += 1.5 * (conditional - unconditional)[:, :guided_channels]
+    assert (conditional - unconditional).abs().max() > 0.05
+    torch.testing.assert_close(guided, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(unguided, conditional, atol=1e-5, rtol=0)
+
+
+def test_guidance_never_touches_the_variance(fill_weights):
+    model = fill_weights(DiT(**TINY, in_channels=2, rope=RopeConfig())).eval()
+    x, t, y = inputs(channels=2)
+    with torch.no_grad():
+        guided, conditional = model.forward_with_cfg(x, t, y, 4.0), model(x, t, y)
+    torch.testing.assert_close(guided[:, 2:], conditional[:, 2:], atol=1e-5, rtol=0)
+
+
+def test_model_without_variance_predicts_the_noise_alone(fill_weights):
+    model = fill_weights(DiT(**TINY, learn_sigma=False, rope=RopeConfig(rotate=4))).eval()
+    x, t, y = inputs()
+    with torch.no_grad():
+        conditional, unconditional = model(x, t, y), model(x, t, torch.full_like(y, 10))
+        guided = model.forward_with_cfg(x, t, y, 3.0, "all")
+    assert conditional.shape == x.shape
+    torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def attended(monkeypatch):
+    """Queries, keys and values of every attention that ran."""
+    seen = []
+    attention = F.scaled_dot_product_attention
+
+    def spy(q, k, v):
+        seen.append((q, k, v))
+        return attention(q, k, v)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    return seen
+
+
+def test_queries_and_keys_are_rotated_and_values_are_not(attended, fill_weights):
+    """Of one block at equal tokens, everything that differs between patches is the rotation."""
+    model = fill_weights(DiT(**{**TINY, "depth": 1}, rope=RopeConfig(rotate=4)))
+    cos, sin = model.rope_embedder(4, 4)
+    model.blocks[0](torch.randn(1, 1, 128).expand(1, 16, -1), torch.randn(1, 128), cos, sin)
+    for heads, is_rotated in zip(attended[0], (True, True, False), strict=True):  # (1, 2, 16, 64)
+        expected = heads[:, :, :1].expand_as(heads)
+        if is_rotated:  # from patch 0 back to phase 0, then to the phase of each patch
+            pairs = torch.view_as_complex(expected.unflatten(-1, (-1, 2)).contiguous())
+            turn = torch.complex(cos, sin) * torch.complex(cos[:1], -sin[:1])
+            expected = torch.view_as_real(pairs * turn).flatten(-2)
+        torch.testing.assert_close(heads, expected, atol=1e-5, rtol=0)
+
+
+def test_phases_are_computed_once_per_forward(monkeypatch):
+    model = DiT(**TINY, rope=RopeConfig(rotate=4))
+    calls = []
+    phases = model.rope_embedder.phases
+    monkeypatch.setattr(model.rope_embedder, "phases", lambda h, w: calls.append((h, w)) or phases(h, w))
+    model(*inputs(size=(8, 12)))
+    assert calls == [(4, 6)]
+
+
+@pytest.mark.parametrize("mode", ["cast", "autocast"])
+def test_bfloat16_attention_rotates_by_float32_phases(mode, attended, fill_weights, monkeypatch):
+    model = fill_weights(DiT(**TINY, rope=RopeConfig(rotate=4))).eval()
+    x, t, y = inputs()
+    exact = model.rope_embedder(4, 4)
+    tables = []
+    rotate = models.rotate
+    monkeypatch.setattr(models, "rotate", lambda x, *table: tables.append(table) or rotate(x, *table))
+    with torch.no_grad():
+        expected = model(x, t, y)
+        if mode == "cast":
+            out = model.bfloat16()(x.bfloat16(), t, y)
+        else:
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(x, t, y)
+    assert all(part.dtype == torch.bfloat16 for part in (*attended[-1], *attended[-2], out))
+    for table in tables:
+        assert torch.equal(torch.stack(table), torch.stack(exact))
+    assert (out.float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("rope", [None, RopeConfig(rotate=4)], ids=["sincos", "spiral"])
+def test_compiled_model_has_no_graph_break_and_equal_gradients(rope, fill_weights):
+    model = fill_weights(DiT(**{**TINY, "depth": 1}, class_dropout_prob=0.0, rope=rope)).train()
+    x, t, y = inputs()
+    results = []
+    for function in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        out = function(x, t, y)
+        out.square().mean().backward()
+        results.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-5)
+
+
+def test_compiled_training_drops_labels():
+    torch.manual_seed(0)
+    model = DiT(**TINY, class_dropout_prob=0.5, rope=RopeConfig())
+    embed = torch.compile(model.y_embedder, backend="aot_eager", fullgraph=True)
+    null = model.y_embedder.embedding_table.weight[10]
+    dropped = (embed(torch.zeros(2000, dtype=torch.long)) == null).all(-1).float().mean().item()
+    assert dropped == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("rope", [None, RopeConfig(rotate=4)], ids=["sincos", "spiral"])
+def test_gradient_checkpointing_changes_no_gradient(rope, fill_weights, attended):
+    model = fill_weights(DiT(**TINY, rope=rope)).train()
+    x, t, y = inputs(batch=8)
+    gradients, attentions = [], []
+    for model.grad_checkpointing in (False, True):
+        attended.clear()
+        torch.manual_seed(0)  # label dropout
+        model.zero_grad()
+        model(x, t, y).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        attentions.append(len(attended))
+    assert attentions == [2, 4]  # each block's attention ran again in the backward pass
+    assert all(torch.equal(plain, checkpointed) for plain, checkpointed in zip(*gradients, strict=True))
+
+
+@encodings
+def test_model_built_without_memory_computes_the_same_once_weights_are_loaded(rope, fill_weights):
+    source = fill_weights(DiT(**TINY, rope=rope)).eval()
+    with torch.device("meta"):
+        model = DiT(**TINY, rope=rope).eval()
+    model.to_empty(device="cpu").load_state_dict(source.state_dict())
+    assert torch.equal(model(*inputs()), source(*inputs()))
+
+
+def test_non_square_latents_are_patches_in_row_major_order(attended, fill_weights):
+    model = fill_weights(DiT(**{**TINY, "input_size": (4, 12), "depth": 1}, rope=RopeConfig(rotate=4))).eval()
+    assert model.rope_embedder.pt_grid == (2, 6)
+    x = torch.zeros(1, 4, 4, 12)
+    x[..., :2, 6:8] = 1.0  # patch (0, 3)
+    model(x, torch.tensor([5]), torch.tensor([1]))
+    _, _, values = attended[0]
+    differs = (values - values[:, :, :1]).abs().amax((0, 1, 3)) > 1e-3
+    assert differs.nonzero().flatten().tolist() == [3]
+
+
+def test_latents_that_do_not_fit_are_refused():
+    with pytest.raises(AssertionError, match=r"latents \(2, 4, 9, 8\) do not divide into 2 x 2 patches"):
+        DiT(**TINY, rope=RopeConfig())(*inputs(size=(9, 8)))
+    with pytest.raises(AssertionError, match=r"\(2, 8\) patches, position table for \(4, 4\)"):
+        DiT(**TINY)(*inputs(size=(4, 16)))
+
+
+@pytest.mark.parametrize("rope", [None, RopeConfig(rotate=2, same_theta=True, border="exact")])
+def test_model_config_survives_being_stored(rope):
+    config = ModelConfig("DiT-XS/4", input_size=(8, 16), num_classes=7, class_dropout_prob=0.2, rope=rope)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with torch.device("meta"):
+        model = config.build()
+    assert (model.grid, model.num_classes, model.y_embedder.dropout_prob) == ((2, 4), 7, 0.2)
+    assert config.head_dim * model.blocks[0].attn.num_heads == 128
+    assert model.rope_embedder is None if rope is None else model.rope_embedder.config == rope
