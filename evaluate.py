@@ -1,6 +1,8 @@
 """Evaluate samples: how many of the demo's digits are recognised as their label."""
 
 import argparse
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +22,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, H, W, 3) uint8 and labels (N,) int64 of a sample file. Raises UserError."""
+    expected = "expected an .npz of sample_ddp.py, with images arr_0 uint8 (N, H, W, 3) and labels arr_1 (N,)"
     try:
-        with np.load(path) as archive:
-            return archive["arr_0"], archive["arr_1"]
+        archive = np.load(path)
+        if isinstance(archive, np.ndarray):
+            raise ValueError("it is a single array")
+        with archive:
+            images, labels = archive["arr_0"], archive["arr_1"]
     except FileNotFoundError as error:
-        raise UserError(f"--samples {str(path)!r} does not exist; expected an .npz of sample_ddp.py") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--samples {str(path)!r} is not an .npz with arr_0 and arr_1 ({error})") from error
+        raise UserError(f"--samples {str(path)!r} does not exist; {expected}") from error
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"--samples {str(path)!r} cannot be read ({error}); {expected}") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3:] != (3,) or labels.shape != images.shape[:1]:
+        found = f"arr_0 {images.dtype} {images.shape}, arr_1 {labels.shape}"
+        raise UserError(f"--samples {str(path)!r} holds {found}; {expected}")
+    if len(images) == 0:
+        raise UserError(f"--samples {str(path)!r} holds no images; {expected}")
+    return images, labels
 
 
 def reduce_to_8x8(images: list[Image.Image]) -> np.ndarray:

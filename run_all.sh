@@ -25,6 +25,7 @@ PRECISION=${PRECISION:-auto}                # fp32, bf16, or auto: bf16 where th
 COMPILE=${COMPILE:-False}                   # torch.compile for training
 GRAD_ACCUM_STEPS=${GRAD_ACCUM_STEPS:-1}     # parts in which each process computes its batch, for less memory
 GRAD_CHECKPOINTING=${GRAD_CHECKPOINTING:-False} # compute activations twice, for less memory
+CFG_CHANNELS=${CFG_CHANNELS:-3}             # latent channels that guidance acts on: 3 (as published) or all
 SAMPLER=${SAMPLER:-ddpm}                    # ddpm, ddim or dpm++
 SAMPLE_SEED=${SAMPLE_SEED:-100}             # seed of labels and noise of the samples
 if [[ -n $DATA_PATH ]]; then # the published recipe
@@ -312,6 +313,7 @@ check_settings() {
   if [[ -n $GRAD_CLIP ]]; then number GRAD_CLIP 'v > 0' 'a number > 0'; fi
   choice LR_SCHEDULE constant linear
   choice PRECISION auto fp32 bf16
+  choice CFG_CHANNELS 3 all
   choice SAMPLER ddpm ddim dpm++
   choice ROPE_BORDER clamp exact
   if ((NODE_RANK >= NNODES)); then refuse NODE_RANK "less than NNODES, which is $NNODES"; fi
@@ -494,7 +496,7 @@ build_sample_command() { # CHECKPOINT: everything about the model is in the chec
   SAMPLE=(sample_ddp.py --ckpt "$1" --sample-dir "$RUN_DIR/samples" --vae "$SAMPLE_VAE")
   SAMPLE+=(--num-fid-samples "$NUM_FID_SAMPLES" --per-proc-batch-size "$PER_PROC_BATCH_SIZE" --cfg-scale "$CFG_SCALE")
   SAMPLE+=(--sampler "$SAMPLER" --num-sampling-steps "$SAMPLING_STEPS" --global-seed "$SAMPLE_SEED")
-  SAMPLE+=(--precision "$PRECISION")
+  SAMPLE+=(--cfg-channels "$CFG_CHANNELS" --precision "$PRECISION")
   if [[ $CLASS_BALANCED == True ]]; then SAMPLE+=(--class-balanced); fi
 }
 
@@ -507,7 +509,7 @@ print_configuration() {
   echo "Configuration:"
   for name in "${ARGUMENTS[@]}" DATA RUN_DIR NPROC_PER_NODE NNODES EPOCHS MAX_STEPS IMAGE_SIZE GLOBAL_BATCH_SIZE \
     LR LR_SCHEDULE WARMUP_STEPS EMA_DECAY FLIP VAE CACHE_LATENTS PRECISION SAMPLE_VAE NUM_FID_SAMPLES SAMPLER \
-    SAMPLING_STEPS CFG_SCALE CLASS_BALANCED SAMPLE_SEED; do
+    SAMPLING_STEPS CFG_SCALE CFG_CHANNELS CLASS_BALANCED SAMPLE_SEED; do
     if [[ -n ${!name} ]]; then printf '  %-20s %s\n' "$name" "${!name}"; fi
   done
   if [[ $USE_ROPE == True && $FREQS_FOR == pixel ]]; then

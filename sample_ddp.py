@@ -233,8 +233,11 @@ def is_packed(folder: SampleFolder, total: int) -> bool:
     """Whether the .npz and the grid of exactly total images are there."""
     if not (folder.npz.exists() and folder.grid.exists()):
         return False
-    with np.load(folder.npz) as archive:
-        return len(archive["arr_1"]) == total
+    try:
+        with np.load(folder.npz) as archive:
+            return len(archive["arr_1"]) == total
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # damaged: it is made again from the images
+        return False
 
 
 @options.command

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def command(main: Callable) -> Callable:
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None):
+        format_warning = warnings.formatwarning
+        warnings.formatwarning = lambda message, *_: f"{program}: warning: {one_line(str(message))}\n"
         try:
             return main(argv)
         except UserError as error:
@@ -42,6 +45,8 @@ def command(main: Callable) -> Callable:
         except KeyboardInterrupt:  # before a run answers signals itself
             print(f"{program}: interrupted", file=sys.stderr, flush=True)
             sys.exit(130)
+        finally:
+            warnings.formatwarning = format_warning
 
     return wrapped
 

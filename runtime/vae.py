@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -59,12 +60,14 @@ class VAE:
 
 def sample_latents(moments: Tensor, scaling_factor: float, shift_factor: float = 0.0) -> Tensor:
     """Draw scaled latents (N, C, h, w) float32 from posterior moments (N, 2C, h, w)."""
-    mean, std = moments.float().chunk(2, dim=1)
+    # Contiguous, because noise is drawn in the order of memory, and an encoder's output can be laid out otherwise.
+    mean, std = moments.float().contiguous().chunk(2, dim=1)
     return (mean + std * torch.randn_like(mean) - shift_factor) * scaling_factor
 
 
 def _load(source: str):
     from diffusers import AutoencoderKL
+    from huggingface_hub.utils import logging as hub_logging
 
     hub_id = SHORT_NAMES.get(source, source)
     local = Path(source).is_dir()
@@ -75,11 +78,16 @@ def _load(source: str):
         )
     if local and not (Path(source) / "config.json").is_file():
         raise UserError(f"--vae folder {source!r} has no config.json; expected one that save_pretrained wrote")
+    hub_logging.set_verbosity_error()  # its retries take lines; what went wrong is said below, once
     try:
-        model = AutoencoderKL.from_pretrained(hub_id, local_files_only=local, torch_dtype=torch.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # from one library to the other
+            model = AutoencoderKL.from_pretrained(hub_id, local_files_only=local, torch_dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         if local:
-            raise UserError(f"--vae folder {source!r} cannot be loaded as an AutoencoderKL: {_reason(error)}") from error
+            raise UserError(
+                f"--vae folder {source!r} cannot be loaded as an AutoencoderKL: {_reason(error)}"
+            ) from error
         while error.__cause__ or error.__context__:  # down to what the network said
             error = error.__cause__ or error.__context__
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true") else ""
