@@ -25,7 +25,6 @@ PRECISION=${PRECISION:-auto}                # fp32, bf16, or auto: bf16 where th
 COMPILE=${COMPILE:-False}                   # torch.compile for training
 GRAD_ACCUM_STEPS=${GRAD_ACCUM_STEPS:-1}     # parts in which each process computes its batch, for less memory
 GRAD_CHECKPOINTING=${GRAD_CHECKPOINTING:-False} # compute activations twice, for less memory
-CFG_CHANNELS=${CFG_CHANNELS:-3}             # latent channels that guidance acts on: 3 (as published) or all
 SAMPLER=${SAMPLER:-ddpm}                    # ddpm, ddim or dpm++
 SAMPLE_SEED=${SAMPLE_SEED:-100}             # seed of labels and noise of the samples
 if [[ -n $DATA_PATH ]]; then # the published recipe
@@ -47,6 +46,7 @@ if [[ -n $DATA_PATH ]]; then # the published recipe
   CKPT_EVERY=${CKPT_EVERY:-50000}           # steps
   NUM_FID_SAMPLES=${NUM_FID_SAMPLES:-50000}
   CFG_SCALE=${CFG_SCALE:-1.0}               # strength of classifier-free guidance; 1: none
+  CFG_CHANNELS=${CFG_CHANNELS:-3}           # latent channels that guidance acts on: 3 (as published) or all
   SAMPLING_STEPS=${SAMPLING_STEPS:-250}
   PER_PROC_BATCH_SIZE=${PER_PROC_BATCH_SIZE:-32} # samples drawn at once by each process
   CLASS_BALANCED=${CLASS_BALANCED:-False}   # equally many samples of each class instead of random labels
@@ -69,6 +69,7 @@ else # the demo: the same pipeline at a size that a laptop trains in minutes
   CKPT_EVERY=${CKPT_EVERY:-1000}
   NUM_FID_SAMPLES=${NUM_FID_SAMPLES:-200}
   CFG_SCALE=${CFG_SCALE:-2.0}
+  CFG_CHANNELS=${CFG_CHANNELS:-all}         # its autoencoder spreads a digit over all four
   SAMPLING_STEPS=${SAMPLING_STEPS:-50}
   PER_PROC_BATCH_SIZE=${PER_PROC_BATCH_SIZE:-100}
   CLASS_BALANCED=${CLASS_BALANCED:-True}

@@ -359,7 +359,7 @@ def test_demo_runs_the_stages_of_the_full_recipe(repository):
         "--num-fid-samples": "200",
         "--per-proc-batch-size": "100",
         "--cfg-scale": "2.0",
-        "--cfg-channels": "3",
+        "--cfg-channels": "all",
         "--sampler": "ddpm",
         "--num-sampling-steps": "50",
         "--global-seed": "100",
