@@ -264,7 +264,7 @@ class Trainer:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Optimizer and EMA step from the gradients, unless they are not finite."""
+        """Optimizer step from the gradients, unless they are not finite, and a step of the average to the weights."""
         gradients = [parameter.grad for parameter in self.parameters]
         norm = torch.nn.utils.get_total_norm(gradients)
         finite = torch.isfinite(norm)
@@ -422,11 +422,11 @@ def resume(trainer: Trainer, folder: RunFolder, logger) -> None:
                 logger.info("warning: the length of the run changed, so its linear learning rate jumps here")
 
 
-def save(trainer: Trainer, folder: RunFolder, logger, required: bool) -> None:
-    """Write a checkpoint. A failed write is a warning, unless the run ends with it."""
+def save(trainer: Trainer, folder: RunFolder, logger, required: bool) -> bool:
+    """Write a checkpoint and return whether it is there. A failed write is a warning, unless the run ends with it."""
     state = trainer.state()
 
-    def write() -> None:
+    def write() -> bool:
         path = checkpoint.step_path(folder.checkpoints, trainer.step)
         try:
             checkpoint.save(path, state)
@@ -434,12 +434,16 @@ def save(trainer: Trainer, folder: RunFolder, logger, required: bool) -> None:
             if required:
                 raise UserError(f"{error}; earlier checkpoints are whole: free space and repeat the command") from error
             logger.info(f"warning: {error}; training goes on, earlier checkpoints are whole")
-            return
-        checkpoint.prune(folder.checkpoints, trainer.args.keep_checkpoints)
-        monitor.plot_loss(folder.path)
+            return False
         logger.info(f"saved {path}")
+        try:
+            checkpoint.prune(folder.checkpoints, trainer.args.keep_checkpoints)
+            monitor.plot_loss(folder.path)
+        except OSError as error:
+            logger.info(f"warning: {folder.path / 'loss.png'} and old checkpoints are left as they were: {error}")
+        return True
 
-    distributed.on_main(write)
+    return distributed.on_main(write)
 
 
 class Pace:
@@ -493,7 +497,10 @@ def log(trainer: Trainer, metrics: monitor.Metrics, pace: Pace, logger) -> None:
     record = trainer.log_record()
     remaining = trainer.job.total_steps - trainer.step
     record |= pace.measure(trainer.args.global_batch_size, remaining)
-    metrics.write(record)
+    try:
+        metrics.write(record)
+    except OSError as error:
+        logger.info(f"warning: step {trainer.step} is missing in {metrics.path}: {error}")
     loss, norm = (f"{value:.4f}" if value is not None else "none" for value in (record["loss"], record["grad_norm"]))
     skipped = f", skipped {record['skipped']} non-finite steps" if record["skipped"] else ""
     logger.info(
@@ -525,8 +532,7 @@ def train(job: Job, trainer: Trainer, folder: RunFolder, logger) -> None:
                 log(trainer, metrics, pace, logger)
             if trainer.step % args.ckpt_every == 0 or last:
                 began = time.perf_counter()
-                save(trainer, folder, logger, required=last)
-                saved = trainer.step
+                saved = trainer.step if save(trainer, folder, logger, required=last) else saved
                 pace.paused(began)
     finish(trainer, folder, logger)
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -20,6 +21,7 @@ from rope import RopeConfig
 from runtime.options import UserError, check_image_size, check_rope, format_size
 
 TEMPORARY = ".partial"  # suffix of a file being written
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class SaveError(Exception):
@@ -105,7 +107,8 @@ def load(path: str | Path, verify: bool = False) -> dict:
         is_zip = zipfile.is_zipfile(path)
         if is_zip:
             _check_archive(path, verify)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about a pickle protocol: what matters is whether the file loads
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global|class|function) `?([\w.]+)", str(error))
@@ -162,13 +165,19 @@ def load_trained(path: str | Path, weights: str = "ema", given: dict | None = No
     stored = state.get("config") if isinstance(state.get("config"), dict) else None
     try:
         known = _from_config(stored) if stored else _from_foreign(state, tensors, given, path)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {str(path)!r} has a config that cannot be read: {error}") from error
-    config: ModelConfig = known["config"]
-    _check_agreement(config, known["image_size"], given, path)
-    check_rope(config.rope, config.head_dim, config.model)
+        config: ModelConfig = known["config"]
+        _check_agreement(config, known["image_size"], given, path)
+        check_rope(config.rope, config.head_dim, config.model)
+        with torch.device("meta"):  # nothing is allocated before the shapes are those of the file
+            expected = config.build().state_dict()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a config can be made to say
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"checkpoint {str(path)!r} has a config that cannot be read ({reason})") from error
+    _check_weights(expected, tensors, path)
     model = config.build()
-    _load_weights(model, tensors, path)
+    model.load_state_dict(tensors)
     step = state.get("step", state.get("train_steps"))
     return Trained(
         path=path,
@@ -205,7 +214,7 @@ def _weights(state: dict, which: str, path: Path) -> dict[str, Tensor]:
             f"checkpoint {str(path)!r} holds no DiT weights (no x_embedder.proj.weight); expected a state dict, or a "
             "dict with 'ema' or 'model'"
         )
-    bad = [n for n, v in tensors.items() if not v.is_floating_point() or not bool(torch.isfinite(v).all())]
+    bad = [name for name, value in tensors.items() if not _is_finite(value)]
     if bad:
         raise UserError(
             f"checkpoint {str(path)!r} has values in {bad[0]} that are not finite numbers; use an earlier one"
@@ -213,11 +222,18 @@ def _weights(state: dict, which: str, path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _is_finite(value: Tensor) -> bool:
+    """Whether a tensor holds floating-point numbers, as many as it claims, and all of them finite."""
+    plain = value.layout == torch.strided and value.device.type == "cpu" and value.dtype in FLOATS
+    return plain and value.untyped_storage().nbytes() >= value.nbytes and bool(torch.isfinite(value).all())
+
+
 def _from_config(stored: dict) -> dict:
+    config, vae = ModelConfig.from_dict(stored["model"]), dict(stored["vae"])
     return {
-        "config": ModelConfig.from_dict(stored["model"]),
-        "image_size": tuple(stored["image_size"]),
-        "vae": dict(stored["vae"]),
+        "config": config,
+        "image_size": tuple(length * int(vae["downsampling"]) for length in config.input_size),
+        "vae": {**vae, "source": str(vae["source"])},
         "classes": stored["data"].get("classes"),
     }
 
@@ -241,7 +257,7 @@ def _from_foreign(state: dict, tensors: dict[str, Tensor], given: dict, path: Pa
     return {
         "config": config,
         "image_size": image_size,
-        "vae": {"source": args.get("vae", "ema"), "downsampling": 8},
+        "vae": {"source": str(args.get("vae", "ema")), "downsampling": 8},
         "classes": None,
     }
 
@@ -249,12 +265,12 @@ def _from_foreign(state: dict, tensors: dict[str, Tensor], given: dict, path: Pa
 def _foreign_rope(args: dict, given: dict, path: Path) -> RopeConfig:
     names = [field.name for field in fields(RopeConfig)]
     stored = {name: args[f"rope_{name}"] for name in names if name != "border" and f"rope_{name}" in args}
-    if not stored and not given.get("use_rope"):
+    if "rotate" not in stored and not given.get("use_rope"):
         raise UserError(
             f"checkpoint {str(path)!r} uses RoPE and does not say which; pass --use-rope --rope-rotate R and the other "
             "--rope options it was trained with"
         )
-    return RopeConfig(**{**given.get("rope", {}), **stored})
+    return RopeConfig(**{**given.get("rope", {}), **stored, "border": "clamp"})
 
 
 def _from_shapes(tensors: dict[str, Tensor], path: Path) -> dict:
@@ -307,8 +323,8 @@ def _check_agreement(config: ModelConfig, image_size: tuple[int, int], given: di
             )
 
 
-def _load_weights(model: DiT, tensors: dict[str, Tensor], path: Path) -> None:
-    expected = model.state_dict()
+def _check_weights(expected: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
+    """Raise UserError unless names and shapes are the expected ones."""
     missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     wrong = [n for n in expected if n in tensors and tensors[n].shape != expected[n].shape]
     if missing:
@@ -318,4 +334,3 @@ def _load_weights(model: DiT, tensors: dict[str, Tensor], path: Path) -> None:
     if wrong:
         shapes = f"{tuple(tensors[wrong[0]].shape)}, expected {tuple(expected[wrong[0]].shape)}"
         raise UserError(f"checkpoint {str(path)!r}: {wrong[0]} has shape {shapes}")
-    model.load_state_dict(tensors)

@@ -97,7 +97,7 @@ def _images_below(root: Path, name: str) -> list[bytes]:
 def read_image(path: Path) -> Image.Image:
     """Open an image as 8-bit RGB, upright: the first frame, alpha dropped, 16 bits scaled to 8.
 
-    Raises OSError, ValueError or Image.DecompressionBombError for a file that cannot be decoded whole.
+    Raises OSError, ValueError or whatever else a decoder does for a file that cannot be decoded whole.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about palettes and large images: neither concerns the pixels read here
@@ -155,7 +155,7 @@ def read_prepared(path: Path, size: tuple[int, int]) -> np.ndarray | Unreadable:
     """The prepared image (H, W, 3) uint8, or why there is none."""
     try:
         return prepare(read_image(path), size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever a damaged file makes a decoder raise
         return Unreadable(str(path), str(error) or type(error).__name__)
 
 
@@ -194,22 +194,22 @@ class LatentCache:
     def __init__(self, root: str | Path):
         self.root = Path(root)
         try:
-            self.meta = json.loads((self.root / "meta.json").read_text())
+            self.meta = json.loads((self.root / "meta.json").read_text(encoding="utf-8"))
+            self.classes: list[str] = self.meta["classes"]
+            self.fingerprint: str = self.meta["fingerprint"]
             labels = np.load(self.root / "labels.npy")
-            shape = self.moments.shape
+            shapes = [*self.moments.shape], [*labels.shape]
+            if shapes != (self.meta["shape"], self.meta["shape"][:1]):
+                raise ValueError(f"it holds {shapes[0]} moments and {shapes[1]} labels for {self.meta['shape']}")
         except FileNotFoundError as error:
             raise UserError(
                 f"--latents-dir {str(root)!r} is not a finished latent cache ({Path(error.filename).name} is missing); "
                 "run cache_latents.py with this folder first"
             ) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--latents-dir {str(root)!r} is damaged ({error}); remove it and make it again") from error
-        if list(shape) != self.meta["shape"]:
-            raise UserError(f"--latents-dir {str(root)!r} holds {shape}, its meta.json says {self.meta['shape']}")
         self.rows = np.flatnonzero(labels >= 0)  # unreadable images were left out, with label -1
         self.labels = labels[self.rows]
-        self.classes: list[str] = self.meta["classes"]
-        self.fingerprint: str = self.meta["fingerprint"]
 
     @cached_property
     def moments(self) -> np.ndarray:
@@ -322,7 +322,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--digits", type=Path, required=True, metavar="FOLDER", help="where to write it")
     parser.add_argument("--size", type=count, default=64, help="height and width in pixels")
     args = parser.parse_args(argv)
-    write_digits(args.digits, args.size)
+    try:
+        write_digits(args.digits, args.size)
+    except OSError as error:
+        raise UserError(f"--digits {str(args.digits)!r} cannot be written ({error.strerror})") from error
     print(f"demo data: 1797 handwritten digits in {args.digits}")
 
 

@@ -46,7 +46,7 @@ def setup(tf32: bool = True) -> torch.device:
     """Join the process group that torchrun describes, if any, and return this process's device.
 
     CUDA (one GPU per process), else MPS (a single process), else CPU. Raises UserError when there are more
-    processes on a node than GPUs.
+    processes on a node than GPUs, or the others cannot be reached.
     """
     processes = _environment("WORLD_SIZE", 1)
     local_rank = _environment("LOCAL_RANK", 0)
@@ -54,14 +54,23 @@ def setup(tf32: bool = True) -> torch.device:
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     if processes > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        _join(device, processes)
+    return device
+
+
+def _join(device: torch.device, processes: int) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
         dist.init_process_group(
             backend,
             timeout=datetime.timedelta(minutes=30),  # long enough to write the largest checkpoint
             device_id=device if device.type == "cuda" else None,
         )
-        atexit.register(_leave)
-    return device
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"cannot join the {processes} processes of WORLD_SIZE ({error}); start with torchrun, or unset WORLD_SIZE"
+        ) from error
+    atexit.register(_leave)
 
 
 def _leave() -> None:

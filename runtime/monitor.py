@@ -81,9 +81,15 @@ class Metrics:
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, record: dict) -> None:
+        """Append a record, whole or not at all. Raises OSError."""
         if is_main():
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            size = self.path.stat().st_size
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError:
+                os.truncate(self.path, size)
+                raise
 
 
 def read_metrics(path: Path) -> list[dict]:

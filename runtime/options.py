@@ -62,6 +62,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None = None, **kwargs):
         formatter = argparse.ArgumentDefaultsHelpFormatter
         super().__init__(description=description, allow_abbrev=False, formatter_class=formatter, **kwargs)
+        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # -1e-4 is a value too, not an option
 
     def error(self, message: str):
         unknown = message.removeprefix("unrecognized arguments: ")

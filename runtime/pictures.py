@@ -16,7 +16,7 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 def class_name(label: int, classes: list[str] | None) -> str:
     """The name of a class, or its number where names are not known."""
-    return classes[label] if classes else str(label)
+    return classes[label] if classes and label < len(classes) else str(label)
 
 
 def draw_grid(images: list[np.ndarray], captions: list[str], columns: int, title: str | None = None) -> Image.Image:

@@ -1,6 +1,7 @@
 """The autoencoder between pixels and latents: a diffusers AutoencoderKL by name or path."""
 
 import hashlib
+import math
 import os
 import warnings
 from pathlib import Path
@@ -22,7 +23,7 @@ class VAE:
 
     def __init__(self, source: str, device: torch.device | str = "cpu"):
         self.source = source
-        self.model = _load(source).to(device).eval().requires_grad_(False)
+        self.model = _checked(_load(source), source).to(device).eval().requires_grad_(False)
         config = self.model.config
         self.downsampling = 2 ** (len(config.block_out_channels) - 1)
         self.latent_channels = config.latent_channels
@@ -83,7 +84,7 @@ def _load(source: str):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # from one library to the other
             model = AutoencoderKL.from_pretrained(hub_id, local_files_only=local, torch_dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever a damaged file or a network makes the libraries raise
         if local:
             raise UserError(
                 f"--vae folder {source!r} cannot be loaded as an AutoencoderKL: {_reason(error)}"
@@ -95,6 +96,19 @@ def _load(source: str):
             f"--vae {source!r}: {hub_id} cannot be fetched from the Hugging Face hub{offline}: {_reason(error)}; "
             "check the name and the network, or pass a local folder that holds the autoencoder"
         ) from error
+    return model
+
+
+def _checked(model, source: str):
+    """The autoencoder, if its weights and its scaling factor are numbers. Raises UserError."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise UserError(f"--vae {source!r} lacks weights, such as {name}; copy it again")
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"--vae {source!r} has values in {name} that are not finite numbers; copy it again")
+    scale = model.config.scaling_factor
+    if not (isinstance(scale, int | float) and 0 < scale < math.inf):
+        raise UserError(f"--vae {source!r} has scaling_factor {scale!r} in its config.json; expected a number > 0")
     return model
 
 

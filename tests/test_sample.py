@@ -1,0 +1,365 @@
+"""Sampling: what is written, what an image depends on, guidance, samplers, interruption."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import command_line
+from PIL import Image
+
+import sample_ddp
+import train
+from diffusion import create_diffusion
+from models import DiT, DiT_models
+from runtime import checkpoint, sampling
+from runtime.sampling import SamplingConfig
+
+pytestmark = pytest.mark.usefixtures("tiny_commands")
+NAME = "DiT-XS-2-0000007-size-32-vae-{}-cfg-1.5-seed-0"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, run, vae_folder):
+    """The folder of 13 samples, made in batches of 5, as an array of images and one of labels beside it."""
+    from conftest import tiny
+
+    folder = tmp_path_factory.mktemp("samples")
+    options = dict(ckpt=run / "checkpoints" / "0000007.pt", sample_dir=folder, num_fid_samples=13)
+    options |= dict(num_sampling_steps=4, per_proc_batch_size=5, precision="fp32")
+    with pytest.MonkeyPatch.context() as patch, tiny(patch):
+        sample_ddp.main(command_line(options))
+    return folder
+
+
+def stem(folder):
+    """The path that the .npz, the .json, the grid and the folder of a run of samples share."""
+    (npz,) = folder.glob("*.npz")
+    return npz.with_suffix("")
+
+
+def arrays(folder):
+    with np.load(f"{stem(folder)}.npz") as archive:
+        return archive["arr_0"], archive["arr_1"]
+
+
+def pngs(folder) -> list[str]:
+    return sorted(path.name for path in stem(folder).iterdir())
+
+
+def assert_same_images(images, reference) -> None:
+    """At least 99.9 % of the values identical, none off by more than 1."""
+    difference = np.abs(images.astype(int) - reference.astype(int))
+    assert difference.max() <= 1
+    assert (difference == 0).mean() >= 0.999
+
+
+def test_what_is_written(finished, vae_folder):
+    assert stem(finished).name == NAME.format(vae_folder.name)
+    assert pngs(finished) == [f"{index:06d}.png" for index in range(13)]
+    images, labels = arrays(finished)
+    assert (images.dtype, images.shape) == (np.uint8, (13, 32, 32, 3))
+    assert (labels.dtype, labels.shape) == (np.int64, (13,))
+    for index in range(13):
+        with Image.open(stem(finished) / f"{index:06d}.png") as png:
+            assert png.mode == "RGB" and np.array_equal(np.asarray(png), images[index])
+    assert len({image.tobytes() for image in images}) == 13
+    config = SamplingConfig(seed=0)
+    assert labels.tolist() == [sampling.label_of(index, 3, config) for index in range(13)]
+    with Image.open(f"{stem(finished)}.png") as grid:
+        assert grid.width >= 10 * 64
+    settings = read_settings(finished)
+    assert (settings["steps"], settings["cfg_scale"], settings["sampler"]) == (4, 1.5, "ddpm")
+    assert not list(finished.rglob("*.partial"))
+
+
+def read_settings(folder) -> dict:
+    return json.loads((folder / f"{stem(folder).name}.json").read_text())
+
+
+def test_names_follow_the_settings(run, sample_arguments, tmp_path, capsys):
+    changes = dict(cfg_scale=1, global_seed=100, print_name=True, vae="mse")
+    sample_ddp.main(sample_arguments(tmp_path / "samples", **changes))
+    expected = tmp_path / "samples" / "DiT-XS-2-0000007-size-32-vae-mse-cfg-1.0-seed-100.npz"
+    assert capsys.readouterr().out == f"{expected}\n"
+    assert not (tmp_path / "samples").exists()
+
+
+def test_batches_do_not_change_images(finished, sample_arguments, tmp_path):
+    sample_ddp.main(sample_arguments(tmp_path, per_proc_batch_size=3))
+    (images, labels), (reference, reference_labels) = arrays(tmp_path), arrays(finished)
+    assert labels.tolist() == reference_labels.tolist()
+    assert_same_images(images, reference)
+
+
+def test_an_interrupted_run_makes_the_missing_images_only(
+    finished, sample_arguments, signal_after, tmp_path, monkeypatch, capsys
+):
+    signal_after(sampling, "sample_latents", 1)
+    sample_ddp.main(sample_arguments(tmp_path))
+    assert capsys.readouterr().out.endswith("stopped on request; repeat the same command to go on\n")
+    assert not list(tmp_path.glob("*.npz"))
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert sorted(path.name for path in folder.iterdir()) == [f"{index:06d}.png" for index in range(5)]
+    (folder / "000002.png").write_bytes((folder / "000002.png").read_bytes()[:-7])  # as a killed run may leave it
+    (folder / "000004.png").unlink()
+    (folder / "000009.png.partial").write_bytes(b"half")
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("00000[013].png")}
+    made, original = [], sampling.sample_latents
+    monkeypatch.setattr(sampling, "sample_latents", lambda *args: (made.append(args[2]), original(*args))[1])
+    sample_ddp.main(sample_arguments(tmp_path, per_proc_batch_size=4))
+    assert sum(made, []) == [2, 4, *range(5, 13)]
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("00000[013].png")} == kept
+    assert pngs(tmp_path) == pngs(finished)
+    assert_same_images(arrays(tmp_path)[0], arrays(finished)[0])
+    assert arrays(tmp_path)[1].tolist() == arrays(finished)[1].tolist()
+
+
+def test_a_finished_run_does_nothing_twice(finished, sample_arguments, tmp_path, monkeypatch, capsys):
+    copy = shutil.copytree(finished, tmp_path / "samples")
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*.[pn][np][gz]")}
+    monkeypatch.setattr(sampling, "sample_latents", None)
+    sample_ddp.main(sample_arguments(copy))
+    assert "nothing to do: all 13 samples are there" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_damaged_npz_is_made_again(finished, sample_arguments, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "samples")
+    npz = stem(copy).with_name(f"{stem(copy).name}.npz")
+    npz.write_bytes(npz.read_bytes()[:1000])
+    sample_ddp.main(sample_arguments(copy))
+    assert np.array_equal(arrays(copy)[0], arrays(finished)[0])
+
+
+def test_more_samples_later(finished, sample_arguments, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "samples")
+    sample_ddp.main(sample_arguments(copy, num_fid_samples=15))
+    images, labels = arrays(copy)
+    assert len(images) == len(labels) == len(pngs(copy)) == 15
+    assert np.array_equal(images[:13], arrays(finished)[0])
+
+
+def test_a_folder_begun_with_other_settings_is_refused_by_name(finished, sample_arguments, refused, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "samples")
+    start = f"{str(stem(copy))!r} was begun with other settings: "
+    end = "; repeat them, or use another --sample-dir"
+
+    def message(**changes):
+        text = refused(sample_ddp.main, sample_arguments(copy, **changes))
+        assert text.startswith(start) and text.endswith(end)
+        return text[len(start) : -len(end)]
+
+    assert message(num_sampling_steps=5) == "steps 4 (now 5)"
+    assert message(sampler="ddim") == "sampler 'ddpm' (now 'ddim')"
+    assert message(class_balanced=True) == "class_balanced False (now True)"
+    assert message(cfg_channels="all", guidance_interval=(0, 0.5)) == (
+        "cfg_channels 3 (now 'all'), guidance_interval [0.0, 1.0] (now [0.0, 0.5])"
+    )
+    assert message(weights="model").startswith("weights_sha256 ")
+    assert read_settings(copy) == read_settings(finished)
+    assert np.array_equal(arrays(copy)[0], arrays(finished)[0])
+
+
+def test_a_moved_checkpoint_goes_on(finished, run, sample_arguments, tmp_path, capsys):
+    copy = shutil.copytree(finished, tmp_path / "samples")
+    moved = shutil.copy(run / "checkpoints" / "0000007.pt", tmp_path / "0000007.pt")
+    sample_ddp.main(sample_arguments(copy, ckpt=moved))
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_the_averaged_weights_are_the_default(finished, sample_arguments, tmp_path):
+    sample_ddp.main(sample_arguments(tmp_path / "ema", weights="ema", num_fid_samples=2))
+    sample_ddp.main(sample_arguments(tmp_path / "model", weights="model", num_fid_samples=2))
+    assert_same_images(arrays(tmp_path / "ema")[0], arrays(finished)[0][:2])
+    assert (arrays(tmp_path / "ema")[0] != arrays(tmp_path / "model")[0]).mean() > 0.01
+
+
+def test_every_setting_that_should_changes_the_images(finished, sample_arguments, tmp_path):
+    reference = arrays(finished)[0][:2]
+    for name, changes in {
+        "seed": dict(global_seed=1),
+        "cfg": dict(cfg_scale=8),
+        "channels": dict(cfg_scale=8, cfg_channels="all"),
+        "interval": dict(cfg_scale=8, guidance_interval=(0.2, 0.6)),
+        "steps": dict(num_sampling_steps=5),
+        "ddim": dict(sampler="ddim"),
+        "dpm++": dict(sampler="dpm++"),
+    }.items():
+        sample_ddp.main(sample_arguments(tmp_path / name, num_fid_samples=2, **changes))
+        images = arrays(tmp_path / name)[0]
+        assert (images != reference).mean() > 0.01, name
+    for first, second in (("cfg", "channels"), ("cfg", "interval"), ("ddim", "dpm++")):
+        assert (arrays(tmp_path / first)[0] != arrays(tmp_path / second)[0]).any()
+
+
+def test_more_classes_than_folders(train_arguments, sample_arguments, tmp_path):
+    """Labels without a folder are drawn too, and named by their number."""
+    train.main(train_arguments(tmp_path / "run", num_classes=40, max_steps=1))
+    path = tmp_path / "run" / "checkpoints" / "0000001.pt"
+    sample_ddp.main(sample_arguments(tmp_path / "samples", ckpt=path, num_classes=40))
+    assert arrays(tmp_path / "samples")[1].max() > 2
+
+
+def test_sizes_other_than_square(train_arguments, sample_arguments, tmp_path):
+    spiral = dict(use_rope=True, rope_rotate=2)
+    train.main(train_arguments(tmp_path / "run", image_size="16x32", max_steps=1, **spiral))
+    path = tmp_path / "run" / "checkpoints" / "0000001.pt"
+    sample_ddp.main(sample_arguments(tmp_path / "samples", ckpt=path, num_fid_samples=3))
+    assert arrays(tmp_path / "samples")[0].shape == (3, 16, 32, 3)
+    assert "-size-16x32-" in stem(tmp_path / "samples").name
+
+
+def test_another_vae_has_to_fit(make_vae, sample_arguments, refused, tmp_path):
+    other = make_vae(stages=3)
+    message = refused(sample_ddp.main, sample_arguments(tmp_path / "samples", vae=other))
+    assert message == (
+        f"--vae {str(other)!r} has 4 latent channels and down-sampling 4; the checkpoint was trained with 4 and 8"
+    )
+    assert not (tmp_path / "samples").exists()
+
+
+def test_published_files_sample(vae_folder, sample_arguments, tmp_path):
+    torch.manual_seed(0)
+    model = DiT_models["DiT-XS/2"](input_size=4, num_classes=6)
+    torch.save(model.state_dict(), tmp_path / "DiT-XS-2-32x32.pt")
+    options = dict(ckpt=tmp_path / "DiT-XS-2-32x32.pt", vae=vae_folder, num_fid_samples=3, class_balanced=True)
+    sample_ddp.main(sample_arguments(tmp_path / "samples", **options))
+    images, labels = arrays(tmp_path / "samples")
+    assert images.shape == (3, 32, 32, 3) and labels.tolist() == [0, 1, 2]
+    assert stem(tmp_path / "samples").name == f"DiT-XS-2-DiT-XS-2-32x32-size-32-vae-{vae_folder.name}-cfg-1.5-seed-0"
+
+
+# Labels and noise
+
+
+def test_labels_are_uniform_or_balanced():
+    labels = [sampling.label_of(index, 5, SamplingConfig(seed=3)) for index in range(2000)]
+    counts = np.bincount(labels, minlength=5)
+    assert counts.sum() == 2000 and np.abs(counts - 400).max() < 80  # 4.5 standard deviations
+    balanced = [sampling.label_of(index, 5, SamplingConfig(class_balanced=True)) for index in range(12)]
+    assert np.bincount(balanced).tolist() == [3, 3, 2, 2, 2]
+
+
+def test_noise_belongs_to_the_index():
+    like = torch.empty(4, 2, 3)
+    noise, alone = sampling.IndexedNoise(7, [3, 11, 4, 5]), sampling.IndexedNoise(7, [11])
+    first, second = noise(like), noise(like)
+    assert torch.equal(first[1], alone(like[:1])[0]) and torch.equal(second[1], alone(like[:1])[0])
+    many = torch.stack([sampling.IndexedNoise(0, [index])(torch.empty(1, 4, 4))[0] for index in range(500)])
+    assert abs(float(many.mean())) < 0.05 and abs(float(many.std()) - 1) < 0.05
+    assert len({row.numpy().tobytes() for row in many}) == 500
+    assert not torch.equal(sampling.IndexedNoise(8, [11])(like[:1]), sampling.IndexedNoise(7, [11])(like[:1]))
+
+
+# Guidance
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """Rows of every call of the model: (timestep, conditional rows, null rows)."""
+    seen, forward = [], DiT.forward
+
+    def counted(self, x, t, y):
+        assert len(set(t.tolist())) == 1 and len(x) == len(y)
+        null = int((y == self.num_classes).sum())
+        seen.append((int(t[0]), len(y) - null, null))
+        return forward(self, x, t, y)
+
+    monkeypatch.setattr(DiT, "forward", counted)
+    return seen
+
+
+def latents(run, config: SamplingConfig, indices=(0, 1, 2)):
+    trained = checkpoint.load_trained(run / "checkpoints" / "0000007.pt")
+    labels = [sampling.label_of(index, 3, config) for index in indices]
+    return sampling.sample_latents(trained.model, config, list(indices), labels, (4, 4, 4), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("sampler", sampling.SAMPLERS)
+def test_no_guidance_makes_no_null_rows(sampler, run, rows):
+    latents(run, SamplingConfig(sampler=sampler, steps=5, cfg_scale=1))
+    assert [row[1:] for row in rows] == [(3, 0)] * 5
+    assert rows[0][0] == 999 and [row[0] for row in rows] == sorted((row[0] for row in rows), reverse=True)
+
+
+@pytest.mark.parametrize("sampler", sampling.SAMPLERS)
+def test_guidance_doubles_the_rows_within_its_interval(sampler, run, rows):
+    latents(run, SamplingConfig(sampler=sampler, steps=8, cfg_scale=2))
+    assert [row[1:] for row in rows] == [(3, 3)] * 8
+    rows.clear()
+    latents(run, SamplingConfig(sampler=sampler, steps=8, cfg_scale=2, guidance_interval=(0.25, 0.75)))
+    expected = [(3, 3) if 250 <= t <= 750 else (3, 0) for t, _, _ in rows]
+    assert [row[1:] for row in rows] == expected and 0 < expected.count((3, 3)) < 8
+
+
+def test_guidance_moves_away_from_the_null_class(run):
+    """At scale 1 + w the first three channels move w times the difference; the others stay conditional."""
+    trained = checkpoint.load_trained(run / "checkpoints" / "0000007.pt")
+    torch.manual_seed(0)
+    x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([500, 500]), torch.tensor([0, 2])
+    with torch.no_grad():
+        conditional, null = trained.model(x, t, y), trained.model(x, t, torch.full_like(y, 3))
+        three = sampling.guided(trained.model, SamplingConfig(cfg_scale=3.0))(x, t, y)
+        every = sampling.guided(trained.model, SamplingConfig(cfg_scale=3.0, cfg_channels="all"))(x, t, y)
+    assert not torch.allclose(conditional, null)
+    moved = conditional + 2 * (conditional - null)
+    torch.testing.assert_close(three, torch.cat([moved[:, :3], conditional[:, 3:]], 1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(every, torch.cat([moved[:, :4], conditional[:, 4:]], 1), atol=1e-5, rtol=1e-5)
+
+
+# Samplers, on data whose noise is known: normal with standard deviation s, eps = sqrt(1 - a) x / (a s^2 + 1 - a)
+
+
+class NormalData:
+    """The exact noise predictor of normally distributed data; looks like a DiT without learned variance."""
+
+    in_channels = out_channels = 1
+
+    def __init__(self, deviation: float):
+        self.deviation = deviation
+        self.alphas_cumprod = torch.tensor(create_diffusion(None).alphas_cumprod)
+
+    def __call__(self, x, t, y):
+        a = self.alphas_cumprod[t].view(-1, 1, 1, 1)
+        return (torch.sqrt(1 - a) * x / (a * self.deviation**2 + 1 - a)).float()
+
+
+@pytest.mark.parametrize("deviation", [0.5, 2.0])
+@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 500), ("dpm++", 40)])
+def test_deterministic_samplers_solve_the_equation(sampler, steps, deviation):
+    """The solution scales the start to the data's deviation: x_0 = x_T s / sqrt(a_T s^2 + 1 - a_T)."""
+    config = SamplingConfig(sampler=sampler, steps=steps, cfg_scale=1, seed=5)
+    model, indices, shape = NormalData(deviation), [4, 9], (1, 8, 8)
+    found = sampling.sample_latents(model, config, indices, [0, 0], shape, torch.device("cpu"))
+    start = sampling.IndexedNoise(5, indices)(torch.empty(2, *shape))
+    a = float(model.alphas_cumprod[-1])
+    expected = start * deviation / math.sqrt(a * deviation**2 + 1 - a)
+    torch.testing.assert_close(found, expected, atol=0, rtol=0.02)
+
+
+def test_ancestral_sampling_has_the_deviation_of_the_data():
+    config = SamplingConfig(steps=250, cfg_scale=1)
+    found = sampling.sample_latents(
+        NormalData(0.5), config, list(range(64)), [0] * 64, (1, 16, 16), torch.device("cpu")
+    )
+    assert float(found.std()) == pytest.approx(0.5, rel=0.03)
+    assert float(found.mean()) == pytest.approx(0, abs=0.02)
+
+
+@pytest.mark.parametrize("sampler", sampling.SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_very_few_steps_run(sampler, steps, run):
+    assert torch.isfinite(latents(run, SamplingConfig(sampler=sampler, steps=steps))).all()
+
+
+def test_precision_follows_the_device(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert sampling.resolve_precision("fp32", cuda) == "fp32" and sampling.resolve_precision("bf16", cpu) == "bf16"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert sampling.resolve_precision("auto", cuda) == "fp32"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert sampling.resolve_precision("auto", cuda) == "bf16"
+    assert sampling.resolve_precision("auto", torch.device("mps")) == "fp32"
