@@ -222,6 +222,19 @@ def test_micro_batches_add_up_to_the_whole_batch(train_arguments, tmp_path, monk
         torch.testing.assert_close(gradient, found[0][1], atol=1e-7, rtol=1e-5)
 
 
+def test_every_step_and_micro_batch_has_noise_of_its_own(train_arguments, tmp_path, monkeypatch):
+    drawn, randint = [], torch.randint
+
+    def watched(*args, **kwargs):
+        drawn.append(randint(*args, **kwargs))
+        return drawn[-1]
+
+    monkeypatch.setattr(torch, "randint", watched)
+    for seed in (0, 1):
+        train.main(train_arguments(tmp_path / f"run {seed}", max_steps=3, grad_accum_steps=2, global_seed=seed))
+    assert len(drawn) == 12 and len({tuple(t.tolist()) for t in drawn}) == 12
+
+
 # Killed, and out of disk
 
 
