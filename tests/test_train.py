@@ -472,7 +472,7 @@ def poison(monkeypatch, steps) -> list:
 
     def micro_batch_loss(self, inputs, labels):
         trainers.append(self)
-        return loss(self, inputs, labels) * (math.inf if self.step in steps else 1)
+        return loss(self, inputs, labels) + (math.inf if self.step in steps else 0)  # its gradient is finite
 
     monkeypatch.setattr(train.Trainer, "micro_batch_loss", micro_batch_loss)
     return trainers

@@ -115,7 +115,7 @@ def non_finite(results: Path, data: Path, vae: str) -> dict:
 
     def micro_batch_loss(self, inputs, labels):
         bad = distributed.rank() == 1 and self.step == 1
-        return loss(self, inputs, labels) * (math.nan if bad else 1)
+        return loss(self, inputs, labels) + (math.nan if bad else 0)
 
     train.Trainer.micro_batch_loss, trainers = micro_batch_loss, []
     run = train.train
