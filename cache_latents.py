@@ -106,9 +106,8 @@ class CacheWriter:
 
 def check_same(stored: dict, settings: dict, root: Path) -> None:
     """Raise UserError, naming what differs, unless a cache was begun with the same settings."""
-    differing = [key for key in settings if stored.get(key) != settings[key] and key not in ("quick", "data_path")]
-    if differing:
-        listed = ", ".join(f"{key} {short(stored.get(key))} (now {short(settings[key])})" for key in differing)
+    listed = options.differences(stored, settings, ignored=("quick", "data_path"), show=short)
+    if listed:
         raise UserError(
             f"--latents-dir {str(root)!r} was made with other settings: {listed}; remove it or use another folder"
         )

@@ -113,9 +113,8 @@ class SampleFolder:
         """Create it, or check that it was begun with the same settings. Raises UserError."""
         if self.settings.exists():
             stored = monitor.read_json(self.settings)
-            differing = [k for k in settings if k not in WHERE and stored.get(k) != settings[k]]
-            if differing:
-                listed = ", ".join(f"{key} {stored.get(key)!r} (now {settings[key]!r})" for key in differing)
+            listed = options.differences(stored, settings, ignored=WHERE)
+            if listed:
                 raise UserError(
                     f"{str(self.images)!r} was begun with other settings: {listed}; repeat them, or use another "
                     "--sample-dir"

@@ -343,9 +343,8 @@ def check_same(stored: dict | None, current: dict, path: Path) -> None:
         raise UserError(f"checkpoint {str(path)!r} has no config, so it cannot be resumed; use another --results-dir")
     old, new = flatten(stored), flatten(current)
     ignored = ("vae.source", "data.classes")  # where weights came from, and names that the fingerprint covers
-    differing = [key for key in {**old, **new} if key not in ignored and old.get(key) != new.get(key)]
-    if differing:
-        listed = ", ".join(f"{key} {old.get(key)!r} (now {new.get(key)!r})" for key in differing)
+    listed = options.differences(old, {key: new.get(key) for key in {**old, **new}}, ignored)
+    if listed:
         raise UserError(
             f"checkpoint {str(path)!r} was trained with other settings: {listed}; repeat the run's own command, or use "
             "another --results-dir"

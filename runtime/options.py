@@ -56,6 +56,12 @@ def one_line(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f]", lambda match: repr(match.group())[1:-1], text)
 
 
+def differences(stored: dict, current: dict, ignored: tuple[str, ...] = (), show: Callable = repr) -> str:
+    """The settings of current that stored has otherwise, as "lr 0.1 (now 0.2), ..."; empty where they agree."""
+    differing = [key for key in current if key not in ignored and stored.get(key) != current[key]]
+    return ", ".join(f"{key} {show(stored.get(key))} (now {show(current[key])})" for key in differing)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes no abbreviated options, suggests corrections, and raises UserError."""
 
