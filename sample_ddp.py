@@ -56,6 +56,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--image-size", type=options.image_size, default=None, help="pixels, as in 256 or 256x384")
     group.add_argument("--num-classes", type=options.count, default=None, help="classes of the label table")
     options.add_rope_options(parser)
+    options.add_rope_extend(parser)
     args = parser.parse_args(argv)
     if not args.guidance_interval[0] < args.guidance_interval[1]:
         low, high = args.guidance_interval
@@ -66,7 +67,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def given_model(args: argparse.Namespace) -> dict:
     """What the command line says about the model, for load_trained to check or to use."""
     rope = options.given_rope_options(args)
-    names = ("model", "image_size", "num_classes", "use_rope")
+    names = ("model", "image_size", "rope_extend", "num_classes", "use_rope")
     return {name: getattr(args, name) for name in names} | ({"rope": rope} if rope else {})
 
 
@@ -83,9 +84,10 @@ def sampling_config(args: argparse.Namespace) -> SamplingConfig:
 
 
 def run_name(trained: checkpoint.Trained, vae_source: str, args: argparse.Namespace) -> str:
-    """DiT-B-4-0400000-size-256-vae-mse-cfg-1.0-seed-100."""
+    """DiT-B-4-0400000-size-256-vae-mse-cfg-1.0-seed-100; size-512-interpolate beyond the trained size."""
     model = trained.config.model.replace("/", "-")
     size, vae = options.format_size(trained.image_size), Path(vae_source).resolve().name
+    size += f"-{trained.rope_extend}" if trained.rope_extend else ""
     return f"{model}-{trained.path.stem}-size-{size}-vae-{vae}-cfg-{args.cfg_scale}-seed-{args.global_seed}"
 
 
@@ -182,7 +184,7 @@ def sample_missing(trained, vae: VAE, folder: SampleFolder, config: SamplingConf
     if missing and distributed.is_main():
         folder.npz.unlink(missing_ok=True)  # whoever finds one may take it for complete
     mine = missing[distributed.rank() :: distributed.world_size()]
-    shape = (trained.config.in_channels, *trained.config.input_size)
+    shape = (trained.config.in_channels, *trained.latent_size)
     precision = sampling.resolve_precision(args.precision, device)
     model = trained.model.to(device)
     writer, begun = BackgroundWriter(vae, folder), args.num_fid_samples - len(missing)
@@ -257,6 +259,7 @@ def main(argv: list[str] | None = None) -> None:
         "weights": args.weights,
         "model": trained.config.to_dict(),
         "image_size": list(trained.image_size),
+        "rope_extend": trained.rope_extend,
         "vae": vae_source,
         "vae_sha256": vae.describe()["sha256"],
         "precision": sampling.resolve_precision(args.precision, device),

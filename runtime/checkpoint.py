@@ -10,7 +10,7 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -149,6 +149,8 @@ class Trained:
     classes: list[str] | None  # names of the classes, None when unknown
     step: int | None  # None when unknown
     sha256: str  # of the weights
+    rope_extend: str | None = None  # how positions reach beyond the trained size; None = at the trained size
+    latent_size: tuple[int, int] = (0, 0)  # latent height and width of image_size
 
 
 def load_trained(path: str | Path, weights: str = "ema", given: dict | None = None) -> Trained:
@@ -156,8 +158,9 @@ def load_trained(path: str | Path, weights: str = "ema", given: dict | None = No
 
     weights is "ema" or "model". given holds what the command line says: "model", "image_size", "num_classes",
     "use_rope", "rope" (a dict of RopeConfig fields); None or missing keys are left to the checkpoint, and what
-    is given has to agree with it. A file without a config is completed from its "args", from the shapes of
-    its weights, and from given; its border is clamp. Raises UserError.
+    is given has to agree with it, but for the image size of a RoPE model when "rope_extend" says how its positions
+    reach beyond (see extend). A file without a config is completed from its "args", from the shapes of its
+    weights, and from given; its border is clamp. Raises UserError.
     """
     path, given = Path(path), {key: value for key, value in (given or {}).items() if value is not None}
     state = load(path)
@@ -166,7 +169,7 @@ def load_trained(path: str | Path, weights: str = "ema", given: dict | None = No
     try:
         known = _from_config(stored) if stored else _from_foreign(state, tensors, given, path)
         config: ModelConfig = known["config"]
-        _check_agreement(config, known["image_size"], given, path)
+        _check_agreement(config, given, path)
         check_rope(config.rope, config.head_dim, config.model)
         with torch.device("meta"):  # nothing is allocated before the shapes are those of the file
             expected = config.build().state_dict()
@@ -179,7 +182,7 @@ def load_trained(path: str | Path, weights: str = "ema", given: dict | None = No
     model = config.build()
     model.load_state_dict(tensors)
     step = state.get("step", state.get("train_steps"))
-    return Trained(
+    trained = Trained(
         path=path,
         model=model.eval().requires_grad_(False),
         config=config,
@@ -188,7 +191,37 @@ def load_trained(path: str | Path, weights: str = "ema", given: dict | None = No
         classes=known["classes"],
         step=step if isinstance(step, int) else None,
         sha256=weights_hash(tensors),
+        latent_size=config.input_size,
     )
+    return extend(trained, given["image_size"], given.get("rope_extend")) if "image_size" in given else trained
+
+
+def extend(trained: Trained, image_size: tuple[int, int], rope_extend: str | None) -> Trained:
+    """Set a RoPE model to another image size than it was trained at.
+
+    "extrapolate" lets positions go on with the trained distance of neighbours (pt_grid of the new size);
+    "interpolate" squeezes them into the trained range (pt_grid as trained). Raises UserError without either, and for
+    sin-cos models, whose position table is fixed.
+    """
+    if image_size == trained.image_size:
+        return trained
+    asked, stored = (f"--image-size {format_size(image_size)}", format_size(trained.image_size))
+    if trained.config.rope is None:
+        raise UserError(
+            f"{asked} disagrees with checkpoint {str(trained.path)!r}, which was trained with {stored} and has a fixed "
+            "table of sin-cos positions for that size alone; leave the option out, or use a RoPE checkpoint"
+        )
+    if rope_extend is None:
+        raise UserError(
+            f"{asked} disagrees with checkpoint {str(trained.path)!r}, which was trained with {stored}; pass "
+            "--rope-extend extrapolate (positions go on) or interpolate (they are squeezed), or leave the option out"
+        )
+    patch = trained.config.patch_size
+    downsampling = trained.image_size[0] // trained.config.input_size[0]
+    height, width = check_image_size(image_size, downsampling, patch)
+    if rope_extend == "extrapolate":
+        trained.model.rope_embedder.pt_grid = (height // patch, width // patch)
+    return replace(trained, image_size=image_size, latent_size=(height, width), rope_extend=rope_extend)
 
 
 def weights_hash(tensors: dict[str, Tensor]) -> str:
@@ -250,7 +283,8 @@ def _from_foreign(state: dict, tensors: dict[str, Tensor], given: dict, path: Pa
     if grid is not None:
         image_size = (grid * 8, grid * 8)
     else:
-        size = args.get("image_size", given.get("image_size", 256))
+        asked = None if "rope_extend" in given else given.get("image_size")  # to extend is not to tell the trained size
+        size = args.get("image_size", asked or 256)
         image_size = (int(size), int(size)) if not isinstance(size, tuple) else size
     patch = int(shapes["model"].split("/")[1])
     config = ModelConfig(input_size=check_image_size(image_size, 8, patch), rope=rope, **shapes)
@@ -301,16 +335,14 @@ def _from_shapes(tensors: dict[str, Tensor], path: Path) -> dict:
     }
 
 
-def _check_agreement(config: ModelConfig, image_size: tuple[int, int], given: dict, path: Path) -> None:
+def _check_agreement(config: ModelConfig, given: dict, path: Path) -> None:
     """Raise UserError when a flag says otherwise than the checkpoint."""
     stored = {
         "--model": config.model,
         "--num-classes": config.num_classes,
-        "--image-size": format_size(image_size),
         "--use-rope": config.rope is not None,
     }
     flags = {"--model": given.get("model"), "--num-classes": given.get("num_classes")}
-    flags["--image-size"] = format_size(given["image_size"]) if "image_size" in given else None
     flags["--use-rope"] = given.get("use_rope")
     for name, value in given.get("rope", {}).items():
         flags[f"--rope-{name.replace('_', '-')}"] = value

@@ -151,6 +151,16 @@ def add_rope_options(parser: Parser) -> None:
         )
 
 
+def add_rope_extend(parser: Parser) -> None:
+    """Add --rope-extend, for commands that run a trained model at other image sizes."""
+    parser.add_argument(
+        "--rope-extend",
+        choices=["extrapolate", "interpolate"],
+        default=None,
+        help="at another --image-size than the trained one: let positions go on, or squeeze them (None: not allowed)",
+    )
+
+
 def given_rope_options(args: argparse.Namespace) -> dict:
     """The RopeConfig fields that the command line gives. Raises UserError when --use-rope is missing beside them."""
     names = [field.name for field in dataclasses.fields(RopeConfig) if hasattr(args, f"rope_{field.name}")]

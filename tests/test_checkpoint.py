@@ -110,10 +110,37 @@ def test_flags_have_to_agree_with_the_checkpoint(run):
     trained_with = "disagrees with checkpoint FILE, which was trained with"
     assert disagreement(model="DiT-B/4") == f"--model DiT-B/4 {trained_with} DiT-XS/2{suffix}"
     assert disagreement(num_classes=10) == f"--num-classes 10 {trained_with} 3{suffix}"
-    assert disagreement(image_size=(32, 64)) == f"--image-size 32x64 {trained_with} 32{suffix}"
+    remedy = (
+        "pass --rope-extend extrapolate (positions go on) or interpolate (they are squeezed), or leave the option out"
+    )
+    assert disagreement(image_size=(32, 64)) == f"--image-size 32x64 {trained_with} 32; {remedy}"
     assert disagreement(use_rope=True, rope={"rotate": 4}) == f"--rope-rotate 4 {trained_with} 2{suffix}"
     given = dict(use_rope=True, rope={"max_freq_lang": 2.0})
     assert disagreement(**given) == f"--rope-max-freq-lang 2.0 {trained_with} 1.5{suffix}"
+
+
+def test_positions_of_another_image_size_go_on_or_are_squeezed(run):
+    """At twice the size the first frequency, 1.5 radians per patch, keeps its step or halves it (trained: 2 x 2)."""
+    path = run / "checkpoints" / "0000007.pt"
+    for mode, step in (("extrapolate", 1.5), ("interpolate", 0.75)):
+        trained = checkpoint.load_trained(path, given=dict(image_size=(64, 96), rope_extend=mode))
+        assert (trained.image_size, trained.latent_size, trained.rope_extend) == ((64, 96), (8, 12), mode)
+        phases = trained.model.rope_embedder.phases(4, 6).view(4, 6, -1)
+        assert torch.allclose(phases[1:, :, 0] - phases[:-1, :, 0], torch.tensor(step))
+        column_step = 1.5 if mode == "extrapolate" else 1.5 * 2 / 6
+        first_of_columns = phases.shape[-1] // 2
+        steps = phases[:, 1:, first_of_columns] - phases[:, :-1, first_of_columns]
+        assert torch.allclose(steps, torch.tensor(column_step))
+    same = checkpoint.load_trained(path, given=dict(image_size=(32, 32), rope_extend="extrapolate"))
+    assert (same.latent_size, same.rope_extend) == ((4, 4), None)
+
+
+def test_sin_cos_positions_reach_no_other_size(tmp_path):
+    path = write(tmp_path / "a.pt", {"ema": build(num_classes=5).state_dict()})
+    assert rejection(path, given=dict(image_size=(64, 64), rope_extend="extrapolate")) == (
+        "--image-size 64 disagrees with checkpoint FILE, which was trained with 32 and has a fixed table of sin-cos "
+        "positions for that size alone; leave the option out, or use a RoPE checkpoint"
+    )
 
 
 # From elsewhere
@@ -195,7 +222,7 @@ def test_flags_have_to_agree_with_files_from_elsewhere(tmp_path):
     assert rejection(path, given=dict(model="DiT-XS/4")) == f"--model DiT-XS/4 {suffix} DiT-XS/2; leave the flag out"
     assert rejection(path, given=dict(num_classes=1000)).startswith(f"--num-classes 1000 {suffix} 5;")
     assert rejection(path, given=dict(use_rope=True)).startswith(f"--use-rope True {suffix} False;")
-    assert rejection(path, given=dict(image_size=(64, 64))).startswith(f"--image-size 64 {suffix} 32;")
+    assert rejection(path, given=dict(image_size=(64, 64))).startswith(f"--image-size 64 {suffix} 32 and")
     args = argparse.Namespace(image_size=32, **SPIRAL_ARGS)
     path = write(tmp_path / "b.pt", {"ema": build(rope=SPIRAL).state_dict(), "args": args})
     assert rejection(path, given=dict(use_rope=True, rope={"rotate": 4})).startswith(f"--rope-rotate 4 {suffix} 2;")

@@ -243,7 +243,8 @@ SAMPLE = [
     ),
     (
         dict(image_size=64),
-        "--image-size 64 disagrees with checkpoint CKPT, which was trained with 32; leave the flag out",
+        "--image-size 64 disagrees with checkpoint CKPT, which was trained with 32; pass --rope-extend extrapolate "
+        "(positions go on) or interpolate (they are squeezed), or leave the option out",
     ),
     (
         dict(num_classes=10),
