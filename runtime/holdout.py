@@ -122,7 +122,7 @@ def check_overlap(images: ImageList, source: ImageList | LatentCache) -> None:
     """Raise UserError when a file of the validation set, or a copy of it, is among the training images."""
     if isinstance(source, LatentCache):
         try:
-            source = ImageList(source.meta["data_path"])
+            source = ImageList(source.meta["data_path"], "their folder")
         except UserError as error:
             message = f"the validation set was not compared with the images of the cache: {error}"
             return warnings.warn(message, stacklevel=2)

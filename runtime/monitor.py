@@ -146,7 +146,9 @@ def plot_loss(folder: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     left = figure.add_subplot()
     right = left.twinx()
-    lines = left.plot(steps, [record["loss"] for record in records], color="C0", label="training loss")
+    lines = left.plot(
+        steps, [record["loss"] for record in records], color="C0", label="training: noise MSE + variational term"
+    )
     for key, weights, color in (("val_loss", "raw", "C2"), ("val_loss_ema", "EMA", "C3")):
         points = [(record["step"], record[key]) for record in found if key in record]
         if points:
@@ -155,7 +157,7 @@ def plot_loss(folder: Path) -> None:
     lines += right.plot(
         steps, [record["grad_norm"] for record in records], color="C1", alpha=0.5, label="gradient norm"
     )
-    left.set(title="Training loss", xlabel="training step", ylabel="loss (noise MSE + variational term, bits/dim)")
+    left.set(title="Loss", xlabel="training step", ylabel="noise MSE; variational term in bits/dim")
     left.set_yscale("log")
     right.set_ylabel("gradient norm (L2, before clipping)")
     left.grid(alpha=0.3)
