@@ -118,18 +118,18 @@ def plan(args: argparse.Namespace, device: torch.device) -> Job:
     else:
         source, vae = data.ImageList(args.data_path), VAE(args.vae or "ema", device)
         vae_config = {"source": vae.source, **vae.describe()}
-    source, held_out = holdout.hold_out(source, vae, vae_config, args, device)
+    training, held_out = holdout.hold_out(source, vae, vae_config, args, device)
     if vae is None:
-        dataset = data.LatentData(source, args.flip, args.global_seed)
+        dataset = data.LatentData(training, args.flip, args.global_seed)
     else:
-        dataset = data.ImageData(source, args.image_size, args.flip, args.global_seed)
+        dataset = data.ImageData(training, args.image_size, args.flip, args.global_seed)
     classes = len(source.classes)
     if args.num_classes is not None and args.num_classes < classes:
         raise UserError(f"--num-classes {args.num_classes} is less than the {classes} class folders; leave it out")
-    steps_per_epoch = len(source) // args.global_batch_size
+    steps_per_epoch = len(training) // args.global_batch_size
     if steps_per_epoch == 0:
         raise UserError(
-            f"--global-batch-size {args.global_batch_size} is more than the {len(source)} images; use a smaller batch"
+            f"--global-batch-size {args.global_batch_size} is more than the {len(training)} images; use a smaller batch"
         )
 
     model = ModelConfig(model=args.model, num_classes=args.num_classes or classes, rope=rope)
@@ -140,7 +140,7 @@ def plan(args: argparse.Namespace, device: torch.device) -> Job:
         "model": model,
         "image_size": list(args.image_size),
         "vae": vae_config,
-        "data": {"fingerprint": source.fingerprint, "images": len(source), "classes": source.classes},
+        "data": {"fingerprint": source.fingerprint, "images": len(training), "classes": source.classes},
         "recipe": {name: getattr(args, name) for name in RECIPE},
     }
     if held_out is not None:

@@ -14,7 +14,7 @@ import evaluate_loss
 import train
 from diffusion import create_diffusion
 from models import ModelConfig
-from runtime import checkpoint, data, distributed, holdout, monitor, validation
+from runtime import checkpoint, data, holdout, monitor, validation
 from runtime.distributed import hash_seed
 from runtime.vae import VAE
 
@@ -187,7 +187,8 @@ def test_cache_and_images_give_the_same_split_and_loss(validated, image_folder, 
     changes |= {"ema_decay": 0.5, "use_rope": True, "rope_rotate": 2}
     train.main(train_arguments(tmp_path / "run", **changes))
     online, cached = (checkpoint.load(run / "checkpoints/0000007.pt") for run in (validated, tmp_path / "run"))
-    assert cached["config"]["validation"] == online["config"]["validation"]
+    for part in ("validation", "data"):
+        assert cached["config"][part] == online["config"][part]
     for record, expected in zip(metrics(tmp_path / "run"), metrics(validated), strict=True):
         if "val_loss" in expected:
             assert record["val_loss"] == pytest.approx(expected["val_loss"], rel=2e-3)
@@ -203,10 +204,11 @@ def test_a_cache_takes_a_separate_validation_set(held_out_validation, make_vae, 
     assert "val_loss_ema" in metrics(tmp_path / "run")[-1]
     assert capsys.readouterr().err == ""
     shutil.move(training, tmp_path / "gone")
-    train.main(train_arguments(tmp_path / "other", vae=moved, **changes))
-    assert capsys.readouterr().err == (
-        f"train.py: warning: the validation set was not compared with the images of the cache: --data-path "
-        f"{str(training)!r} is not a folder; expected one with a sub-folder for each class\n"
+    with pytest.warns(UserWarning) as warned:
+        train.main(train_arguments(tmp_path / "other", vae=moved, **changes))
+    assert str(warned[0].message) == (
+        f"the validation set was not compared with the images of the cache: their folder {str(training)!r} is not a "
+        "folder; expected one with a sub-folder for each class"
     )
 
 
@@ -440,8 +442,8 @@ def test_a_split_that_cannot_be_told_is_refused(validated, run, image_folder, ma
 
     plain, split = run / "checkpoints" / "0000007.pt", validated / "checkpoints" / "0000007.pt"
     assert message(plain, split="val") == (
-        f"--split val: checkpoint {str(plain)!r} was trained without --val-fraction, so nothing of --data-path was held "
-        "out; give held-out images as --data-path and leave --split out"
+        f"--split val: checkpoint {str(plain)!r} was trained without --val-fraction, so nothing of --data-path was "
+        "held out; give held-out images as --data-path and leave --split out"
     )
     other = shutil.copytree(image_folder, tmp_path / "other")
     for path in sorted((other / "bee").iterdir())[:5]:
@@ -452,8 +454,8 @@ def test_a_split_that_cannot_be_told_is_refused(validated, run, image_folder, ma
     )
     shutil.move(other / "bee", other / "wasp")
     assert message(split, data_path=other) == (
-        f"--data-path {str(other)!r} has class folders that checkpoint {str(split)!r} was not trained on: 'wasp'; remove "
-        "or rename them"
+        f"--data-path {str(other)!r} has class folders that checkpoint {str(split)!r} was not trained on: 'wasp'; "
+        "remove or rename them"
     )
     folder = make_vae(stages=3)
     assert message(split, vae=folder) == (
