@@ -38,6 +38,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     options.add_rope_options(parser)
     options.add_rope_extend(parser)
     args = parser.parse_args(argv)
+    if args.out is not None and args.out.is_dir():
+        raise UserError(f"--out {str(args.out)!r} is a folder; expected the name of a file, such as loss.json")
     if args.out is not None and not args.out.parent.is_dir():
         raise UserError(f"--out {str(args.out)!r} cannot be written: {str(args.out.parent)!r} is not a folder")
     return args

@@ -461,6 +461,10 @@ def test_a_split_that_cannot_be_told_is_refused(validated, run, image_folder, ma
     assert message(split, vae=folder) == (
         f"--vae {str(folder)!r} has 4 latent channels and down-sampling 4; the checkpoint was trained with 4 and 8"
     )
+    (tmp_path / "folder").mkdir()
+    assert message(split, out=tmp_path / "folder") == (
+        f"--out {str(tmp_path / 'folder')!r} is a folder; expected the name of a file, such as loss.json"
+    )
     assert message(split, out=tmp_path / "none" / "loss.json") == (
         f"--out {str(tmp_path / 'none' / 'loss.json')!r} cannot be written: {str(tmp_path / 'none')!r} is not a folder"
     )
