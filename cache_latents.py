@@ -130,7 +130,9 @@ def quick_identity(args: argparse.Namespace) -> list:
 def is_finished(args: argparse.Namespace) -> bool:
     """Whether the folder holds the finished cache of this very command."""
     meta = args.latents_dir / "meta.json"
-    return meta.exists() and args.data_path.is_dir() and monitor.read_json(meta).get("quick") == quick_identity(args)
+    if not (meta.exists() and (args.latents_dir / "paths.npy").exists() and args.data_path.is_dir()):
+        return False
+    return monitor.read_json(meta).get("quick") == quick_identity(args)
 
 
 def encode_missing(writer: CacheWriter, images: data.ImageList, vae: VAE, args, logger) -> tuple[bool, list[str]]:
@@ -208,6 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     finished = args.latents_dir / "meta.json"
     if distributed.on_main(finished.exists):
         distributed.on_main(lambda: check_same(monitor.read_json(finished), settings, args.latents_dir))
+        distributed.on_main(write_paths, args.latents_dir, images)
         return logger.info(f"nothing to do: {args.latents_dir} is a finished cache of this data set")
     writer = CacheWriter(args.latents_dir, shape)
     size = monitor.format_bytes(shape[0] * writer.row_bytes)
@@ -223,11 +226,20 @@ def main(argv: list[str] | None = None) -> None:
     logger.info(f"finished: {args.latents_dir}")
 
 
+def write_paths(root: Path, images: data.ImageList) -> None:
+    """The relative path of every row, by which training can hold images out, whole or not at all."""
+    if not (root / "paths.npy").exists():
+        with open(root / "paths.npy.partial", "wb") as file:
+            np.save(file, images.paths)
+        os.replace(root / "paths.npy.partial", root / "paths.npy")
+
+
 def finish(root: Path, images: data.ImageList, settings: dict) -> None:
     """List what was left out, and write meta.json, which makes the cache a finished one."""
     skipped = np.flatnonzero(np.load(root / "labels.npy") < 0)
     if len(skipped):
         monitor.write_text(root / "skipped.txt", "".join(f"{images.path(row)}\n" for row in skipped))
+    write_paths(root, images)
     monitor.write_json(root / "meta.json", settings)
     (root / "done").unlink()
     (root / "begun.json").unlink()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffusion import create_diffusion
 from models import DiT, ModelConfig
-from runtime import checkpoint, data, distributed, monitor, options
+from runtime import checkpoint, data, distributed, holdout, monitor, options, validation
 from runtime.options import UserError, check_image_size, check_rope
 from runtime.sampling import autocast, resolve_precision
 from runtime.vae import VAE, sample_latents
@@ -79,11 +79,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="compile the model")
     add("--grad-accum-steps", type=options.count, default=1, help="micro-batches a step, for less memory")
     add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass, for less memory")
+    holdout.add_options(parser)
     options.add_rope_options(parser)
     args = parser.parse_args(argv)
     if (args.data_path is None) == (args.latents_dir is None):
         both = "both were" if args.data_path is not None else "neither was"
         raise UserError(f"exactly one of --data-path and --latents-dir is needed, {both} given; see --help")
+    holdout.check_options(args)
     return args
 
 
@@ -95,7 +97,8 @@ class Job:
     device: torch.device
     dataset: data.ImageData | data.LatentData
     vae: VAE | None  # None when latents are cached
-    config: dict  # what the checkpoint stores: model, image_size, vae, data, recipe
+    held_out: holdout.HeldOut | None  # None without validation
+    config: dict  # what the checkpoint stores: model, image_size, vae, data, recipe, validation
     total_steps: int
     steps_per_epoch: int
 
@@ -109,21 +112,24 @@ def plan(args: argparse.Namespace, device: torch.device) -> Job:
     rope = options.rope_from_args(args)
     check_batch(args)
     if args.latents_dir is not None:
-        source, vae, vae_config = data.LatentCache(args.latents_dir), None, None
+        source, vae = data.LatentCache(args.latents_dir), None
         vae_config = source.meta["vae"]
         check_cache(source, args)
-        dataset = data.LatentData(source, args.flip, args.global_seed)
     else:
         source, vae = data.ImageList(args.data_path), VAE(args.vae or "ema", device)
         vae_config = {"source": vae.source, **vae.describe()}
-        dataset = data.ImageData(source, args.image_size, args.flip, args.global_seed)
+    training, held_out = holdout.hold_out(source, vae, vae_config, args, device)
+    if vae is None:
+        dataset = data.LatentData(training, args.flip, args.global_seed)
+    else:
+        dataset = data.ImageData(training, args.image_size, args.flip, args.global_seed)
     classes = len(source.classes)
     if args.num_classes is not None and args.num_classes < classes:
         raise UserError(f"--num-classes {args.num_classes} is less than the {classes} class folders; leave it out")
-    steps_per_epoch = len(source) // args.global_batch_size
+    steps_per_epoch = len(training) // args.global_batch_size
     if steps_per_epoch == 0:
         raise UserError(
-            f"--global-batch-size {args.global_batch_size} is more than the {len(source)} images; use a smaller batch"
+            f"--global-batch-size {args.global_batch_size} is more than the {len(training)} images; use a smaller batch"
         )
 
     model = ModelConfig(model=args.model, num_classes=args.num_classes or classes, rope=rope)
@@ -134,11 +140,13 @@ def plan(args: argparse.Namespace, device: torch.device) -> Job:
         "model": model,
         "image_size": list(args.image_size),
         "vae": vae_config,
-        "data": {"fingerprint": source.fingerprint, "images": len(source), "classes": source.classes},
+        "data": {"fingerprint": source.fingerprint, "images": len(training), "classes": source.classes},
         "recipe": {name: getattr(args, name) for name in RECIPE},
     }
+    if held_out is not None:
+        config["validation"] = held_out.describe()
     total = total_steps(args, steps_per_epoch)
-    return Job(args, device, dataset, vae, config, total, steps_per_epoch)
+    return Job(args, device, dataset, vae, held_out, config, total, steps_per_epoch)
 
 
 def check_batch(args: argparse.Namespace) -> None:
@@ -157,7 +165,8 @@ def check_cache(cache: data.LatentCache, args: argparse.Namespace) -> None:
     if tuple(cache.meta["image_size"]) != args.image_size:
         stored, asked = (options.format_size(size) for size in (cache.meta["image_size"], args.image_size))
         raise UserError(f"{name} was made at image size {stored}, the command says {asked}; pass --image-size {stored}")
-    if args.vae is not None and args.vae != cache.meta["vae"]["source"]:
+    # With --val-data-path the autoencoder is needed, maybe from another place; its weights are compared then.
+    if args.vae is not None and args.vae != cache.meta["vae"]["source"] and args.val_data_path is None:
         raise UserError(
             f"{name} was made with --vae {cache.meta['vae']['source']}, the command says {args.vae}; leave --vae out"
         )
@@ -491,15 +500,20 @@ def end_early(status: int, batches: list, trainer: Trainer, folder: RunFolder, l
     logger.info(f"stopped on request at step {trainer.step:,}; repeat the same command to go on")
 
 
-def log(trainer: Trainer, metrics: monitor.Metrics, pace: Pace, logger) -> None:
-    """One line in the log and in metrics.jsonl."""
-    record = trainer.log_record()
-    remaining = trainer.job.total_steps - trainer.step
-    record |= pace.measure(trainer.args.global_batch_size, remaining)
+def write_metrics(metrics: monitor.Metrics, record: dict, logger) -> None:
+    """One line in metrics.jsonl; a failed write is a warning."""
     try:
         metrics.write(record)
     except OSError as error:
-        logger.info(f"warning: step {trainer.step} is missing in {metrics.path}: {error}")
+        logger.info(f"warning: step {record['step']} is missing in {metrics.path}: {error}")
+
+
+def log(trainer: Trainer, metrics: monitor.Metrics, pace: Pace, logger, scores: dict) -> None:
+    """One line in the log and in metrics.jsonl, there with the scores of a validation at this step."""
+    record = trainer.log_record()
+    remaining = trainer.job.total_steps - trainer.step
+    record |= pace.measure(trainer.args.global_batch_size, remaining)
+    write_metrics(metrics, record | scores, logger)
     loss, norm = (f"{value:.4f}" if value is not None else "none" for value in (record["loss"], record["grad_norm"]))
     skipped = f", skipped {record['skipped']} non-finite steps" if record["skipped"] else ""
     logger.info(
@@ -508,9 +522,21 @@ def log(trainer: Trainer, metrics: monitor.Metrics, pace: Pace, logger) -> None:
     )
 
 
+def validate(validator: validation.Validator | None, trainer: Trainer, pace: Pace, logger, last: bool) -> dict:
+    """What a validation adds to the record of this step; empty where none is due."""
+    if validator is None or not validator.is_due(trainer.step, last):
+        return {}
+    began = time.perf_counter()
+    scores = validator.measure(trainer.model, trainer.ema)
+    pace.paused(began)
+    validator.log(trainer.step, scores, logger)
+    return scores
+
+
 def train(job: Job, trainer: Trainer, folder: RunFolder, logger) -> None:
     """Run the remaining steps, or as many as come before a reason to stop."""
     args = job.args
+    validator = validation.open_validator(job.held_out, args, job.device, trainer.precision, logger)
     batches = data.EpochBatches(
         len(job.dataset), args.global_batch_size, args.global_seed, trainer.step, args.grad_accum_steps
     )
@@ -527,8 +553,12 @@ def train(job: Job, trainer: Trainer, folder: RunFolder, logger) -> None:
             pace.steps += 1
             bar.update()
             last = trainer.step == job.total_steps
+            scores = validate(validator, trainer, pace, logger, last)
             if trainer.step % args.log_every == 0 or last:
-                log(trainer, metrics, pace, logger)
+                log(trainer, metrics, pace, logger, scores)
+            elif scores:
+                epoch = trainer.step // job.steps_per_epoch
+                write_metrics(metrics, {"step": trainer.step, "epoch": epoch, **scores}, logger)
             if trainer.step % args.ckpt_every == 0 or last:
                 began = time.perf_counter()
                 saved = trainer.step if save(trainer, folder, logger, required=last) else saved

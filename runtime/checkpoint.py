@@ -151,6 +151,7 @@ class Trained:
     sha256: str  # of the weights
     rope_extend: str | None = None  # how positions reach beyond the trained size; None = at the trained size
     latent_size: tuple[int, int] = (0, 0)  # latent height and width of image_size
+    validation: dict | None = None  # what the run held out: "fraction", "fingerprint", "images"; None = nothing
 
 
 def load_trained(path: str | Path, weights: str = "ema", given: dict | None = None) -> Trained:
@@ -192,6 +193,7 @@ def load_trained(path: str | Path, weights: str = "ema", given: dict | None = No
         step=step if isinstance(step, int) else None,
         sha256=weights_hash(tensors),
         latent_size=config.input_size,
+        validation=stored.get("validation") if stored else None,
     )
     return extend(trained, given["image_size"], given.get("rope_extend")) if "image_size" in given else trained
 

@@ -1,5 +1,6 @@
 """Data of a run: image folder and its preparation, latent cache, resumable batches, the demo digits."""
 
+import copy
 import hashlib
 import json
 import os
@@ -39,16 +40,17 @@ class Unreadable:
 class ImageList:
     """The images of a class-folder data set, in the order of class and file names.
 
-    Raises UserError for a folder that is missing, has no class folders, or has a class without images.
+    Raises UserError, naming the option that gave it, for a folder that is missing, has no class folders, or has a class
+    without images.
     """
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, option: str = "--data-path"):
         self.root = Path(root)
         if not self.root.is_dir():
-            raise UserError(f"--data-path {str(root)!r} is not a folder; expected one with a sub-folder for each class")
+            raise UserError(f"{option} {str(root)!r} is not a folder; expected one with a sub-folder for each class")
         self.classes = sorted(entry.name for entry in os.scandir(self.root) if _is_class(entry))
         if not self.classes:
-            raise UserError(f"--data-path {str(root)!r} has no class folders; expected one sub-folder for each class")
+            raise UserError(f"{option} {str(root)!r} has no class folders; expected one sub-folder for each class")
         paths, labels = [], []
         for label, name in enumerate(self.classes):
             found = _images_below(self.root, name)
@@ -68,13 +70,25 @@ class ImageList:
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(self.paths[index])
 
+    def subset(self, chosen: np.ndarray) -> "ImageList":
+        """The images whose entry of chosen (N,) is true, with all classes."""
+        part = copy.copy(self)
+        part.__dict__.pop("fingerprint", None)
+        part.paths, part.labels = self.paths[chosen], self.labels[chosen]
+        return part
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the relative paths, which hold the classes; the folder may move, its list may not change."""
-        digest = hashlib.sha256()
-        for path in self.paths:
-            digest.update(path + b"\0")
-        return digest.hexdigest()
+        return hash_paths(self.paths)
+
+
+def hash_paths(paths: np.ndarray) -> str:
+    """Hash of a list of relative paths (N,) bytes."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path + b"\0")
+    return digest.hexdigest()
 
 
 def _is_class(entry: os.DirEntry) -> bool:
@@ -186,7 +200,7 @@ class LatentData(Dataset):
 
 
 class LatentCache:
-    """A finished latent cache: moments.npy (N, flips, 2C, h, w) float16 memory-mapped, labels.npy, meta.json.
+    """A finished latent cache: moments.npy (N, flips, 2C, h, w) float16 memory-mapped, labels, paths, meta.json.
 
     Raises UserError for a folder that is not a finished cache.
     """
@@ -214,6 +228,28 @@ class LatentCache:
     @cached_property
     def moments(self) -> np.ndarray:
         return np.load(self.root / "moments.npy", mmap_mode="r")
+
+    @property
+    def paths(self) -> np.ndarray:
+        """Relative paths (N,) bytes of the images in the cache. Raises UserError where an old cache has none."""
+        try:
+            return np.load(self.root / "paths.npy")[self.rows]
+        except FileNotFoundError as error:
+            raise UserError(
+                f"--latents-dir {str(self.root)!r} does not tell the images' paths (paths.npy is missing), by which "
+                "--val-fraction splits; run cache_latents.py with this folder again, which adds them"
+            ) from error
+        except (OSError, ValueError, EOFError, IndexError) as error:
+            raise UserError(
+                f"--latents-dir {str(self.root)!r} is damaged (paths.npy: {error}); remove paths.npy and run "
+                "cache_latents.py with this folder again"
+            ) from error
+
+    def subset(self, chosen: np.ndarray) -> "LatentCache":
+        """The images whose entry of chosen (N,) is true, with all classes."""
+        part = copy.copy(self)
+        part.rows, part.labels = self.rows[chosen], self.labels[chosen]
+        return part
 
     def __getstate__(self):
         """A worker that is spawned maps the file itself in place of being sent its contents."""

@@ -135,8 +135,9 @@ def git_commit() -> str | None:
 
 
 def plot_loss(folder: Path) -> None:
-    """Draw loss.png from metrics.jsonl: training loss and gradient norm by step."""
-    records = [record for record in read_metrics(folder / "metrics.jsonl") if record.get("loss") is not None]
+    """Draw loss.png from metrics.jsonl: training loss, gradient norm and validation losses by step."""
+    found = read_metrics(folder / "metrics.jsonl")
+    records = [record for record in found if record.get("loss") is not None]
     if not (is_main() and records):
         return
     from matplotlib.figure import Figure
@@ -145,11 +146,18 @@ def plot_loss(folder: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     left = figure.add_subplot()
     right = left.twinx()
-    lines = left.plot(steps, [record["loss"] for record in records], color="C0", label="training loss")
+    lines = left.plot(
+        steps, [record["loss"] for record in records], color="C0", label="training: noise MSE + variational term"
+    )
+    for key, weights, color in (("val_loss", "raw", "C2"), ("val_loss_ema", "EMA", "C3")):
+        points = [(record["step"], record[key]) for record in found if key in record]
+        if points:
+            label = f"validation: noise MSE, {weights} weights"
+            lines += left.plot(*zip(*points, strict=True), color=color, marker=".", label=label)
     lines += right.plot(
         steps, [record["grad_norm"] for record in records], color="C1", alpha=0.5, label="gradient norm"
     )
-    left.set(title="Training loss", xlabel="training step", ylabel="loss (noise MSE + variational term, bits/dim)")
+    left.set(title="Loss", xlabel="training step", ylabel="noise MSE; variational term in bits/dim")
     left.set_yscale("log")
     right.set_ylabel("gradient norm (L2, before clipping)")
     left.grid(alpha=0.3)

@@ -59,11 +59,14 @@ class VAE:
         return pixels.permute(0, 2, 3, 1).to("cpu", torch.uint8)
 
 
-def sample_latents(moments: Tensor, scaling_factor: float, shift_factor: float = 0.0) -> Tensor:
-    """Draw scaled latents (N, C, h, w) float32 from posterior moments (N, 2C, h, w)."""
+def sample_latents(
+    moments: Tensor, scaling_factor: float, shift_factor: float = 0.0, noise: Tensor | None = None
+) -> Tensor:
+    """Draw scaled latents (N, C, h, w) float32 from posterior moments (N, 2C, h, w), with given or fresh noise."""
     # Contiguous, because noise is drawn in the order of memory, and an encoder's output can be laid out otherwise.
     mean, std = moments.float().contiguous().chunk(2, dim=1)
-    return (mean + std * torch.randn_like(mean) - shift_factor) * scaling_factor
+    noise = torch.randn_like(mean) if noise is None else noise
+    return (mean + std * noise - shift_factor) * scaling_factor
 
 
 def _load(source: str):

@@ -42,7 +42,7 @@ def contents(folder) -> dict:
 
 
 def test_what_is_written(cache, vae_folder):
-    assert sorted(contents(cache)) == ["labels.npy", "meta.json", "moments.npy"]
+    assert sorted(contents(cache)) == ["labels.npy", "meta.json", "moments.npy", "paths.npy"]
     moments, meta = np.load(cache / "moments.npy"), json.loads((cache / "meta.json").read_text())
     assert (moments.dtype, moments.shape) == (np.float16, (24, 2, 8, 4, 4))
     assert meta["vae"]["sha256"] == VAE(str(vae_folder)).describe()["sha256"]

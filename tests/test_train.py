@@ -19,6 +19,7 @@ import two_processes
 from conftest import TINY_RUN, command_line
 
 import cache_latents
+import evaluate_loss
 import train
 from runtime import checkpoint, data, monitor
 
@@ -632,3 +633,25 @@ def test_two_processes_fill_the_cache_of_one(two, image_folder, vae_folder, tmp_
     one, other = data.LatentCache(tmp_path / "one"), data.LatentCache(two.folder / "cached")
     assert one.fingerprint == other.fingerprint and one.labels.tolist() == other.labels.tolist()
     torch.testing.assert_close(torch.tensor(one.moments), torch.tensor(other.moments), atol=2e-3, rtol=2e-3)
+
+
+def test_two_processes_validate_as_one(two, image_folder, tmp_path):
+    """One process measures the loss of the checkpoint that two have written beside theirs."""
+    record, out = metrics(two.folder / "validated")[-1], tmp_path / "loss.json"
+    for weights, key in (("model", "val_loss"), ("ema", "val_loss_ema")):
+        options = {
+            "ckpt": two.folder / "validated" / "checkpoints" / "0000002.pt",
+            "weights": weights,
+            "data_path": image_folder,
+            "split": "val",
+            "precision": "fp32",
+            "num_workers": 0,
+            "batch_size": 4,
+            "out": out,
+        }
+        evaluate_loss.main(command_line(options))
+        found = json.loads(out.read_text())
+        assert found["images"] == 9
+        assert found["loss"] == pytest.approx(record[key], rel=1e-6)
+        assert found["loss_se"] == pytest.approx(record[f"{key}_se"], rel=1e-5)
+        assert found["loss_tenths"] == pytest.approx(record[f"{key}_tenths"], rel=1e-6)

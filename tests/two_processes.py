@@ -147,11 +147,17 @@ def cached(results: Path, data: Path, vae: str) -> dict:
     return {}
 
 
+def validated(results: Path, data: Path, vae: str) -> dict:
+    """A run that holds out nine images, five of which are validated by rank 0."""
+    train.main(arguments(results, data, vae, "--val-fraction=0.4", "--max-steps=2", "--lr=0.01", "--ema-decay=0.5"))
+    return {}
+
+
 def main() -> None:
     monitor.plot_loss = lambda _: None
     models.SIZES["XS"].update(TINY_XS)
     folder, data, vae = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    for scenario in (gradients, stopped, non_finite, unreadable, cached):
+    for scenario in (gradients, stopped, non_finite, unreadable, cached, validated):
         seen = scenario(folder / scenario.__name__, data, vae)
         torch.save(seen, folder / f"{scenario.__name__}-{distributed.rank()}.pt")
 

@@ -1,0 +1,161 @@
+"""The validation loss of any checkpoint: the noise MSE on a folder of images, with fixed timesteps and noise.
+
+For the same held-out images it is the number that training writes to metrics.jsonl. Runs alone or under torchrun.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from runtime import checkpoint, data, distributed, holdout, monitor, options, sampling, validation
+from runtime.options import UserError
+from runtime.vae import VAE
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = options.Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--ckpt", type=Path, required=True, help="checkpoint of train.py, or a DiT-style file")
+    add("--weights", choices=["ema", "model"], default="ema", help="averaged or raw weights")
+    add("--data-path", type=Path, required=True, help="folder with a sub-folder of images for each class")
+    add(
+        "--split",
+        choices=["all", "val"],
+        default="all",
+        help="val: the part of --data-path that the checkpoint's run held out with --val-fraction",
+    )
+    add("--vae", default=None, help="ema, mse, hub id or folder of an AutoencoderKL (None: the one of the training)")
+    add("--batch-size", type=options.count, default=8, help="images at a time for each process, ten timesteps each")
+    add("--num-workers", type=options.non_negative_int, default=4, help="image-reading processes for each process")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16: autocast; auto: if it is native")
+    add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 for float32 products on CUDA")
+    add("--out", type=Path, default=None, help="JSON file for the loss and what decides it (None: print only)")
+    group = parser.add_argument_group("model: needed only where the checkpoint does not tell, or at another image size")
+    group.add_argument("--model", type=options.model_name, default=None, help="size and patch, as in DiT-B/4")
+    group.add_argument("--image-size", type=options.image_size, default=None, help="pixels, as in 256 or 256x384")
+    group.add_argument("--num-classes", type=options.count, default=None, help="classes of the label table")
+    options.add_rope_options(parser)
+    options.add_rope_extend(parser)
+    args = parser.parse_args(argv)
+    if args.out is not None and args.out.is_dir():
+        raise UserError(f"--out {str(args.out)!r} is a folder; expected the name of a file, such as loss.json")
+    if args.out is not None and not args.out.parent.is_dir():
+        raise UserError(f"--out {str(args.out)!r} cannot be written: {str(args.out.parent)!r} is not a folder")
+    return args
+
+
+def load_model(args: argparse.Namespace) -> checkpoint.Trained:
+    """The model at the image size that the command line asks for."""
+    rope = options.given_rope_options(args)
+    names = ("model", "image_size", "rope_extend", "num_classes", "use_rope")
+    given = {name: getattr(args, name) for name in names} | ({"rope": rope} if rope else {})
+    return checkpoint.load_trained(args.ckpt, args.weights, given)
+
+
+def select_images(args: argparse.Namespace, trained: checkpoint.Trained) -> data.ImageList:
+    """The images to evaluate, labelled as the model knows their classes. Raises UserError."""
+    images = data.ImageList(args.data_path)
+    if args.split == "val":
+        images = held_out_part(images, trained)
+    if trained.classes is None:
+        if len(images.classes) != trained.config.num_classes:
+            raise UserError(
+                f"--data-path {str(args.data_path)!r} has {len(images.classes)} class folders and checkpoint "
+                f"{str(args.ckpt)!r}, which does not name its classes, has {trained.config.num_classes}; give one "
+                "folder for each class, sorted as in training"
+            )
+        return images
+    unknown = sorted(set(images.classes) - set(trained.classes))
+    if unknown:
+        raise UserError(
+            f"--data-path {str(args.data_path)!r} has class folders that checkpoint {str(args.ckpt)!r} was not trained "
+            f"on: {holdout.list_names(unknown)}; remove or rename them"
+        )
+    images.labels = np.array([trained.classes.index(name) for name in images.classes])[images.labels]
+    return images
+
+
+def held_out_part(images: data.ImageList, trained: checkpoint.Trained) -> data.ImageList:
+    """What the checkpoint's run held out of these images. Raises UserError when it cannot be told."""
+    stored = trained.validation or {}
+    if stored.get("fraction") is None:
+        raise UserError(
+            f"--split val: checkpoint {str(trained.path)!r} was trained without --val-fraction, so nothing of "
+            "--data-path was held out; give held-out images as --data-path and leave --split out"
+        )
+    part = images.subset(holdout.split(images.paths, images.labels, images.classes, stored["fraction"]))
+    if part.fingerprint != stored["fingerprint"]:
+        raise UserError(
+            f"--split val: --data-path {str(images.root)!r} holds other files than the training of checkpoint "
+            f"{str(trained.path)!r}, so its {stored['images']} held-out images cannot be told; give the training's "
+            "folder"
+        )
+    return part
+
+
+def load_vae(trained: checkpoint.Trained, args: argparse.Namespace, device) -> VAE:
+    """The autoencoder that encodes. Raises UserError when its latents are not of the model's shape."""
+    vae = VAE(args.vae or trained.vae["source"], device)
+    expected = (trained.config.in_channels, trained.vae.get("downsampling", vae.downsampling))
+    if (vae.latent_channels, vae.downsampling) != expected:
+        raise UserError(
+            f"--vae {vae.source!r} has {vae.latent_channels} latent channels and down-sampling {vae.downsampling}; the "
+            f"checkpoint was trained with {expected[0]} and {expected[1]}"
+        )
+    return vae
+
+
+def describe(trained: checkpoint.Trained, images: data.ImageList, vae: VAE, precision: str, args) -> dict:
+    """What decides the loss."""
+    return {
+        "checkpoint": str(args.ckpt),
+        "weights_sha256": trained.sha256,
+        "step": trained.step,
+        "weights": args.weights,
+        "model": trained.config.to_dict(),
+        "image_size": list(trained.image_size),
+        "rope_extend": trained.rope_extend,
+        "vae": vae.source,
+        "vae_sha256": vae.describe()["sha256"],
+        "data_path": str(args.data_path),
+        "split": args.split,
+        "fingerprint": images.fingerprint,
+        "images": len(images),
+        "precision": precision,
+    }
+
+
+def format_table(scores: dict) -> str:
+    lines = ["timesteps  loss"]
+    for k, loss in enumerate(scores["loss_tenths"]):
+        lines.append(f"{100 * k:3d} - {100 * k + 99:3d}  {loss:.4f}")
+    return "\n".join(lines)
+
+
+@options.command
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    trained = load_model(args)
+    images = select_images(args, trained)
+    device = distributed.setup(args.tf32)
+    vae, logger = load_vae(trained, args, device), monitor.make_logger()
+    precision = sampling.resolve_precision(args.precision, device)
+    encoded = validation.encode(images, trained.image_size, vae, args.num_workers)
+    losses = validation.image_losses([trained.model.to(device)], encoded, device, precision, args.batch_size)
+    scores = validation.summarize(losses[0])
+    logger.info(f"noise MSE of {len(images):,} images, {args.weights} weights: {validation.describe(scores)}")
+    logger.info(format_table(scores))
+    if args.out is not None:
+        distributed.on_main(write, args.out, scores | describe(trained, images, vae, precision, args))
+
+
+def write(path: Path, values: dict) -> None:
+    try:
+        monitor.write_json(path, values)
+    except OSError as error:
+        raise UserError(f"--out {str(path)!r} cannot be written ({error.strerror}); choose another") from error
+
+
+if __name__ == "__main__":
+    main()
