@@ -13,85 +13,14 @@ import sys
 from pathlib import Path
 
 from experiments import data, runs
+from experiments.plan import FULL, MODEL, QUICK, VARIANTS, Run, Study, planned
 from experiments.results import Results
 from experiments.runs import Job, python
 from runtime import monitor, options
 from runtime.monitor import REPOSITORY
 from runtime.options import UserError
 
-MODEL = "DiT-XS/2"
 VAE = REPOSITORY / "assets" / "demo_vae"
-VARIANTS = {  # options of train.py
-    "sincos": {},
-    "axial": {"use_rope": True, "rope_rotate": 0},
-    "spiral2_clamp": {"use_rope": True, "rope_rotate": 2, "rope_border": "clamp"},
-    "spiral2_exact": {"use_rope": True, "rope_rotate": 2, "rope_border": "exact"},
-    "spiral4_clamp": {"use_rope": True, "rope_rotate": 4, "rope_border": "clamp"},
-    "spiral4_exact": {"use_rope": True, "rope_rotate": 4, "rope_border": "exact"},
-    "same_theta2": {"use_rope": True, "rope_rotate": 2, "rope_border": "clamp", "rope_same_theta": True},
-}
-MAIN_VARIANTS = ("sincos", "axial", "spiral4_clamp", "spiral4_exact")
-
-
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """What is trained, and how; stored with the results."""
-
-    variants: dict[str, tuple[str, ...]]  # by data set
-    seeds: int = 5  # 0 to seeds - 1
-    steps: int = 600
-    batch: int = 32
-    lr: float = 1e-3
-    lr_schedule: str = "constant"
-    warmup_steps: int = 50
-    ema_decay: float = 0.99
-    val_every: int = 100  # steps
-    sweep_lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    sweep_variants: tuple[str, ...] = ("sincos", "axial")
-    sweep_data: str = "digits"
-    sweep_seeds: int = 2
-    beyond_grid_variants: tuple[str, ...] = ("axial", "spiral4_clamp", "spiral4_exact")
-
-
-FULL = Study(variants={"digits": tuple(VARIANTS), "photographs": MAIN_VARIANTS})
-QUICK = Study(
-    variants={"digits": MAIN_VARIANTS, "photographs": MAIN_VARIANTS},
-    seeds=2,
-    steps=150,
-    val_every=50,
-    sweep_lrs=(),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One training run of the study."""
-
-    data_set: str
-    variant: str
-    lr: float
-    seed: int
-
-    @property
-    def key(self) -> str:
-        return f"{self.data_set}/{self.variant}/lr{self.lr:g}/seed{self.seed}"
-
-
-def planned(study: Study) -> list[Run]:
-    """Every run of the study, the sweep over learning rates first."""
-    sweep = [
-        Run(study.sweep_data, variant, lr, seed)
-        for lr in study.sweep_lrs
-        for variant in study.sweep_variants
-        for seed in range(study.sweep_seeds)
-    ]
-    comparison = [
-        Run(data_set, variant, study.lr, seed)
-        for data_set, variants in study.variants.items()
-        for seed in range(study.seeds)
-        for variant in variants
-    ]
-    return list(dict.fromkeys(sweep + comparison))
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from experiments import data, position_encodings, runs
-from experiments.position_encodings import FULL, QUICK, VARIANTS, Run, planned
+from experiments.plan import FULL, QUICK, VARIANTS, Run, planned
 from experiments.results import Results
 from runtime.options import UserError
 
