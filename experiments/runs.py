@@ -1,6 +1,7 @@
 """Training runs of a study: each is train.py in a process of its own, several at a time, one thread each."""
 
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -139,4 +140,16 @@ def remove_run(folder: Path) -> None:
 
 def environment() -> dict:
     """Versions, processor and git commit."""
-    return {**monitor.describe_environment(torch.device("cpu")), "cores": os.cpu_count()}
+    return {
+        **monitor.describe_environment(torch.device("cpu")),
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+    }
+
+
+def processor_name() -> str:
+    """As Linux names it, else the machine's architecture."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
