@@ -116,7 +116,7 @@ def how_measured(measured: Measured) -> str:
     runs = results.section("runs")
     machine = results.section("environment")["runs"]
     versions = machine["versions"]
-    commits = sorted({run["git_commit"][:10] + ("+" if "+" in run["git_commit"] else "") for run in runs.values()})
+    commits = sorted({short(run["git_commit"]) for run in runs.values()})
     return (
         f"Every run: {MODEL}, {study.steps} steps of batch {study.batch}, AdamW at {study.lr:g} ({study.lr_schedule}, "
         f"{study.warmup_steps} steps of warm-up), EMA decay {study.ema_decay:g}, label dropout 0.1, float32. Seeds 0 "
@@ -127,6 +127,11 @@ def how_measured(measured: Measured) -> str:
         f"(machine: {machine['processor']}, {machine['cores']} cores; Python {versions['python']}, torch "
         f"{versions['torch']}; commit {', '.join(commits)})."
     )
+
+
+def short(commit: str | None) -> str:
+    """A commit as git abbreviates it, with a + where files differed from it."""
+    return "unknown" if commit is None else commit[:10] + ("+" if "+" in commit else "")
 
 
 def final_losses(measured: Measured, compared: list[Comparison]) -> str:
@@ -268,8 +273,8 @@ def sweep(measured: Measured) -> str:
         rows.append([f"{lr:g}", *cells])
     heads = ["learning rate", *(LABELS[variant] for variant in study.sweep_variants)]
     return (
-        f"### Learning rate\n\nFinal held-out loss (EMA weights) on {study.sweep_data} at other learning rates, seeds 0 "
-        f"to {study.sweep_seeds - 1}; the study uses {study.lr:g}.\n\n{table(heads, rows)}"
+        f"### Learning rate\n\nFinal held-out loss (EMA weights) on {study.sweep_data} at other learning rates, seeds "
+        f"0 to {study.sweep_seeds - 1}; the study uses {study.lr:g}.\n\n{table(heads, rows)}"
     )
 
 
