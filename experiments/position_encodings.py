@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import multiprocessing
 import os
-import subprocess
 import sys
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -48,6 +47,10 @@ def data_folder(args, data_set: str) -> Path:
     return args.work_dir.parent / "data" / data_set
 
 
+def latents_folder(args, data_set: str) -> Path:
+    return args.work_dir.parent / "data" / f"{data_set}_latents"
+
+
 def prepare_data(args, study: Study, results: Results, logger) -> None:
     """Write the data sets and encode their training parts, where that is not done."""
     for data_set in study.variants:
@@ -55,29 +58,16 @@ def prepare_data(args, study: Study, results: Results, logger) -> None:
         counts = data.write_data_set(data_set, root)
         results.add("data", data_set, counts)
         logger.info(f"{data_set}: {', '.join(f'{number:,} {part}' for part, number in counts.items())}")
-        latents = root.with_name(f"{data_set}_latents")
-        if not (latents / "meta.json").exists():
-            command = python(
-                "cache_latents.py",
-                data_path=root / "train",
-                latents_dir=latents,
-                vae=VAE,
-                image_size=data.SIZE,
-                no_flip=True,
-                num_workers=0,
-            )
-            if subprocess.run(command, cwd=REPOSITORY, env=os.environ | runs.ONE_THREAD).returncode:
-                raise UserError(f"the latents of {data_set} were not made; see above, then repeat the command")
+        runs.make_latents(root / "train", latents_folder(args, data_set), VAE, data.SIZE)
 
 
 def training_job(run: Run, study: Study, args) -> Job:
-    root = data_folder(args, run.data_set)
     folder = args.work_dir / "runs" / run.key
     command = python(
         "train.py",
-        latents_dir=root.with_name(f"{run.data_set}_latents"),
+        latents_dir=latents_folder(args, run.data_set),
         no_flip=True,
-        val_data_path=root / "val",
+        val_data_path=data_folder(args, run.data_set) / "val",
         val_every=study.val_every,
         results_dir=folder,
         model=MODEL,

@@ -74,6 +74,24 @@ def python(script: str, **options) -> list[str]:
     return command
 
 
+def make_latents(images: Path, latents: Path, vae: Path, image_size: int) -> None:
+    """Encode a folder of images, unmirrored, unless that is done. Raises UserError when it does not succeed."""
+    if (latents / "meta.json").exists():
+        return
+    command = python(
+        "cache_latents.py",
+        data_path=images,
+        latents_dir=latents,
+        vae=vae,
+        image_size=image_size,
+        no_flip=True,
+        num_workers=0,
+    )
+    subprocess.run(command, cwd=REPOSITORY, env=os.environ | ONE_THREAD)
+    if not (latents / "meta.json").exists():
+        raise UserError(f"the latents in {str(latents)!r} are not finished; see above, then repeat the command")
+
+
 def run_all(jobs: list[Job], parallel: int, record: Callable[[Job], None], logger) -> bool:
     """Run jobs, parallel at a time, and record each that finishes. Returns False when a signal asked to stop.
 
