@@ -146,7 +146,7 @@ def write_page(page: Path, results: Results) -> None:
     images.mkdir(parents=True, exist_ok=True)
     draw(reference, images / "evidence_reference.png")
     rows = []
-    for step in reference["val_loss"]["step"]:
+    for step in sorted(set.intersection(*(set(band["step"]) for band in reference.values()))):
         places = ((band, band["step"].index(step)) for band in reference.values())
         rows.append([f"{step:,}", *(f"{band['mean'][k]:.4f} ± {band['half'][k]:.4f}" for band, k in places)])
     heads = ["step", "training loss", "held-out loss, raw weights", "held-out loss, EMA weights"]
@@ -157,8 +157,8 @@ def write_page(page: Path, results: Results) -> None:
         f"The demo's training (`bash run_all.sh True 2`: {recipe['model']}, {recipe['max_steps']} steps of batch "
         f"{recipe['global_batch_size']}, learning rate {recipe['lr']}, {recipe['lr_schedule']}) with "
         f"{VAL_FRACTION:.0%} of the images held out, seeds 0 to {SEEDS - 1}: mean ± half-width of the interval in "
-        f"which one more run falls with a probability of {CONFIDENCE:.0%} (Student's t). The training loss is the mean of "
-        f"the {recipe['log_every']} steps before. Made by `python -m experiments.reference_curves` "
+        f"which one more run falls with a probability of {CONFIDENCE:.0%} (Student's t). The training loss is the mean "
+        f"of the {recipe['log_every']} steps before. Made by `python -m experiments.reference_curves` "
         f"(torch {machine['versions']['torch']}, {machine['processor']}); `bash run_tests.sh -m slow` checks that a "
         f"fresh run falls in the band.\n\n{report.table(heads, rows)}"
     )
