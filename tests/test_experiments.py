@@ -1,0 +1,502 @@
+"""The studies: data sets, runner, statistics and report."""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy import stats
+
+import models
+import train
+from experiments import comparisons, data, evaluation, plan, position_encodings, reference_curves, report, runs
+from experiments.results import Results
+from models import DiT
+from rope import RopeConfig
+from runtime.options import UserError
+
+SMALL = plan.Study(
+    variants={"digits": ("sincos", "axial", "spiral4_clamp", "spiral4_exact"), "photographs": ("sincos", "axial")},
+    seeds=3,
+    steps=300,
+    sweep_lrs=(0.001, 0.003),
+    sweep_seeds=1,
+)
+FAKE_RUN = """
+import pathlib, signal, sys, time
+folder, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+with open(folder / "started", "a") as file:
+    file.write("x")
+end = time.monotonic() + seconds
+while time.monotonic() < end:
+    time.sleep(0.01)
+print("last line")
+if len(sys.argv) == 3:
+    (folder / "finished.json").write_text("{}")
+"""
+
+
+@pytest.fixture
+def fake_job(tmp_path):
+    """Maker of a run that sleeps: fake_job("a", 0.1); with fails=True it ends without being finished."""
+
+    def make(key: str, seconds: float, fails: bool = False) -> runs.Job:
+        folder = tmp_path / key
+        extra = ["fails"] if fails else []
+        return runs.Job(key, folder, [sys.executable, "-c", FAKE_RUN, str(folder), str(seconds), *extra])
+
+    return make
+
+
+@pytest.fixture
+def logger():
+    return logging.getLogger("test_experiments")
+
+
+def test_jobs_run_in_parallel_and_each_is_recorded_once(fake_job, logger):
+    jobs, recorded = [fake_job(str(index), 0.3) for index in range(4)], []
+    assert runs.run_all(jobs, 4, lambda job: recorded.append(job.key), logger)
+    assert sorted(recorded) == ["0", "1", "2", "3"]
+    seconds = json.loads((jobs[0].folder / runs.CPU_SECONDS).read_text())["cpu_seconds"]
+    assert 0 < seconds < 30
+
+
+def test_processor_time_adds_up_over_interruptions(fake_job, logger):
+    job = fake_job("a", 0)
+    job.folder.mkdir()
+    (job.folder / runs.CPU_SECONDS).write_text('{"cpu_seconds": 1000.0}')
+    assert runs.run_all([job], 1, lambda job: None, logger)
+    assert 1000 < json.loads((job.folder / runs.CPU_SECONDS).read_text())["cpu_seconds"] < 1030
+
+
+def test_a_failed_run_stops_the_others_and_names_its_output(fake_job, logger):
+    slow, failing = fake_job("slow", 600), fake_job("failing", 0.5, fails=True)
+    with pytest.raises(UserError) as error:
+        runs.run_all([slow, failing], 2, lambda job: pytest.fail("nothing finished"), logger)
+    assert str(error.value) == (
+        f"run failing ended with status 0: last line; its output is in {str(failing.log)!r}, "
+        "repeat the command to go on"
+    )
+    assert slow.process.returncode == 0 and not slow.finished  # it was asked to stop, and has gone
+
+
+def test_a_signal_stops_the_runs_and_reports_that_not_all_are_done(fake_job, logger):
+    job, waiting = fake_job("slow", 600), fake_job("waiting", 600)
+
+    def interrupt():
+        while not (job.folder / "started").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert not runs.run_all([job, waiting], 1, lambda job: pytest.fail("nothing finished"), logger)
+    assert job.process.returncode is not None and waiting.process is None
+
+
+def test_results_are_one_line_a_run_and_belong_to_their_settings(tmp_path):
+    path = tmp_path / "results.json"
+    results = Results(path, {"steps": 3, "variants": {"digits": ("axial",)}})
+    results.add("runs", "a", {"loss": 1 / 3, "curve": [0.1234567891, 2]})
+    results.add("runs", "b", {"loss": 2.0})
+    assert '    "a": {"loss": 0.3333333, "curve": [0.1234568, 2]},\n' in path.read_text()
+    again = Results(path, {"steps": 3, "variants": {"digits": ("axial",)}})
+    assert again.section("runs") == {"a": {"loss": 0.3333333, "curve": [0.1234568, 2]}, "b": {"loss": 2.0}}
+    with pytest.raises(UserError) as error:
+        Results(path, {"steps": 4, "variants": {"digits": ("axial",)}})
+    assert str(error.value) == (
+        f"{str(path)!r} holds results of other settings: steps 3 (now 4); remove it or use another --out"
+    )
+
+
+# Data sets
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (300, 451)])
+def test_trained_and_held_out_parts_of_a_photograph_share_no_pixel(shape):
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, shape, dtype=np.uint8)
+    trained, held_out = data.split_photograph(pixels)
+    assert held_out.size == (256, 512) and trained.height == 512
+    cut, influences = shape[1] - round(256 * shape[0] / 512), []
+    columns = [0, *range(cut - 5, cut + 5), shape[1] - 1]
+    for column in columns:
+        changed = pixels.copy()
+        changed[:, column] = 255 - changed[:, column]
+        parts = data.split_photograph(changed)
+        influences.append([part != before for part, before in zip(parts, (trained, held_out), strict=True)])
+    assert influences == [[column < cut, column >= cut] for column in columns]
+
+
+def test_tiles_and_crops_come_from_their_own_parts(monkeypatch):
+    pixels = np.zeros((512, 700), dtype=np.uint8)
+    pixels[:, -256:] = 200
+    monkeypatch.setattr(data, "load_photographs", lambda: {"wall": pixels})
+    values = {}
+    for part, label, file, image in data.photographs():
+        assert label == "wall" and file.endswith(".png")
+        values.setdefault((part, image.size), []).append(np.unique(image))
+    tiles = ((512 - 128) // 24 + 1) * ((444 - 128) // 24 + 1)
+    assert {key: len(found) for key, found in values.items()} == {
+        ("train", (128, 128)): tiles,
+        ("val", (128, 128)): 10,
+        ("canvas192", (192, 192)): 10,
+        ("canvas256", (256, 256)): 10,
+    }
+    assert all((found == [0 if part == "train" else 200]).all() for (part, _), many in values.items() for found in many)
+
+
+def test_photographs_need_scikit_image(monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(UserError) as error:
+        data.load_photographs()
+    assert str(error.value) == (
+        "the photographs need scikit-image, which is not installed; pip install -r requirements-dev.txt"
+    )
+
+
+def test_twelve_of_each_digit_are_held_out_and_lie_whole_on_their_canvases():
+    found = {}
+    for part, label, file, image in data.digits():
+        found.setdefault(part, {})[label, file] = image
+    assert found["train"].keys().isdisjoint(found["val"]) and len(found["train"]) + len(found["val"]) == 1797
+    assert [sum(label == str(digit) for label, _ in found["val"]) for digit in range(10)] == [12] * 10
+    for key, image in found["val"].items():
+        canvas = np.asarray(found["canvas192"][key], dtype=int)
+        assert canvas.shape == (192, 192, 3) and canvas.sum() == np.asarray(image, dtype=int).sum()
+
+
+def test_a_data_set_is_written_once_and_whole(tmp_path, monkeypatch):
+    def whole():
+        for index in range(3):
+            yield "train", "a", f"{index}.png", Image.new("RGB", (8, 8))
+
+    def broken():
+        yield from whole()
+        raise OSError("disk full")
+
+    monkeypatch.setitem(data.DATA_SETS, "digits", broken)
+    with pytest.raises(OSError):
+        data.write_data_set("digits", tmp_path / "set")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setitem(data.DATA_SETS, "digits", whole)
+    assert data.write_data_set("digits", tmp_path / "set") == {"train": 3}
+    monkeypatch.setitem(data.DATA_SETS, "digits", broken)
+    assert data.write_data_set("digits", tmp_path / "set") == {"train": 3}
+
+
+# Runs
+
+
+def test_the_study_has_every_run_once():
+    full = plan.planned(plan.FULL)
+    assert len(full) == len({run.key for run in full}) == 7 * 5 + 4 * 5 + 2 * 2 * 2
+    assert {run.variant for run in full} == set(plan.VARIANTS) == set(plan.LABELS)
+    assert len(plan.planned(plan.QUICK)) == 16
+
+
+def seen_in_training(arguments: list[str], steps: int) -> tuple[dict, list]:
+    """Initial weights, and what the model is given in each step: noisy latents, timesteps, labels after dropout."""
+    trainer = train.Trainer(train.plan(train.parse_args(arguments), torch.device("cpu")))
+    weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    seen, predict = [], trainer.predict
+    trainer.predict = lambda x, t, y: seen.extend([x.clone(), t, y]) or predict(x, t, y)
+    trainer.model.y_embedder.embedding_table.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    batches = train.data.EpochBatches(len(trainer.job.dataset), 8, trainer.args.global_seed)
+    for batch, _ in zip(batches, range(steps), strict=False):
+        trainer.train_step([train.data.collate([trainer.job.dataset[item] for item in batch])])
+    return weights, seen
+
+
+def test_seeds_pair_the_variants(tmp_path, train_arguments, tiny_commands):
+    found = {}
+    for variant in ("sincos", "axial", "spiral4_exact", "same_theta2"):
+        found[variant] = seen_in_training(train_arguments(tmp_path, **plan.VARIANTS[variant]), steps=2)
+    weights, seen = found["sincos"]
+    assert len(seen) == 2 * 4
+    for other_weights, other_seen in found.values():
+        assert weights.keys() - other_weights.keys() <= {"pos_embed"}
+        shared = weights.keys() & other_weights.keys()
+        assert all(torch.equal(weights[name], other_weights[name]) for name in shared)
+        assert all(torch.equal(a, b) for a, b in zip(seen, other_seen, strict=True))
+    _, changed = seen_in_training(train_arguments(tmp_path, global_seed=1), steps=2)
+    assert not any(torch.equal(a, b) for a, b in zip(seen[::4], changed[::4], strict=True))
+
+
+FAKE_TRAINING = """
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+(folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\\n" for record in [
+    {"step": 1, "loss": 2.0},
+    {"step": 2, "loss": 1.0, "val_loss": 0.5, "val_loss_ema": 0.75,
+     "val_loss_tenths": [0.5] * 10, "val_loss_ema_tenths": [0.75] * 10},
+]))
+(folder / "finished.json").write_text("{}")
+"""
+
+
+def test_a_study_goes_on_with_the_runs_that_are_missing(tmp_path, monkeypatch):
+    started = []
+
+    def fake_job(run, study, args):
+        started.append(run.key)
+        folder = args.work_dir / "runs" / run.key
+        return runs.Job(run.key, folder, [sys.executable, "-c", FAKE_TRAINING, str(folder)])
+
+    study = dataclasses.replace(plan.QUICK, variants={"digits": ("sincos", "axial")}, seeds=2)
+    monkeypatch.setattr(position_encodings, "QUICK", study)
+    monkeypatch.setattr(position_encodings, "prepare_data", lambda *_: None)
+    monkeypatch.setattr(position_encodings, "training_job", fake_job)
+    monkeypatch.setattr(runs, "keep_weights", lambda folder, path: None)
+    arguments = ["--quick", "--work-dir", str(tmp_path), "--stage", "runs", "--jobs", "2"]
+    position_encodings.main(arguments)
+    assert len(started) == 4 and started[0] == "digits/sincos/lr0.001/seed0"
+    path = tmp_path / "quick" / "position_encodings.json"
+    results = json.loads(path.read_text())
+    entry = results["runs"].pop("digits/axial/lr0.001/seed1")
+    assert entry.pop("cpu_seconds") > 0 and "git_commit" in entry
+    assert entry["step"] == [2] and entry["val_loss"] == [0.5] and entry["val_loss_ema_tenths"] == [0.75] * 10
+    assert not (tmp_path / "quick" / "runs" / "digits/axial/lr0.001/seed1").exists()
+    path.write_text(json.dumps(results))
+    started.clear()
+    position_encodings.main(arguments)
+    assert started == ["digits/axial/lr0.001/seed1"]
+    started.clear()
+    position_encodings.main(arguments)
+    assert started == []
+
+
+def test_recorded_runs_without_weights_are_named(tmp_path, monkeypatch, refused):
+    study = dataclasses.replace(plan.QUICK, variants={"digits": ("axial",)}, seeds=2)
+    monkeypatch.setattr(position_encodings, "QUICK", study)
+    line = refused(position_encodings.main, ["--quick", "--work-dir", tmp_path, "--stage", "measurements"])
+    folder = tmp_path / "quick"
+    assert line == (
+        f"the weights of run digits/axial/lr0.001/seed0 are not in {str(folder / 'weights')!r}, 2 in all; remove "
+        f"their lines from {str(folder / 'position_encodings.json')!r} to train them again"
+    )
+    line = refused(position_encodings.main, ["--quick", "--work-dir", tmp_path, "--stage", "report"])
+    assert line == (
+        f"{str(folder / 'position_encodings.json')!r} lacks 2 measured runs, such as digits/axial/lr0.001/seed0; "
+        "repeat the command without --stage to make them"
+    )
+
+
+# Statistics
+
+
+def test_comparison_is_the_paired_t_test_with_a_bootstrap_interval_of_the_mean_difference():
+    values, baseline = np.array([1.0, 2.1, 3.2, 3.9, 5.3]), np.array([1.2, 2.0, 3.6, 4.4, 5.3])
+    found = comparisons.compare(values, baseline, "digits", ("a", "b"))
+    differences = values - baseline
+    t = differences.mean() / (differences.std(ddof=1) / np.sqrt(5))
+    assert found.difference == pytest.approx(-0.2) and found.relative == pytest.approx(-0.2 / 3.3)
+    assert found.p == pytest.approx(2 * stats.t.cdf(-abs(t), 4))
+    resampled = differences[np.random.default_rng(1).integers(0, 5, (20000, 5))].mean(1)
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(resampled, [2.5, 97.5])), abs=0.02)
+
+
+def test_holm_multiplies_the_smallest_p_by_the_number_of_comparisons_and_keeps_the_order():
+    corrected = comparisons.holm(np.array([0.04, 0.01, 0.03, 0.5]))
+    assert corrected == pytest.approx([0.09, 0.04, 0.09, 0.5])
+    assert comparisons.holm(np.array([0.9, 0.8])) == pytest.approx([1, 1])
+
+
+def test_every_variant_is_compared_with_both_baselines_and_each_pair_once():
+    random = np.random.default_rng(0)
+    finals = {"digits": {name: random.random(5) for name in ("sincos", "axial", "spiral4_clamp", "spiral4_exact")}}
+    compared = comparisons.compare_all(finals, plan.BASELINES)
+    assert [(item.variant, item.baseline) for item in compared] == [
+        ("spiral4_clamp", "axial"),
+        ("spiral4_exact", "axial"),
+        ("axial", "sincos"),
+        ("spiral4_clamp", "sincos"),
+        ("spiral4_exact", "sincos"),
+    ]
+    assert [item.p_holm for item in compared] == list(comparisons.holm(np.array([item.p for item in compared])))
+
+
+def test_bands_are_students_intervals_for_the_mean_and_for_one_more_run():
+    values = np.random.default_rng(0).normal(3, 0.1, (5, 4))
+    mean, half = comparisons.confidence_band(values)
+    low, high = stats.t.interval(0.95, 4, values.mean(0), stats.sem(values))
+    assert mean - half == pytest.approx(low) and mean + half == pytest.approx(high)
+    wider = comparisons.prediction_band(values, 0.95)[1]
+    assert wider / half == pytest.approx(np.sqrt(6))  # sqrt(1 + 1/5) against sqrt(1/5)
+
+
+def test_steps_to_a_loss_are_interpolated():
+    steps, curve = np.array([100, 200, 300]), np.array([1.0, 0.5, 0.6])
+    assert comparisons.steps_to_reach(steps, curve, 0.75) == 150
+    assert comparisons.steps_to_reach(steps, curve, 0.5) == 200
+    assert comparisons.steps_to_reach(steps, curve, 1.5) == 100
+    assert comparisons.steps_to_reach(steps, curve, 0.4) == float("inf")
+
+
+def test_gpu_hours_are_operations_over_speed():
+    # 3600 images of 1000 GFLOP are 3.6e15 operations: an hour at 1 TFLOP/s
+    assert comparisons.gpu_hours(1000, steps=360, batch=10, peak_tflops=2, share=0.5) == pytest.approx(1)
+
+
+# Measurements of trained runs
+
+
+def small_dit(fill_weights, rope: RopeConfig | None) -> DiT:
+    shape = dict(input_size=16, in_channels=4, hidden_size=128, depth=2, num_heads=2, num_classes=3)
+    return fill_weights(DiT(rope=rope, **shape)).eval()
+
+
+@pytest.mark.parametrize(
+    "rope, feels_translation",
+    [
+        (RopeConfig(), False),
+        (RopeConfig(rotate=4, border="exact"), False),
+        (RopeConfig(rotate=4, border="clamp"), True),
+        (None, True),
+    ],
+)
+@torch.no_grad()
+def test_moved_tokens_are_felt_by_clamped_and_sincos_positions_alone(fill_weights, rope, feels_translation):
+    model = small_dit(fill_weights, rope)
+    names = list(model.state_dict())
+    x, t = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([9, 500])
+    y = torch.tensor([0, 2])
+    here, there = (evaluation.predict_at(model, x, t, y, corner) for corner in ((1, 1), (2, 1)))
+    change = evaluation.relative_change(there, here)
+    assert change > 1e-4 if feels_translation else change < 1e-5
+    if rope is not None and rope.border == "exact":  # relative positions are those of the trained grid
+        torch.testing.assert_close(here, model(x, t, y)[:, :4], atol=1e-4, rtol=1e-4)
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("rope", [RopeConfig(rotate=2), None])
+@torch.no_grad()
+def test_recorded_attention_is_the_models(fill_weights, monkeypatch, rope):
+    model, used, attend = small_dit(fill_weights, rope), [], F.scaled_dot_product_attention
+
+    def record(q, k, v):
+        used.append((q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1).mean((0, 1)))
+        return attend(q, k, v)
+
+    monkeypatch.setattr(models.F, "scaled_dot_product_attention", record)
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = evaluation.record_attention(model, x, torch.tensor([9, 500]), torch.tensor([0, 2]))
+    torch.testing.assert_close(found, torch.stack(used).mean(0))
+    torch.testing.assert_close(found.sum(1), torch.ones(64))
+
+
+# Report
+
+
+@pytest.fixture
+def made_up(tmp_path):
+    """Results of a small study in which axial RoPE is better than sin-cos by 0.01 and the rest is noise."""
+    results, random = Results(tmp_path / "results.json", {"made": "up"}), np.random.default_rng(0)
+    versions = {"versions": {"python": "3.11", "torch": "2.15"}, "processor": "a processor", "cores": 2}
+    results.add("environment", "runs", versions)
+    for data_set in SMALL.variants:
+        results.add("data", data_set, {"train": 1677, "val": 120})
+    for run in plan.planned(SMALL):
+        level = (0.05 if run.variant == "sincos" else 0.04) + random.normal(0, 1e-4)
+        curve = [level + 0.02, level + 0.005, level]
+        values = {"step": [100, 200, 300], "val_loss": curve, "val_loss_ema": curve, "cpu_seconds": 60.0}
+        values |= {"val_loss_tenths": [level] * 10, "val_loss_ema_tenths": [level] * 10, "git_commit": "0123456789ab"}
+        results.add("runs", run.key, values)
+    for run in plan.compared_runs(SMALL):
+        results.add("translation", run.key, {"moved": 0.0 if run.variant == "axial" else 0.25, "rolled": 0.5})
+        if run.variant in SMALL.beyond_grid_variants:
+            names = [f"{kind}{size}/{extension}" for kind in ("enlarged", "canvas") for size in (192, 256)
+                     for extension in evaluation.EXTENSIONS]  # fmt: skip
+            results.add("beyond_grid", run.key, dict.fromkeys(["trained", *names], 0.0625))
+        if run.seed == 0 and run.variant in SMALL.attention_variants:
+            results.add("attention", run.key, {"image": "val/a.png", "maps": random.random((3, 64)).tolist()})
+    return results
+
+
+@pytest.fixture
+def page(made_up, tmp_path):
+    """The page of the made-up results."""
+    folders = {data_set: tmp_path / data_set for data_set in SMALL.variants}
+    for folder in folders.values():
+        (folder / "val").mkdir(parents=True)
+        Image.new("RGB", (128, 128)).save(folder / "val" / "a.png")
+    path = tmp_path / "docs" / "evidence.md"
+    report.write_page(path, "the study", report.Measured(SMALL, made_up), folders)
+    return path
+
+
+def test_the_page_says_what_was_measured(page):
+    text = page.read_text()
+    images = sorted(path.name for path in (page.parent / "images").iterdir())
+    assert images == ["evidence_attention.png", "evidence_curves.png", "evidence_tenths.png"]
+    assert all(f"(images/{name})" in text for name in images)
+    assert "DiT-XS/2, 300 steps of batch 32, AdamW at 0.001" in text
+    assert "20 runs took 0.3 hours of one core" in text and "commit 0123456789)" in text
+    assert re.search(r"- digits, against sin-cos: axial RoPE \(-(19\.9|20\.0)\d %\).* better\.", text)
+    assert re.search(r"- digits, against axial RoPE: .* not distinguishable\.", text)
+    assert "| digits | axial RoPE | < 0.01 % | 50.00 ± 0.00 % |" in text
+    assert "| digits | sin-cos | 25.00 ± 0.00 % | 50.00 ± 0.00 % |" in text
+    assert "enlarged, 12 × 12, extrapolate" in text and text.count("| 0.0625 ± 0.0000 |") > 0
+    assert "| DiT-B/4 | 33 | 2 | 28 |" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({(line.count("|"), line) for line in rows}) > 30
+    reached = next(line for line in rows if line.startswith("| digits | axial RoPE | 0.04"))
+    assert 163 < float(reached.split("|")[5].split("±")[0]) < 170  # 0.06 at step 100, 0.045 at 200
+
+
+def test_the_generator_leaves_what_people_wrote_alone(tmp_path):
+    before, after = "# Mine\n\nText above.\n\n", "\n\nText below.\n"
+    path = tmp_path / "page.md"
+    path.write_text(f"{before}<!-- results: generated by a -->\nold\n<!-- end of results -->{after}")
+    report.write_block(path, "a", "new")
+    assert path.read_text() == f"{before}<!-- results: generated by a -->\nnew\n<!-- end of results -->{after}"
+    report.write_block(path, "b", "other")
+    assert path.read_text() == (
+        f"{before}<!-- results: generated by a -->\nnew\n<!-- end of results -->{after}"
+        "\n<!-- results: generated by b -->\nother\n<!-- end of results -->\n"
+    )
+    path.write_text("<!-- results: generated by a -->\nold\n")
+    with pytest.raises(UserError, match="without '<!-- end of results -->' after it; put it back, or remove both"):
+        report.write_block(path, "a", "new")
+
+
+# Reference curves
+
+
+def test_the_demo_recipe_is_the_one_of_run_all():
+    recipe = reference_curves.demo_recipe()
+    job = reference_curves.training_job(3, "run", "latents", recipe)
+    args = train.parse_args([str(argument) for argument in job.command[2:]])
+    assert (args.model, args.global_seed, args.flip, args.use_rope) == ("DiT-XS/2", 3, False, True)
+    assert f"MAX_STEPS:-{args.max_steps}}}" in (position_encodings.REPOSITORY / "run_all.sh").read_text()
+
+
+def test_a_run_outside_the_band_is_named():
+    def run(value):
+        return {name: {"step": [300], "value": [value]} for name in reference_curves.CURVES}
+
+    bands = reference_curves.bands({f"seed{seed}": run(0.1 + 0.001 * seed) for seed in range(5)})
+    half = stats.t.ppf(0.995, 4) * np.std([0, 1, 2, 3, 4], ddof=1) * 0.001 * np.sqrt(1.2)
+    assert bands["loss"]["mean"] == pytest.approx([0.102]) and bands["loss"]["half"] == pytest.approx([half])
+    assert reference_curves.outside(run(0.102 + 0.99 * half), bands) == []
+    assert reference_curves.outside(run(0.2), bands)[0] == f"loss at step 300: 0.2, expected 0.102 ± {half:.2g}"
+
+
+@pytest.mark.slow
+def test_a_fresh_demo_run_falls_in_the_reference_band(tmp_path, logger):
+    reference = json.loads(reference_curves.REFERENCE.read_text())
+    recipe = reference_curves.demo_recipe()
+    latents = reference_curves.prepare_latents(tmp_path, recipe["image_size"])
+    job = reference_curves.training_job(0, tmp_path / "run", latents, recipe)
+    assert runs.run_all([job], 1, lambda job: None, logger)
+    assert reference_curves.outside(reference_curves.curves_of(job.folder), reference["bands"]) == []
