@@ -18,7 +18,7 @@ from runtime.options import UserError
 
 SIZE = 128  # pixels of a training image: 8 x 8 tokens for patch 2 after a down-sampling of 8
 CANVASES = (192, 256)  # pixels: 12 x 12 and 16 x 16 tokens
-HELD_OUT_PER_CLASS = {"digits": 12, "photographs": 10}
+HELD_OUT_PER_CLASS = {"digits": 6, "photographs": 5}
 HEIGHT = 512  # pixels to which each photograph is scaled
 HELD_OUT_WIDTH = 256  # right-most columns of a scaled photograph that are never trained on
 STRIDE = 24  # pixels between training tiles, which overlap
@@ -44,7 +44,7 @@ def write_data_set(name: str, root: Path) -> dict[str, int]:
 
 
 def digits() -> Iterator[Item]:
-    """scikit-learn's digits, 12 of each class held out; canvases hold these at random places on black."""
+    """scikit-learn's digits, 6 of each class held out; canvases hold these at random places on black."""
     images, labels = enlarged_digits(SIZE)
     random = np.random.default_rng(0)
     held_out = {
