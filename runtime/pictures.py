@@ -13,10 +13,14 @@ GAP = 4  # pixels between images
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG whole or not at all."""
+    """Write a PNG whole or not at all. Raises OSError."""
     partial = path.with_name(path.name + ".partial")
-    image.save(partial, format="PNG")
-    os.replace(partial, path)
+    try:
+        image.save(partial, format="PNG")
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def class_name(label: int, classes: list[str] | None) -> str:
