@@ -70,12 +70,9 @@ def find_label(text: str, classes: list[str] | None, num_classes: int) -> int:
         listed = ", ".join(describe(label, classes) for label in found[:SHOWN])
         more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise UserError(f"--classes {text!r} fits {len(found)} classes: {listed}{more}; pass the number of one")
-    close = " or ".join(describe(label, classes) for label in _close(text, classes))
-    remedy = (
-        f"did you mean {close}?"
-        if close
-        else f"expected a name such as {names_of(0, classes)[0]!r}, or a number from {numbers}"
-    )
+    remedy = f"expected a name such as {names_of(0, classes)[0]!r}, or a number from {numbers}"
+    if close := _close(text, classes):
+        remedy = f"did you mean {' or '.join(describe(label, classes) for label in close)}?"
     raise UserError(f"--classes {text!r} is not a class of the checkpoint; {remedy}")
 
 
