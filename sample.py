@@ -41,8 +41,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="also draw each image on its way from noise, in ten frames: FILE.progress.png",
     )
     add("--batch-size", type=options.count, default=16, help="images at a time")
-    note = "; the published FIDs are of 250 with --sampler ddpm"
-    sampling.add_sampling_options(parser, sampler="dpm++", steps=25, cfg_scale=4.0, note=note)
+    note = "; the published FIDs are of 250"
+    sampling.add_sampling_options(parser, sampler="ddpm", steps=50, cfg_scale=4.0, note=note)
     args = parser.parse_args(argv)
     options.check_picture(args.out, (".png",))
     return args
@@ -107,7 +107,8 @@ def decode(vae: VAE, latents: Tensor, batch_size: int) -> list[list[np.ndarray]]
 def columns_of(labels: list[int], per_class: int) -> int:
     """Columns of a nearly square grid, in whose rows the images of a class stay together up to ten."""
     side = max(4, math.ceil(math.sqrt(len(labels))))
-    return min(len(labels), 10, per_class * max(1, round(side / per_class)))
+    together = max(1, min(round(side / per_class), 10 // per_class))  # classes in a row
+    return min(len(labels), 10, per_class * together)
 
 
 def describe(trained: checkpoint.Trained, config: SamplingConfig) -> str:

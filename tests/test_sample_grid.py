@@ -138,13 +138,13 @@ def test_classes_that_are_shown_when_none_are_asked_for():
 def test_a_grid_of_chosen_classes(draw, run, vae_folder, tmp_path, capsys):
     images, captions, columns, title = draw(classes="käfer,0", per_class=2, seed=5, cfg_scale=2)["draw_grid"]
     assert captions == ["2 käfer", "2 käfer", "0 ant", "0 ant"] and columns == 4
-    assert title == "DiT-XS/2, 0000007, cfg 2, dpm++ 3 steps, seed 5"
+    assert title == "DiT-XS/2, 0000007, cfg 2, ddpm 3 steps, seed 5"
     assert capsys.readouterr().out.endswith(f"grid: {tmp_path / 'grid.png'}\n")
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.width >= 4 * 64
     trained = checkpoint.load_trained(run / "checkpoints" / "0000007.pt")
-    config = SamplingConfig("dpm++", steps=3, cfg_scale=2, seed=5)
+    config = SamplingConfig("ddpm", steps=3, cfg_scale=2, seed=5)
     indices = [("class", 2, 0), ("class", 2, 1), ("class", 0, 0), ("class", 0, 1)]
     latents = sampling.sample_latents(trained.model, config, indices, [2, 2, 0, 0], (4, 4, 4), torch.device("cpu"))
     assert_same(images, list(VAE(str(vae_folder)).decode(latents).numpy()))
@@ -171,7 +171,7 @@ def test_a_published_file_shows_imagenet_by_name(draw, sin_cos_file, vae_folder)
 
 @pytest.mark.parametrize(
     ("total", "per_class", "columns"),
-    [(1, 1, 1), (3, 1, 3), (8, 1, 4), (25, 1, 5), (16, 2, 4), (24, 3, 6), (60, 20, 10)],
+    [(1, 1, 1), (3, 1, 3), (8, 1, 4), (25, 1, 5), (16, 2, 4), (24, 3, 6), (96, 6, 6), (60, 20, 10)],
 )
 def test_columns_keep_the_images_of_a_class_together(total, per_class, columns):
     assert sample.columns_of([0] * total, per_class) == columns
@@ -399,5 +399,5 @@ def test_help_names_the_defaults(capsys):
         sample.main(["--help"])
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "model evaluations an image; the published FIDs are of 250 with --sampler ddpm (default: 25)" in text
-    assert "(default: dpm++)" in text and "(default: 4.0)" in text and "(default: sample.png)" in text
+    assert "model evaluations an image; the published FIDs are of 250 (default: 50)" in text
+    assert "(default: ddpm)" in text and "(default: 4.0)" in text and "(default: sample.png)" in text
