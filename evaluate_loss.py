@@ -10,14 +10,12 @@ import numpy as np
 
 from runtime import checkpoint, data, distributed, holdout, monitor, options, sampling, validation
 from runtime.options import UserError
-from runtime.vae import VAE
+from runtime.vae import VAE, load_vae
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--ckpt", type=Path, required=True, help="checkpoint of train.py, or a DiT-style file")
-    add("--weights", choices=["ema", "model"], default="ema", help="averaged or raw weights")
     add("--data-path", type=Path, required=True, help="folder with a sub-folder of images for each class")
     add(
         "--split",
@@ -31,26 +29,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16: autocast; auto: if it is native")
     add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 for float32 products on CUDA")
     add("--out", type=Path, default=None, help="JSON file for the loss and what decides it (None: print only)")
-    group = parser.add_argument_group("model: needed only where the checkpoint does not tell, or at another image size")
-    group.add_argument("--model", type=options.model_name, default=None, help="size and patch, as in DiT-B/4")
-    group.add_argument("--image-size", type=options.image_size, default=None, help="pixels, as in 256 or 256x384")
-    group.add_argument("--num-classes", type=options.count, default=None, help="classes of the label table")
-    options.add_rope_options(parser)
-    options.add_rope_extend(parser)
+    options.add_checkpoint_options(parser)
     args = parser.parse_args(argv)
     if args.out is not None and args.out.is_dir():
         raise UserError(f"--out {str(args.out)!r} is a folder; expected the name of a file, such as loss.json")
     if args.out is not None and not args.out.parent.is_dir():
         raise UserError(f"--out {str(args.out)!r} cannot be written: {str(args.out.parent)!r} is not a folder")
     return args
-
-
-def load_model(args: argparse.Namespace) -> checkpoint.Trained:
-    """The model at the image size that the command line asks for."""
-    rope = options.given_rope_options(args)
-    names = ("model", "image_size", "rope_extend", "num_classes", "use_rope")
-    given = {name: getattr(args, name) for name in names} | ({"rope": rope} if rope else {})
-    return checkpoint.load_trained(args.ckpt, args.weights, given)
 
 
 def select_images(args: argparse.Namespace, trained: checkpoint.Trained) -> data.ImageList:
@@ -94,18 +79,6 @@ def held_out_part(images: data.ImageList, trained: checkpoint.Trained) -> data.I
     return part
 
 
-def load_vae(trained: checkpoint.Trained, args: argparse.Namespace, device) -> VAE:
-    """The autoencoder that encodes. Raises UserError when its latents are not of the model's shape."""
-    vae = VAE(args.vae or trained.vae["source"], device)
-    expected = (trained.config.in_channels, trained.vae.get("downsampling", vae.downsampling))
-    if (vae.latent_channels, vae.downsampling) != expected:
-        raise UserError(
-            f"--vae {vae.source!r} has {vae.latent_channels} latent channels and down-sampling {vae.downsampling}; the "
-            f"checkpoint was trained with {expected[0]} and {expected[1]}"
-        )
-    return vae
-
-
 def describe(trained: checkpoint.Trained, images: data.ImageList, vae: VAE, precision: str, args) -> dict:
     """What decides the loss."""
     return {
@@ -136,10 +109,10 @@ def format_table(scores: dict) -> str:
 @options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    trained = load_model(args)
+    trained = checkpoint.load_trained(args.ckpt, args.weights, options.given_model(args))
     images = select_images(args, trained)
     device = distributed.setup(args.tf32)
-    vae, logger = load_vae(trained, args, device), monitor.make_logger()
+    vae, logger = load_vae(args.vae, trained, device), monitor.make_logger()
     precision = sampling.resolve_precision(args.precision, device)
     encoded = validation.encode(images, trained.image_size, vae, args.num_workers)
     losses = validation.image_losses([trained.model.to(device)], encoded, device, precision, args.batch_size)

@@ -18,7 +18,7 @@ from PIL import Image
 from runtime import checkpoint, distributed, monitor, options, pictures, sampling
 from runtime.options import UserError
 from runtime.sampling import SamplingConfig
-from runtime.vae import VAE
+from runtime.vae import VAE, load_vae
 
 GRID_SAMPLES = 100
 WHERE = ("checkpoint", "vae")  # settings that tell where something was found; hashes tell what it is
@@ -27,60 +27,16 @@ PNG_END = b"IEND\xaeB`\x82"  # type and checksum of the chunk that ends every PN
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(description=__doc__.splitlines()[0])
+    options.add_checkpoint_options(parser)
     add = parser.add_argument
-    add("--ckpt", type=Path, required=True, help="checkpoint of train.py, or a DiT-style file")
-    add("--weights", choices=["ema", "model"], default="ema", help="averaged or raw weights")
     add("--sample-dir", type=Path, default=Path("samples"), help="where the folder of images and the .npz go")
     add("--num-fid-samples", type=options.count, default=50_000, help="images to make")
     add("--per-proc-batch-size", type=options.count, default=32, help="images at a time for each process")
-    add("--vae", default=None, help="ema, mse, hub id or folder of an AutoencoderKL (None: the one of the training)")
-    add("--sampler", choices=sampling.SAMPLERS, default="ddpm", help="ancestral, DDIM, or DPM-Solver++")
-    add("--num-sampling-steps", type=options.number(int, 1, 1000), default=250, help="model evaluations an image")
-    add("--cfg-scale", type=options.number(float, 1), default=1.5, help="classifier-free guidance; 1 = none")
-    add("--cfg-channels", choices=["3", "all"], default="3", help="latent channels that guidance acts on")
-    add(
-        "--guidance-interval",
-        type=options.fraction,
-        nargs=2,
-        default=(0.0, 1.0),
-        metavar=("LO", "HI"),
-        help="fractions of the schedule (0 clean, 1 noise) between which guidance acts",
-    )
     add("--global-seed", type=options.seed, default=0, help="with the index of an image, decides its label and noise")
     add("--class-balanced", action="store_true", help="labels in turn instead of uniformly random")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16: autocast; auto: if it is native")
-    add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 for float32 products on CUDA")
     add("--print-name", action="store_true", help="print the path of the .npz that would be made, and stop")
-    group = parser.add_argument_group("model: needed only where the checkpoint does not tell")
-    group.add_argument("--model", type=options.model_name, default=None, help="size and patch, as in DiT-B/4")
-    group.add_argument("--image-size", type=options.image_size, default=None, help="pixels, as in 256 or 256x384")
-    group.add_argument("--num-classes", type=options.count, default=None, help="classes of the label table")
-    options.add_rope_options(parser)
-    options.add_rope_extend(parser)
-    args = parser.parse_args(argv)
-    if not args.guidance_interval[0] < args.guidance_interval[1]:
-        low, high = args.guidance_interval
-        raise UserError(f"--guidance-interval {low:g} {high:g} is empty; expected LO < HI")
-    return args
-
-
-def given_model(args: argparse.Namespace) -> dict:
-    """What the command line says about the model, for load_trained to check or to use."""
-    rope = options.given_rope_options(args)
-    names = ("model", "image_size", "rope_extend", "num_classes", "use_rope")
-    return {name: getattr(args, name) for name in names} | ({"rope": rope} if rope else {})
-
-
-def sampling_config(args: argparse.Namespace) -> SamplingConfig:
-    return SamplingConfig(
-        sampler=args.sampler,
-        steps=args.num_sampling_steps,
-        cfg_scale=args.cfg_scale,
-        cfg_channels="all" if args.cfg_channels == "all" else 3,
-        guidance_interval=tuple(args.guidance_interval),
-        seed=args.global_seed,
-        class_balanced=args.class_balanced,
-    )
+    sampling.add_sampling_options(parser, sampler="ddpm", steps=250, cfg_scale=1.5)
+    return parser.parse_args(argv)
 
 
 def run_name(trained: checkpoint.Trained, vae_source: str, args: argparse.Namespace) -> str:
@@ -89,18 +45,6 @@ def run_name(trained: checkpoint.Trained, vae_source: str, args: argparse.Namesp
     size, vae = options.format_size(trained.image_size), Path(vae_source).resolve().name
     size += f"-{trained.rope_extend}" if trained.rope_extend else ""
     return f"{model}-{trained.path.stem}-size-{size}-vae-{vae}-cfg-{args.cfg_scale}-seed-{args.global_seed}"
-
-
-def load_vae(source: str, trained: checkpoint.Trained, device: torch.device) -> VAE:
-    """The autoencoder that decodes. Raises UserError when its latents are not of the model's shape."""
-    vae = VAE(source, device)
-    expected = (trained.config.in_channels, trained.vae.get("downsampling", vae.downsampling))
-    if (vae.latent_channels, vae.downsampling) != expected:
-        raise UserError(
-            f"--vae {source!r} has {vae.latent_channels} latent channels and down-sampling {vae.downsampling}; the "
-            f"checkpoint was trained with {expected[0]} and {expected[1]}"
-        )
-    return vae
 
 
 class SampleFolder:
@@ -244,14 +188,14 @@ def is_packed(folder: SampleFolder, total: int) -> bool:
 @options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    trained = checkpoint.load_trained(args.ckpt, args.weights, given_model(args))
+    config = sampling.config_from_args(args, args.global_seed, args.class_balanced)
+    trained = checkpoint.load_trained(args.ckpt, args.weights, options.given_model(args))
     vae_source = args.vae or trained.vae["source"]
     folder = SampleFolder(args.sample_dir, run_name(trained, vae_source, args))
     if args.print_name:
         return print(folder.npz)
     device = distributed.setup(args.tf32)
     vae = load_vae(vae_source, trained, device)
-    config = sampling_config(args)
     settings = {
         "checkpoint": str(args.ckpt),
         "weights_sha256": trained.sha256,

@@ -71,10 +71,7 @@ def check(args: argparse.Namespace, config: RopeConfig) -> None:
             f"--query {args.query[0]} {args.query[1]} is outside the grid; expected a row below {args.grid[0]} and a "
             f"column below {args.grid[1]}"
         )
-    if args.out.suffix not in FORMATS:
-        raise UserError(f"--out {str(args.out)!r} is not a picture's name; end it in one of {', '.join(FORMATS)}")
-    if not args.out.parent.is_dir():
-        raise UserError(f"--out {str(args.out)!r} is in a folder that does not exist; make the folder first")
+    options.check_picture(args.out, FORMATS)
 
 
 # The mathematics of what is drawn

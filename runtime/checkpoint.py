@@ -18,6 +18,7 @@ from torch import Tensor
 
 from models import SIZES, DiT, ModelConfig
 from rope import RopeConfig
+from runtime.classes import imagenet
 from runtime.options import UserError, check_image_size, check_rope, format_size
 
 TEMPORARY = ".partial"  # suffix of a file being written
@@ -146,7 +147,7 @@ class Trained:
     config: ModelConfig
     image_size: tuple[int, int]
     vae: dict  # "source", and the geometry where the checkpoint knows it
-    classes: list[str] | None  # names of the classes, None when unknown
+    classes: list[str] | None  # names of the class folders, None when unknown
     step: int | None  # None when unknown
     sha256: str  # of the weights
     rope_extend: str | None = None  # how positions reach beyond the trained size; None = at the trained size
@@ -294,7 +295,7 @@ def _from_foreign(state: dict, tensors: dict[str, Tensor], given: dict, path: Pa
         "config": config,
         "image_size": image_size,
         "vae": {"source": str(args.get("vae", "ema")), "downsampling": 8},
-        "classes": None,
+        "classes": list(imagenet()) if config.num_classes == 1000 else None,  # what files from elsewhere train on
     }
 
 

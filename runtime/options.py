@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import errno
 import functools
 import inspect
 import math
@@ -161,6 +162,27 @@ def add_rope_extend(parser: Parser) -> None:
     )
 
 
+def add_checkpoint_options(parser: Parser) -> None:
+    """Add --ckpt, --weights and what describes the model, for commands that run a trained one."""
+    parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint of train.py, or a DiT-style file")
+    parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged or raw weights")
+    group = parser.add_argument_group("model: needed only where the checkpoint does not tell, or at another image size")
+    group.add_argument("--model", type=model_name, default=None, help="size and patch, as in DiT-B/4")
+    group.add_argument("--image-size", type=image_size, default=None, help="pixels, as in 256 or 256x384")
+    group.add_argument("--num-classes", type=count, default=None, help="classes of the label table")
+    add_rope_options(parser)
+    add_rope_extend(parser)
+
+
+def given_model(args: argparse.Namespace) -> dict:
+    """What the command line says about the model, for checkpoint.load_trained to check or to use. Raises UserError."""
+    if args.rope_extend and args.image_size is None:
+        raise UserError(f"--rope-extend {args.rope_extend} given without --image-size; add the size, or leave it out")
+    rope = given_rope_options(args)
+    names = ("model", "image_size", "rope_extend", "num_classes", "use_rope")
+    return {name: getattr(args, name) for name in names} | ({"rope": rope} if rope else {})
+
+
 def given_rope_options(args: argparse.Namespace) -> dict:
     """The RopeConfig fields that the command line gives. Raises UserError when --use-rope is missing beside them."""
     names = [field.name for field in dataclasses.fields(RopeConfig) if hasattr(args, f"rope_{field.name}")]
@@ -193,6 +215,18 @@ def check_image_size(size: tuple[int, int], downsampling: int, patch_size: int) 
             f"{patch_size}); choose a multiple of {unit}"
         )
     return size[0] // downsampling, size[1] // downsampling
+
+
+def check_picture(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Raise UserError where a picture of these formats cannot be written at --out."""
+    if path.suffix not in suffixes:
+        formats = f"one of {', '.join(suffixes)}" if len(suffixes) > 1 else suffixes[0]
+        raise UserError(f"--out {str(path)!r} is not a picture's name; end it in {formats}")
+    if not path.parent.is_dir():
+        raise UserError(f"--out {str(path)!r} is in a folder that does not exist; make the folder first")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        reason = os.strerror(errno.EISDIR if path.is_dir() else errno.EACCES)
+        raise UserError(f"--out {str(path)!r} cannot be written ({reason}); choose another")
 
 
 def format_size(size: tuple[int, int]) -> str:

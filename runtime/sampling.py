@@ -1,6 +1,11 @@
-"""Latents for image i: label, noise, guidance and sampler, each depending on the index and not on the process."""
+"""Latents for image i: label, noise, guidance and sampler, each depending on the index and not on the process.
 
+The options of commands that sample are declared here too, beside the settings that they become.
+"""
+
+import argparse
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -9,9 +14,12 @@ from torch import Tensor
 
 from diffusion import create_diffusion
 from models import DiT
+from runtime import options
 from runtime.distributed import hash_seed
+from runtime.options import UserError
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
+Index = int | tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,47 @@ class SamplingConfig:
     class_balanced: bool = False  # labels 0, 1, 2, ... in turn instead of uniformly random
 
 
+def add_sampling_options(parser: options.Parser, sampler: str, steps: int, cfg_scale: float, note: str = "") -> None:
+    """Add the options that SamplingConfig, the autoencoder and the arithmetic are read from, with these defaults."""
+    add = parser.add_argument
+    add("--vae", default=None, help="ema, mse, hub id or folder of an AutoencoderKL (None: the one of the training)")
+    add("--sampler", choices=SAMPLERS, default=sampler, help="ancestral, DDIM, or DPM-Solver++")
+    add(
+        "--num-sampling-steps",
+        type=options.number(int, 1, 1000),
+        default=steps,
+        help=f"model evaluations an image{note}",
+    )
+    add("--cfg-scale", type=options.number(float, 1), default=cfg_scale, help="classifier-free guidance; 1 = none")
+    add("--cfg-channels", choices=["3", "all"], default="3", help="latent channels that guidance acts on")
+    add(
+        "--guidance-interval",
+        type=options.fraction,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("LO", "HI"),
+        help="fractions of the schedule (0 clean, 1 noise) between which guidance acts",
+    )
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16: autocast; auto: if it is native")
+    add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 for float32 products on CUDA")
+
+
+def config_from_args(args: argparse.Namespace, seed: int, class_balanced: bool = False) -> SamplingConfig:
+    """The settings that the command line describes. Raises UserError for an empty --guidance-interval."""
+    low, high = args.guidance_interval
+    if not low < high:
+        raise UserError(f"--guidance-interval {low:g} {high:g} is empty; expected LO < HI")
+    return SamplingConfig(
+        sampler=args.sampler,
+        steps=args.num_sampling_steps,
+        cfg_scale=args.cfg_scale,
+        cfg_channels="all" if args.cfg_channels == "all" else 3,
+        guidance_interval=(low, high),
+        seed=seed,
+        class_balanced=class_balanced,
+    )
+
+
 def label_of(index: int, num_classes: int, config: SamplingConfig) -> int:
     """The label of image index."""
     if config.class_balanced:
@@ -36,10 +85,14 @@ def label_of(index: int, num_classes: int, config: SamplingConfig) -> int:
 
 
 class IndexedNoise:
-    """Standard normal noise in which row k comes from the stream of image indices[k], drawn on the CPU."""
+    """Standard normal noise in which row k comes from the stream of image indices[k], drawn on the CPU.
 
-    def __init__(self, seed: int, indices: list[int]):
-        self.generators = [torch.Generator().manual_seed(hash_seed(seed, "noise", index)) for index in indices]
+    An index is the number of an image, or whatever tuple of numbers and words tells it from others.
+    """
+
+    def __init__(self, seed: int, indices: list[Index]):
+        keys = [index if isinstance(index, tuple) else (index,) for index in indices]
+        self.generators = [torch.Generator().manual_seed(hash_seed(seed, "noise", *key)) for key in keys]
 
     def __call__(self, like: Tensor) -> Tensor:
         rows = [torch.randn(like.shape[1:], generator=generator) for generator in self.generators]
@@ -65,15 +118,15 @@ def guided(model: DiT, config: SamplingConfig, train_steps: int = 1000) -> Calla
 def sample_latents(
     model: DiT,
     config: SamplingConfig,
-    indices: list[int],
+    indices: list[Index],
     labels: list[int],
     latent_shape: tuple[int, int, int],
     device: torch.device,
     precision: str = "fp32",
 ) -> Tensor:
     """Latents (n, C, h, w) float32 of the images with these indices and labels, on device."""
-    for state in sample_progressive(model, config, indices, labels, latent_shape, device, precision):
-        latents = state["sample"]
+    for _, x in sample_progressive(model, config, indices, labels, latent_shape, device, precision):
+        latents = x
     return latents
 
 
@@ -81,13 +134,17 @@ def sample_latents(
 def sample_progressive(
     model: DiT,
     config: SamplingConfig,
-    indices: list[int],
+    indices: list[Index],
     labels: list[int],
     latent_shape: tuple[int, int, int],
     device: torch.device,
     precision: str = "fp32",
-) -> Iterator[dict[str, Tensor]]:
-    """As sample_latents, yielding "sample" and "pred_xstart" after every step."""
+) -> Iterator[tuple[int | None, Tensor]]:
+    """As sample_latents, yielding (t, latents): the noise, and what each step makes of it.
+
+    t is the timestep of the training's noise schedule at which the model sees these latents, 999 at first; None for
+    the result.
+    """
     noise = IndexedNoise(config.seed, indices)
     start = noise(torch.empty(len(indices), *latent_shape, device=device))
     y = torch.tensor(labels, device=device)
@@ -99,21 +156,25 @@ def sample_progressive(
 
     arguments = dict(model_kwargs={"y": y}, clip_denoised=False, device=device, noise=start)
     if config.sampler == "dpm++":
-        yield from _dpm_solver(predict_autocast, start, y, config.steps)
-    elif config.sampler == "ddim":
-        diffusion = create_diffusion(str(config.steps), learn_sigma=_learns_sigma(model))
-        yield from diffusion.ddim_sample_loop_progressive(predict_autocast, start.shape, **arguments)
+        scheduler = _dpm_scheduler(config.steps, device)
+        timesteps, states = scheduler.timesteps.tolist(), _dpm_solver(scheduler, predict_autocast, start, y)
     else:
         diffusion = create_diffusion(str(config.steps), learn_sigma=_learns_sigma(model))
-        yield from diffusion.p_sample_loop_progressive(predict_autocast, start.shape, noise_sampler=noise, **arguments)
+        timesteps = reversed(diffusion.timestep_map)
+        if config.sampler == "ddim":
+            steps = diffusion.ddim_sample_loop_progressive(predict_autocast, start.shape, **arguments)
+        else:
+            steps = diffusion.p_sample_loop_progressive(predict_autocast, start.shape, noise_sampler=noise, **arguments)
+        states = (step["sample"] for step in steps)
+    yield from zip([*timesteps, None], itertools.chain([start], states), strict=True)
 
 
 def _learns_sigma(model: DiT) -> bool:
     return model.out_channels == 2 * model.in_channels
 
 
-def _dpm_solver(predict: Callable, x: Tensor, y: Tensor, steps: int) -> Iterator[dict[str, Tensor]]:
-    """DPM-Solver++ (arXiv 2211.01095) by diffusers; the learned variance is ignored."""
+def _dpm_scheduler(steps: int, device: torch.device):
+    """DPM-Solver++ (arXiv 2211.01095) by diffusers, with the noise schedule of the training."""
     from diffusers import DPMSolverMultistepScheduler
 
     scheduler = DPMSolverMultistepScheduler(
@@ -124,11 +185,16 @@ def _dpm_solver(predict: Callable, x: Tensor, y: Tensor, steps: int) -> Iterator
         prediction_type="epsilon",
         algorithm_type="dpmsolver++",
     )
-    scheduler.set_timesteps(steps, device=x.device)
+    scheduler.set_timesteps(steps, device=device)
+    return scheduler
+
+
+def _dpm_solver(scheduler, predict: Callable, x: Tensor, y: Tensor) -> Iterator[Tensor]:
+    """Latents after every step of a scheduler of diffusers; the learned variance is ignored."""
     for t in scheduler.timesteps:
         eps = predict(x, t.expand(x.shape[0]), y)[:, : x.shape[1]].float()
         x = scheduler.step(eps, t, x).prev_sample
-        yield {"sample": x, "pred_xstart": scheduler.model_outputs[-1]}
+        yield x
 
 
 def autocast(device: torch.device, precision: str):

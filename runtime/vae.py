@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from runtime.checkpoint import Trained
 from runtime.options import UserError
 
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -57,6 +58,21 @@ class VAE:
         pixels = self.model.decode(latents.float() / self.scaling_factor + self.shift_factor).sample
         pixels = (127.5 * pixels + 128).clamp(0, 255)  # rounds half up once the fraction is cut off
         return pixels.permute(0, 2, 3, 1).to("cpu", torch.uint8)
+
+
+def load_vae(source: str | None, trained: Trained, device: torch.device) -> VAE:
+    """The autoencoder that decodes a model's latents; None is the one of the training.
+
+    Raises UserError when its latents are not of the model's shape.
+    """
+    vae = VAE(source or trained.vae["source"], device)
+    expected = (trained.config.in_channels, trained.vae.get("downsampling", vae.downsampling))
+    if (vae.latent_channels, vae.downsampling) != expected:
+        raise UserError(
+            f"--vae {vae.source!r} has {vae.latent_channels} latent channels and down-sampling {vae.downsampling}; the "
+            f"checkpoint was trained with {expected[0]} and {expected[1]}"
+        )
+    return vae
 
 
 def sample_latents(

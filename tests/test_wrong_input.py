@@ -15,6 +15,7 @@ from conftest import TINY_RUN, command_line
 import cache_latents
 import evaluate
 import evaluate_loss
+import sample
 import sample_ddp
 import train
 from runtime import checkpoint, data, distributed, options
@@ -409,7 +410,7 @@ def test_no_command_takes_abbreviations(refused, train_arguments, tmp_path):
 
 
 def test_help_is_not_a_mistake(capsys):
-    for main in (train.main, sample_ddp.main, cache_latents.main, evaluate.main, evaluate_loss.main):
+    for main in (train.main, sample.main, sample_ddp.main, cache_latents.main, evaluate.main, evaluate_loss.main):
         with pytest.raises(SystemExit) as stopped:
             main(["--help"])
         assert stopped.value.code == 0
