@@ -28,8 +28,7 @@ PNG_END = b"IEND\xaeB`\x82"  # type and checksum of the chunk that ends every PN
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--ckpt", type=Path, required=True, help="checkpoint of train.py, or a DiT-style file")
-    add("--weights", choices=["ema", "model"], default="ema", help="averaged or raw weights")
+    options.add_checkpoint(parser)
     add("--sample-dir", type=Path, default=Path("samples"), help="where the folder of images and the .npz go")
     add("--num-fid-samples", type=options.count, default=50_000, help="images to make")
     add("--per-proc-batch-size", type=options.count, default=32, help="images at a time for each process")
@@ -253,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     vae = load_vae(vae_source, trained, device)
     config = sampling_config(args)
     settings = {
-        "checkpoint": str(args.ckpt),
+        "checkpoint": args.ckpt,
         "weights_sha256": trained.sha256,
         "step": trained.step,
         "weights": args.weights,

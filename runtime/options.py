@@ -56,6 +56,12 @@ def one_line(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f]", lambda match: repr(match.group())[1:-1], text)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its name where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def differences(stored: dict, current: dict, ignored: tuple[str, ...] = (), show: Callable = repr) -> str:
     """The settings of current that stored has otherwise, as "lr 0.1 (now 0.2), ..."; empty where they agree."""
     differing = [key for key in current if key not in ignored and stored.get(key) != current[key]]
@@ -149,6 +155,16 @@ def add_rope_options(parser: Parser) -> None:
         group.add_argument(
             f"--rope-{field.name.replace('_', '-')}", dest=f"rope_{field.name}", default=argparse.SUPPRESS, **options
         )
+
+
+def add_checkpoint(parser: Parser) -> None:
+    """Add --ckpt, text that runtime.checkpoint.load_trained resolves, and --weights."""
+    parser.add_argument(
+        "--ckpt",
+        required=True,
+        help="a file of train.py, export.py or DiT, hf://user/repo/file, or the name of a published one, as in dit_b2",
+    )
+    parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged or raw weights")
 
 
 def add_rope_extend(parser: Parser) -> None:
