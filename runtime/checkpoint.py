@@ -162,7 +162,8 @@ def _load_safetensors(path: Path) -> dict:
     if len(text) > METADATA_LIMIT:
         raise UserError(f"checkpoint {str(path)!r} is refused: its metadata has more than {METADATA_LIMIT} characters")
     about = json.loads(text)
-    if not isinstance(about, dict) or about.get("weights") not in ("ema", "model") or "config" not in about:
+    known = isinstance(about, dict) and about.get("weights") in ("ema", "model")
+    if not (known and isinstance(about.get("config"), dict)):
         raise UserError(f"checkpoint {str(path)!r} has metadata that export.py does not write; export it again")
     return {about["weights"]: tensors, **{key: about.get(key) for key in ("config", "step", "weights_sha256")}}
 

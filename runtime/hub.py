@@ -141,8 +141,9 @@ def _download(url: str, path: Path) -> None:
 
 
 def _failed(name: str, reason: str, url: str) -> UserError:
+    reason = reason.rstrip(".")
     return UserError(
-        f"checkpoint {name!r} cannot be fetched: {reason.rstrip('.')}; otherwise download {url} by hand and pass its path"
+        f"checkpoint {name!r} cannot be fetched: {reason}; otherwise download {url} by hand and pass its path"
     )
 
 
