@@ -4,8 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from runtime import checkpoint, options
@@ -14,13 +14,16 @@ from runtime.options import UserError
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(description=__doc__.splitlines()[0])
+    options.add_checkpoint_options(parser)
     add = parser.add_argument
-    options.add_checkpoint(parser)
     add("--out", type=Path, required=True, help="file to write: .safetensors")
     add("--half", action="store_true", help="float16: half the size, and images that are only nearly the same")
     add("--overwrite", action="store_true", help="replace --out where it exists")
-    options.add_rope_options(parser)  # for files from elsewhere that do not tell
     args = parser.parse_args(argv)
+    if args.rope_extend is not None:
+        raise UserError(
+            "--rope-extend is of no use here: the file has the trained size; give it to the sampling command"
+        )
     name = f"--out {str(args.out)!r}"
     if args.out.suffix != ".safetensors":
         raise UserError(f"{name} is not the name of a safetensors file; end it in .safetensors")
@@ -29,11 +32,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.out.is_dir() or (args.out.exists() and not args.overwrite):
         raise UserError(f"{name} exists; choose another name, or pass --overwrite to replace a file")
     return args
-
-
-def given_model(args: argparse.Namespace) -> dict:
-    """What the command line says about the model, for load_trained to check or to use."""
-    return {"use_rope": args.use_rope, "rope": options.given_rope_options(args) or None}
 
 
 def halve(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -65,8 +63,8 @@ def write(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
     """Write the file whole or not at all. Raises UserError."""
     metadata = {"format": "pt", checkpoint.METADATA: json.dumps(about)}
     try:
-        with checkpoint.whole_file(path, checkpoint.tensor_bytes(tensors)) as partial:
-            save_file(tensors, partial, metadata)
+        with checkpoint.whole_file(path, checkpoint.tensor_bytes(tensors)) as file:
+            file.write(safetensors.torch.save(tensors, metadata))  # its own save_file would keep others from reading
     except checkpoint.SaveError as error:
         raise UserError(f"{error}; free some space, or choose another --out") from error
 
@@ -74,7 +72,7 @@ def write(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
 @options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    trained = checkpoint.load_trained(args.ckpt, args.weights, given_model(args))
+    trained = checkpoint.load_trained(args.ckpt, args.weights, options.given_model(args))
     tensors = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
     tensors = halve(tensors) if args.half else tensors
     about = describe(trained, tensors, args.weights)

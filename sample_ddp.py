@@ -27,8 +27,8 @@ PNG_END = b"IEND\xaeB`\x82"  # type and checksum of the chunk that ends every PN
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(description=__doc__.splitlines()[0])
+    options.add_checkpoint_options(parser)
     add = parser.add_argument
-    options.add_checkpoint(parser)
     add("--sample-dir", type=Path, default=Path("samples"), help="where the folder of images and the .npz go")
     add("--num-fid-samples", type=options.count, default=50_000, help="images to make")
     add("--per-proc-batch-size", type=options.count, default=32, help="images at a time for each process")
@@ -50,24 +50,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16: autocast; auto: if it is native")
     add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 for float32 products on CUDA")
     add("--print-name", action="store_true", help="print the path of the .npz that would be made, and stop")
-    group = parser.add_argument_group("model: needed only where the checkpoint does not tell")
-    group.add_argument("--model", type=options.model_name, default=None, help="size and patch, as in DiT-B/4")
-    group.add_argument("--image-size", type=options.image_size, default=None, help="pixels, as in 256 or 256x384")
-    group.add_argument("--num-classes", type=options.count, default=None, help="classes of the label table")
-    options.add_rope_options(parser)
-    options.add_rope_extend(parser)
     args = parser.parse_args(argv)
     if not args.guidance_interval[0] < args.guidance_interval[1]:
         low, high = args.guidance_interval
         raise UserError(f"--guidance-interval {low:g} {high:g} is empty; expected LO < HI")
     return args
-
-
-def given_model(args: argparse.Namespace) -> dict:
-    """What the command line says about the model, for load_trained to check or to use."""
-    rope = options.given_rope_options(args)
-    names = ("model", "image_size", "rope_extend", "num_classes", "use_rope")
-    return {name: getattr(args, name) for name in names} | ({"rope": rope} if rope else {})
 
 
 def sampling_config(args: argparse.Namespace) -> SamplingConfig:
@@ -243,7 +230,7 @@ def is_packed(folder: SampleFolder, total: int) -> bool:
 @options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    trained = checkpoint.load_trained(args.ckpt, args.weights, given_model(args))
+    trained = checkpoint.load_trained(args.ckpt, args.weights, options.given_model(args))
     vae_source = args.vae or trained.vae["source"]
     folder = SampleFolder(args.sample_dir, run_name(trained, vae_source, args))
     if args.print_name:

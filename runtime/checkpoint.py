@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from models import SIZES, DiT, ModelConfig
@@ -37,23 +38,24 @@ class SaveError(Exception):
 
 def save(path: Path, state: dict) -> None:
     """Write state to path so that a reader sees a whole file or none. Raises SaveError, leaving no partial file."""
-    with whole_file(path, tensor_bytes(state)) as partial, open(partial, "wb") as file:
+    with whole_file(path, tensor_bytes(state)) as file:
         torch.save(state, file)
 
 
 @contextmanager
-def whole_file(path: Path, needed: int) -> Iterator[Path]:
-    """A temporary name to write needed bytes to; path gets the file when the block ends. Raises SaveError."""
+def whole_file(path: Path, needed: int) -> Iterator[BinaryIO]:
+    """A file for needed bytes under a temporary name, which becomes path when the block ends. Raises SaveError."""
     partial = path.with_name(path.name + TEMPORARY)
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise SaveError(f"checkpoint {str(path)!r} needs {needed} bytes and {free} are free on its disk")
     try:
-        yield partial
-        with open(partial, "rb+") as file:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a failed write as RuntimeError
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         partial.unlink(missing_ok=True)
         raise SaveError(f"checkpoint {str(path)!r} could not be written: {error}") from error
 

@@ -157,16 +157,6 @@ def add_rope_options(parser: Parser) -> None:
         )
 
 
-def add_checkpoint(parser: Parser) -> None:
-    """Add --ckpt, text that runtime.checkpoint.load_trained resolves, and --weights."""
-    parser.add_argument(
-        "--ckpt",
-        required=True,
-        help="a file of train.py, export.py or DiT, hf://user/repo/file, or the name of a published one, as in dit_b2",
-    )
-    parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged or raw weights")
-
-
 def add_rope_extend(parser: Parser) -> None:
     """Add --rope-extend, for commands that run a trained model at other image sizes."""
     parser.add_argument(
@@ -175,6 +165,29 @@ def add_rope_extend(parser: Parser) -> None:
         default=None,
         help="at another --image-size than the trained one: let positions go on, or squeeze them (None: not allowed)",
     )
+
+
+def add_checkpoint_options(parser: Parser) -> None:
+    """Add --ckpt, --weights and what describes the model, for commands that run a trained one."""
+    parser.add_argument(  # text and not a Path, which would make hf:/user of hf://user; load_trained resolves it
+        "--ckpt",
+        required=True,
+        help="a file of train.py, export.py or DiT, hf://user/repo/file, or the name of a published one, as in dit_b2",
+    )
+    parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged or raw weights")
+    group = parser.add_argument_group("model: needed only where the checkpoint does not tell")
+    group.add_argument("--model", type=model_name, default=None, help="size and patch, as in DiT-B/4")
+    group.add_argument("--image-size", type=image_size, default=None, help="pixels, as in 256 or 256x384")
+    group.add_argument("--num-classes", type=count, default=None, help="classes of the label table")
+    add_rope_options(parser)
+    add_rope_extend(parser)
+
+
+def given_model(args: argparse.Namespace) -> dict:
+    """What the command line says about the model, for checkpoint.load_trained to check or to use. Raises UserError."""
+    rope = given_rope_options(args)
+    names = ("model", "image_size", "rope_extend", "num_classes", "use_rope")
+    return {name: getattr(args, name) for name in names} | ({"rope": rope} if rope else {})
 
 
 def given_rope_options(args: argparse.Namespace) -> dict:
