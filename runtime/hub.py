@@ -129,7 +129,10 @@ def _from_url(url: str) -> tuple[Path, str]:
 def _download(url: str, path: Path) -> None:
     """torch.hub's download, which by itself takes a connection that ended early for the end of the file."""
     with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=60) as response:
-        size = int(response.headers["Content-Length"])
+        length = response.headers["Content-Length"]
+    if length is None:
+        raise OSError("the server does not tell the size of the file")
+    size = int(length)
     free = shutil.disk_usage(path.parent).free
     if free < size:
         raise OSError(f"it needs {size} bytes and {free} are free in {str(path.parent)!r}")

@@ -37,6 +37,7 @@ class StandIn(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.errors: dict[str, tuple[int, str]] = {}  # path to status and the hub's name of the error
         self.cut: list[int] = []  # lengths after which the next answers to GET break off
+        self.tells_size = True
         self.pause = 0.0  # seconds before the contents of a file
         self.seen: list[tuple[str, str, str | None]] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -70,7 +71,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if part else 200)
         self.send_header("ETag", f'"{hashlib.sha256(contents).hexdigest()}"')
         self.send_header("X-Repo-Commit", hashlib.sha1(self.path.encode()).hexdigest())
-        self.send_header("Content-Length", str(len(contents) - first))
+        if server.tells_size:
+            self.send_header("Content-Length", str(len(contents) - first))
         if part:
             self.send_header("Content-Range", f"bytes {first}-{len(contents) - 1}/{len(contents)}")
         self.end_headers()
@@ -288,6 +290,9 @@ def test_the_original_dit_is_downloaded_once(server, tmp_path):
 def test_half_a_file_of_the_original_dit_is_not_kept(server, tmp_path):
     server.files["/DiT-XL-2-256x256.pt"] = bytes(1000)
     server.cut = [400]
+    server.tells_size = False
+    assert "the server does not tell the size of the file; otherwise download" in refusal("DiT-XL-2-256x256.pt")
+    server.tells_size = True
     message = refusal("DiT-XL-2-256x256.pt")
     assert "the connection ended after 400 of 1000 bytes; otherwise download" in message
     assert [path.name for path in tmp_path.rglob("*256*")] == ["DiT-XL-2-256x256.pt.lock"]
