@@ -47,14 +47,14 @@ def select_images(args: argparse.Namespace, trained: checkpoint.Trained) -> data
         if len(images.classes) != trained.config.num_classes:
             raise UserError(
                 f"--data-path {str(args.data_path)!r} has {len(images.classes)} class folders and checkpoint "
-                f"{str(args.ckpt)!r}, which does not name its classes, has {trained.config.num_classes}; give one "
+                f"{args.ckpt!r}, which does not name its classes, has {trained.config.num_classes}; give one "
                 "folder for each class, sorted as in training"
             )
         return images
     unknown = sorted(set(images.classes) - set(trained.classes))
     if unknown:
         raise UserError(
-            f"--data-path {str(args.data_path)!r} has class folders that checkpoint {str(args.ckpt)!r} was not trained "
+            f"--data-path {str(args.data_path)!r} has class folders that checkpoint {args.ckpt!r} was not trained "
             f"on: {holdout.list_names(unknown)}; remove or rename them"
         )
     images.labels = np.array([trained.classes.index(name) for name in images.classes])[images.labels]
@@ -82,7 +82,7 @@ def held_out_part(images: data.ImageList, trained: checkpoint.Trained) -> data.I
 def describe(trained: checkpoint.Trained, images: data.ImageList, vae: VAE, precision: str, args) -> dict:
     """What decides the loss."""
     return {
-        "checkpoint": str(args.ckpt),
+        "checkpoint": args.ckpt,
         "weights_sha256": trained.sha256,
         "step": trained.step,
         "weights": args.weights,

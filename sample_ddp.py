@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     device = distributed.setup(args.tf32)
     vae = load_vae(vae_source, trained, device)
     settings = {
-        "checkpoint": str(args.ckpt),
+        "checkpoint": args.ckpt,
         "weights_sha256": trained.sha256,
         "step": trained.step,
         "weights": args.weights,

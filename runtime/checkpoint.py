@@ -2,26 +2,34 @@
 
 import argparse
 import hashlib
+import json
 import math
 import os
 import pickle
 import re
 import shutil
+import sys
 import warnings
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from models import SIZES, DiT, ModelConfig
 from rope import RopeConfig
+from runtime import hub
 from runtime.classes import imagenet
 from runtime.options import UserError, check_image_size, check_rope, format_size
 
 TEMPORARY = ".partial"  # suffix of a file being written
+METADATA = "spiral_rope_dit"  # key of a safetensors file under which export.py describes the weights, as JSON
+METADATA_LIMIT = 2**24  # characters
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -31,13 +39,20 @@ class SaveError(Exception):
 
 def save(path: Path, state: dict) -> None:
     """Write state to path so that a reader sees a whole file or none. Raises SaveError, leaving no partial file."""
+    with whole_file(path, tensor_bytes(state)) as file:
+        torch.save(state, file)
+
+
+@contextmanager
+def whole_file(path: Path, needed: int) -> Iterator[BinaryIO]:
+    """A file for needed bytes under a temporary name, which becomes path when the block ends. Raises SaveError."""
     partial = path.with_name(path.name + TEMPORARY)
-    needed, free = tensor_bytes(state), shutil.disk_usage(path.parent).free
+    free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise SaveError(f"checkpoint {str(path)!r} needs {needed} bytes and {free} are free on its disk")
     try:
         with open(partial, "wb") as file:
-            torch.save(state, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -99,12 +114,15 @@ def load(path: str | Path, verify: bool = False) -> dict:
     """Read a checkpoint into a dict of plain types and CPU tensors, mapped from the file rather than copied.
 
     Unpickling is restricted to tensors, plain types and argparse.Namespace: a file that asks for anything else is
-    refused. verify also checks every byte against the checksums in the file. Raises UserError.
+    refused. verify also checks every byte against the checksums in the file, where it has them. A name that ends in
+    .safetensors is read as such a file. Raises UserError.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"checkpoint {str(path)!r} does not exist; expected a file such as checkpoints/0050000.pt")
     try:
+        if path.suffix == ".safetensors":
+            return _load_safetensors(path)
         is_zip = zipfile.is_zipfile(path)
         if is_zip:
             _check_archive(path, verify)
@@ -138,6 +156,21 @@ def _check_archive(path: Path, verify: bool) -> None:
             raise UserError(f"checkpoint {str(path)!r} is damaged: checksum of {damaged!r} differs; copy it again")
 
 
+def _load_safetensors(path: Path) -> dict:
+    """The weights of a safetensors file: alone, or as "ema" or "model" with what export.py says about them."""
+    with safe_open(path, framework="pt") as file:
+        tensors, text = file.get_tensors(), (file.metadata() or {}).get(METADATA)
+    if text is None:
+        return tensors
+    if len(text) > METADATA_LIMIT:
+        raise UserError(f"checkpoint {str(path)!r} is refused: its metadata has more than {METADATA_LIMIT} characters")
+    about = json.loads(text)
+    known = isinstance(about, dict) and about.get("weights") in ("ema", "model")
+    if not (known and isinstance(about.get("config"), dict)):
+        raise UserError(f"checkpoint {str(path)!r} has metadata that export.py does not write; export it again")
+    return {about["weights"]: tensors, **{key: about.get(key) for key in ("config", "step", "weights_sha256")}}
+
+
 @dataclass
 class Trained:
     """A trained model as a checkpoint describes it."""
@@ -156,7 +189,7 @@ class Trained:
 
 
 def load_trained(path: str | Path, weights: str = "ema", given: dict | None = None) -> Trained:
-    """Rebuild the model from a checkpoint of this repository, or from a DiT-style file.
+    """Rebuild the model from a checkpoint of this repository, or from a DiT-style file; path is what hub.find takes.
 
     weights is "ema" or "model". given holds what the command line says: "model", "image_size", "num_classes",
     "use_rope", "rope" (a dict of RopeConfig fields); None or missing keys are left to the checkpoint, and what
@@ -164,12 +197,13 @@ def load_trained(path: str | Path, weights: str = "ema", given: dict | None = No
     reach beyond (see extend). A file without a config is completed from its "args", from the shapes of its
     weights, and from given; its border is clamp. Raises UserError.
     """
-    path, given = Path(path), {key: value for key, value in (given or {}).items() if value is not None}
+    source, given = hub.find(path), {key: value for key, value in (given or {}).items() if value is not None}
+    path = source.path
     state = load(path)
     tensors = _weights(state, weights, path)
     stored = state.get("config") if isinstance(state.get("config"), dict) else None
     try:
-        known = _from_config(stored) if stored else _from_foreign(state, tensors, given, path)
+        known = _from_config(stored) if stored else _from_foreign(state, tensors, given, source)
         config: ModelConfig = known["config"]
         _check_agreement(config, given, path)
         check_rope(config.rope, config.head_dim, config.model)
@@ -196,7 +230,24 @@ def load_trained(path: str | Path, weights: str = "ema", given: dict | None = No
         latent_size=config.input_size,
         validation=stored.get("validation") if stored else None,
     )
+    if state.get("weights_sha256") not in (None, trained.sha256):
+        raise UserError(f"checkpoint {str(path)!r} is damaged: its weights are not the exported ones; copy it again")
+    if source.name is not None:
+        _announce(trained, source.name)
     return extend(trained, given["image_size"], given.get("rope_extend")) if "image_size" in given else trained
+
+
+def _announce(trained: Trained, name: str) -> None:
+    """Say on stderr, once, what a name stood for: the file, its size and the settings of the model."""
+    if os.environ.get("RANK", "0") == "0":
+        config, megabytes = trained.config, trained.path.stat().st_size / 1e6
+        size, rope = format_size(trained.image_size), asdict(config.rope) if config.rope else "none"
+        step = "" if trained.step is None else f" at step {trained.step:,}"
+        print(
+            f"checkpoint {name}: {config.model}{step}, image size {size}, {config.num_classes} classes, RoPE {rope}; "
+            f"{megabytes:,.1f} MB in {trained.path}",
+            file=sys.stderr,
+        )
 
 
 def extend(trained: Trained, image_size: tuple[int, int], rope_extend: str | None) -> Trained:
@@ -274,10 +325,11 @@ def _from_config(stored: dict) -> dict:
     }
 
 
-def _from_foreign(state: dict, tensors: dict[str, Tensor], given: dict, path: Path) -> dict:
-    """What a file without a config tells by its args and its shapes; the rest is taken from given."""
-    args = state.get("args")
+def _from_foreign(state: dict, tensors: dict[str, Tensor], given: dict, source: hub.Source) -> dict:
+    """What a file without a config tells by its args and its shapes; the rest is that of its name, or of given."""
+    args, path = state.get("args"), source.path
     args = dict(args if isinstance(args, dict) else vars(args)) if args is not None else {}
+    args = {**source.args, **args}
     shapes = _from_shapes(tensors, path)
     rope = None
     if shapes.pop("has_rope"):

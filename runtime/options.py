@@ -57,6 +57,12 @@ def one_line(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f]", lambda match: repr(match.group())[1:-1], text)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its name where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def differences(stored: dict, current: dict, ignored: tuple[str, ...] = (), show: Callable = repr) -> str:
     """The settings of current that stored has otherwise, as "lr 0.1 (now 0.2), ..."; empty where they agree."""
     differing = [key for key in current if key not in ignored and stored.get(key) != current[key]]
@@ -164,7 +170,11 @@ def add_rope_extend(parser: Parser) -> None:
 
 def add_checkpoint_options(parser: Parser) -> None:
     """Add --ckpt, --weights and what describes the model, for commands that run a trained one."""
-    parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint of train.py, or a DiT-style file")
+    parser.add_argument(  # text and not a Path, which would make hf:/user of hf://user; load_trained resolves it
+        "--ckpt",
+        required=True,
+        help="a file of train.py, export.py or DiT, hf://user/repo/file, or the name of a published one, as in dit_b2",
+    )
     parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged or raw weights")
     group = parser.add_argument_group("model: needed only where the checkpoint does not tell, or at another image size")
     group.add_argument("--model", type=model_name, default=None, help="size and patch, as in DiT-B/4")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from runtime.checkpoint import Trained
-from runtime.options import UserError
+from runtime.options import UserError, first_line
 
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
@@ -106,13 +106,13 @@ def _load(source: str):
     except Exception as error:  # whatever a damaged file or a network makes the libraries raise
         if local:
             raise UserError(
-                f"--vae folder {source!r} cannot be loaded as an AutoencoderKL: {_reason(error)}"
+                f"--vae folder {source!r} cannot be loaded as an AutoencoderKL: {first_line(error)}"
             ) from error
         while error.__cause__ or error.__context__:  # down to what the network said
             error = error.__cause__ or error.__context__
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true") else ""
         raise UserError(
-            f"--vae {source!r}: {hub_id} cannot be fetched from the Hugging Face hub{offline}: {_reason(error)}; "
+            f"--vae {source!r}: {hub_id} cannot be fetched from the Hugging Face hub{offline}: {first_line(error)}; "
             "check the name and the network, or pass a local folder that holds the autoencoder"
         ) from error
     return model
@@ -129,9 +129,3 @@ def _checked(model, source: str):
     if not (isinstance(scale, int | float) and 0 < scale < math.inf):
         raise UserError(f"--vae {source!r} has scaling_factor {scale!r} in its config.json; expected a number > 0")
     return model
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an error's text, or its name where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,157 @@
+"""Checkpoints by name: published ones, files on the Hugging Face hub, local files; each becomes a local file."""
+
+import difflib
+import os
+import shutil
+import sys
+import urllib.request
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+
+from rope import RopeConfig
+from runtime.options import UserError, first_line
+
+SPIRAL_ROPE = "hf://haoyuliu00/Spiral_RoPE"
+DIT = "https://dl.fbaipublicfiles.com/DiT/models"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint that others have published."""
+
+    url: str  # hf://user/repo/file, or an address for torch.hub
+    args: dict = field(default_factory=dict)  # settings, named as a file's own "args" name them; those win
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint's local file, and what is known about it from elsewhere."""
+
+    path: Path
+    name: str | None = None  # under which it was asked for; None = a path
+    args: dict = field(default_factory=dict)  # as in Published
+
+
+def _spiral(file: str, rotate: int) -> Published:
+    rope = asdict(RopeConfig(rotate=rotate, theta=10000.0, max_freq_lang=1.5, border="clamp"))
+    return Published(f"{SPIRAL_ROPE}/{file}", {"image_size": 256} | {f"rope_{key}": rope[key] for key in rope})
+
+
+PUBLISHED = {
+    "dit_s2": _spiral("dit_s2/0400000.pt", rotate=4),
+    "dit_b2": _spiral("dit_b2/0400000.pt", rotate=4),
+    "dit_l2": _spiral("dit_l2/0400000.pt", rotate=4),
+    "dit_xl2": _spiral("dit_xl2/0400000.pt", rotate=3),
+    "dit_xl2_7m": _spiral("dit_xl2/0700000.pth", rotate=3),
+    "DiT-XL-2-256x256.pt": Published(f"{DIT}/DiT-XL-2-256x256.pt"),
+    "DiT-XL-2-512x512.pt": Published(f"{DIT}/DiT-XL-2-512x512.pt"),
+}
+
+
+def find(name: str | Path) -> Source:
+    """The local file of a path, a key of PUBLISHED or hf://user/repo[@revision]/file, downloaded if need be.
+
+    A file that exists wins over a name. Of the processes on a node one downloads, and the others wait for its lock.
+    Raises UserError when a name is unknown or its file cannot be fetched.
+    """
+    text = str(name)
+    if os.path.isfile(text):
+        return Source(Path(text))
+    url = PUBLISHED[text].url if text in PUBLISHED else text
+    if "://" in url:
+        path, url = _from_url(url) if url.startswith(DIT) else _from_hub(url)
+        args = next((published.args for published in PUBLISHED.values() if published.url == url), {})
+        return Source(path, text, args)
+    if os.sep not in text:
+        close = difflib.get_close_matches(text, PUBLISHED, n=1)
+        raise UserError(
+            f"checkpoint {text!r} is neither a file nor the name of a published checkpoint"
+            f"{f'; did you mean {close[0]}?' if close else ''}; expected a path such as checkpoints/0050000.pt, "
+            f"hf://user/repo/file, or one of {', '.join(PUBLISHED)}"
+        )
+    return Source(Path(text))
+
+
+def _from_hub(url: str) -> tuple[Path, str]:
+    """Path in the cache of huggingface_hub of hf://user/repo[@revision]/file, and the same without the revision."""
+    from huggingface_hub import errors, hf_hub_download, hf_hub_url, parse_hf_uri
+    from huggingface_hub.utils import logging
+
+    try:
+        uri = parse_hf_uri(url)
+    except errors.HfUriError as error:
+        raise UserError(
+            f"checkpoint {url!r} is not hf://user/repo/file ({error.msg.strip(' .')}); correct it, or download it by "
+            "hand and pass its path"
+        ) from error
+    if uri.is_bucket or not uri.path_in_repo:
+        raise UserError(f"checkpoint {url!r} names no file of a repository; expected hf://user/repo/file")
+    file = {"repo_id": uri.id, "filename": uri.path_in_repo, "repo_type": uri.type, "revision": uri.revision}
+    logging.set_verbosity_error()  # its retries take lines; what went wrong is said below, once
+    try:
+        path = hf_hub_download(**file)
+    except errors.GatedRepoError as error:
+        reason = "it is gated: accept its conditions on the hub, then log in with `hf auth login` or set HF_TOKEN"
+        raise _failed(url, reason, hf_hub_url(**file)) from error
+    except errors.RepositoryNotFoundError as error:
+        reason = f"the hub has no {uri.type} {uri.id}, or it is private: check the name, or log in with `hf auth login`"
+        raise _failed(url, reason, hf_hub_url(**file)) from error
+    except errors.RevisionNotFoundError as error:
+        raise _failed(url, f"{uri.id} has no revision {uri.revision}", hf_hub_url(**file)) from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise _failed(url, f"{uri.id} has no file {uri.path_in_repo}", hf_hub_url(**file)) from error
+    except Exception as error:  # whatever a network, a disk or a server makes the library raise
+        raise _failed(url, root_cause(error), hf_hub_url(**file)) from error
+    return Path(path), f"hf://{uri.id}/{uri.path_in_repo}"
+
+
+def _from_url(url: str) -> tuple[Path, str]:
+    """Path of a downloaded file in the cache of torch.hub, and its url."""
+    from huggingface_hub.utils import WeakFileLock
+
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / Path(urlsplit(url).path).name
+    partial = path.with_name(path.name + ".incomplete")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(path.with_name(path.name + ".lock")):
+            if not path.exists():
+                _download(url, partial)
+                os.replace(partial, path)
+    except Exception as error:  # whatever a network, a disk or a server makes the library raise
+        raise _failed(url, root_cause(error), url) from error
+    return path, url
+
+
+def _download(url: str, path: Path) -> None:
+    """torch.hub's download, which by itself takes a connection that ended early for the end of the file."""
+    with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=60) as response:
+        length = response.headers["Content-Length"]
+    if length is None:
+        raise OSError("the server does not tell the size of the file")
+    size = int(length)
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise OSError(f"it needs {size} bytes and {free} are free in {str(path.parent)!r}")
+    torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+    received = path.stat().st_size
+    if received != size:
+        path.unlink()
+        raise OSError(f"the connection ended after {received} of {size} bytes")
+
+
+def _failed(name: str, reason: str, url: str) -> UserError:
+    reason = reason.rstrip(".")
+    return UserError(
+        f"checkpoint {name!r} cannot be fetched: {reason}; otherwise download {url} by hand and pass its path"
+    )
+
+
+def root_cause(error: BaseException) -> str:
+    """What the network or the disk said first, in one line."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return first_line(error)
