@@ -37,7 +37,7 @@ from runtime.options import UserError
 from runtime.sampling import SamplingConfig, autocast
 from runtime.vae import VAE, sample_latents
 
-# None of the encodings but "none" and "sincos" adds work to attention; "none" is the RoPE model, left unrotated.
+# "none" is the RoPE model with queries and keys left unrotated.
 ENCODINGS = {"none": RopeConfig(), "sincos": None, "axial": RopeConfig(), "spiral": RopeConfig(rotate=4)}
 IMAGENET, EPOCHS = 1_281_167, 80  # the default job of run_all.sh
 SD_VAE = dict(  # the shape of Stable Diffusion's autoencoder
@@ -249,8 +249,9 @@ class TrainingStep:
         values = torch.stack([loss, norm, one, zero])
         self.sums += torch.where(finite, values, torch.stack([zero, zero, zero, one]))
         self.streak = torch.where(finite, 0, self.streak + 1)
-        self.streak.to("cpu", non_blocking=self.device.type == "cuda").requires_grad_(False)
-        if self.device.type != "cuda":
+        if self.device.type == "cuda":
+            self.streak.to("cpu", non_blocking=True)
+        else:
             int(self.streak)
 
 
@@ -609,14 +610,15 @@ def measure_npz(args, device) -> tuple[list, list]:
         name = subprocess.run(
             [sys.executable, script, *argv, "--print-name"], check=True, capture_output=True, text=True
         ).stdout
-        samples, made = Path(name.strip()).with_suffix(""), 0
+        packed, made = Path(name.strip()), 0
+        samples = packed.with_suffix("")
         samples.mkdir(parents=True)
         for count in (1, *args.npz_images):
             for index in range(made, count):
                 os.link(images[index % len(images)], samples / f"{index:06d}.png")
             made = max(made, count)
             added, before = in_child(peak_of_command, script, [*argv, "--num-fid-samples", str(count)])
-            size = samples.with_suffix(".npz").stat().st_size
+            size = packed.stat().st_size
             rows.append(
                 {"images": count, ".npz, MB": size / 1e6, "added by the command, MB": added / 1e6}
                 | {"process, MB": (added + before) / 1e6}
