@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -590,10 +590,8 @@ def peak_of_command(script: str, argv: list[str]) -> tuple[int, int]:
     reset_peak()
     before = resident_bytes(peak=False)
     sys.argv = [script, *argv]
-    with open(os.devnull, "w") as quiet:
-        sys.stdout = quiet
+    with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
         runpy.run_path(script, run_name="__main__")
-        sys.stdout = sys.__stdout__
     return resident_bytes(peak=True) - before, before
 
 
@@ -744,12 +742,13 @@ def describe_rounds(name: str, args: argparse.Namespace) -> str:
 
 def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict:
     """One part, as it is stored."""
+    described = machine(device)  # now, because the commit may change while this runs
     torch.manual_seed(0)
     began = time.perf_counter()
     tables, targets = PARTS[name](args, device)
     seconds = time.perf_counter() - began
     rounds = describe_rounds(name, args)
-    return {"tables": tables, "targets": targets, "machine": machine(device), "rounds": rounds, "seconds": seconds}
+    return {"tables": tables, "targets": targets, "machine": described, "rounds": rounds, "seconds": seconds}
 
 
 @options.command

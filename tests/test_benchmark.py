@@ -1,7 +1,9 @@
 """The benchmark: what it times is what training does, and what it reports is what it timed."""
 
 import json
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,6 +146,16 @@ def test_targets_follow_the_numbers():
     assert benchmark.npz_target(packed)["met"] == "yes"
     packed[2]["added by the command, MB"] = 260
     assert benchmark.npz_target(packed)["met"] == "no"  # 822 MB at 50,000
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel keeps no peak that can be reset")
+def test_peak_memory_is_what_was_needed_since_the_reset(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", [])
+    script = tmp_path / "script.py"
+    script.write_text("import sys; data = b'1' * int(sys.argv[1]); print('quiet'); del data")
+    added = [benchmark.peak_of_command(str(script), [str(size)])[0] / 1e6 for size in (200_000_000, 50_000_000)]
+    assert added[0] == pytest.approx(200, abs=20) and added[1] == pytest.approx(50, abs=20)
+    assert capfd.readouterr().out == ""
 
 
 def small(tmp_path, *arguments: str) -> list[str]:
