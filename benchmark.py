@@ -539,7 +539,7 @@ def measure_tokens(args, device) -> tuple[list, list]:
         row["ms a 1,000 tokens"] = float(np.median(times)) * 1e6 / (tokens * batch)
         added = (peaks[tokens] - peaks[previous]) / (tokens - previous) / batch / 1e3 if previous else None
         row["memory a token added, kB"] = added
-        row["one N x N float32 matrix per head, MB"] = 4 * heads * batch * tokens**2 / 1e6
+        row["N x N matrices of one block, MB"] = 4 * heads * batch * tokens**2 / 1e6
         rows.append(row)
         previous = tokens
     targets = []
