@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from conftest import command_line
 
 import cache_latents
 import train
-from runtime import data
+from runtime import data, monitor
 from runtime.data import ImageData, ImageList, LatentCache, LatentData
 from runtime.options import UserError
 from runtime.vae import VAE
@@ -132,6 +133,46 @@ def test_a_finished_cache_is_recognised(cache, cache_arguments, tmp_path, monkey
     cache_latents.main(cache_arguments(copy))
     assert "is a finished cache of this data set" in capsys.readouterr().out
     assert contents(copy) == before
+
+
+def test_a_finished_cache_is_recognised_without_listing_images_or_loading_the_autoencoder(
+    cache, cache_arguments, tmp_path, monkeypatch, capsys
+):
+    copy = tmp_path / "latents"
+    cache_latents.main(cache_arguments(copy))
+    for owner, name in ((data, "ImageList"), (data, "read_image"), (cache_latents, "VAE")):
+        monkeypatch.setattr(owner, name, None)
+    capsys.readouterr()
+    cache_latents.main(cache_arguments(copy))
+    assert capsys.readouterr().out.endswith(f"nothing to do: {copy} is a finished cache of this data set\n")
+
+
+def test_the_disk_need_is_printed_before_anything_is_encoded(cache_arguments, tmp_path, monkeypatch, capsys):
+    printed = []
+
+    def stop(*_):
+        printed.append(capsys.readouterr().out)
+        return True, []
+
+    monkeypatch.setattr(cache_latents, "encode_missing", stop)
+    cache_latents.main(cache_arguments(tmp_path / "latents"))
+    assert printed[0].endswith(f"encoding 24 images, 2 flips each, into {tmp_path / 'latents'}: 12.3 kB\n")
+    imagenet = cache_latents.CacheWriter(tmp_path, (1_281_167, 2, 8, 32, 32))
+    assert monitor.format_bytes(imagenet.shape[0] * imagenet.row_bytes) == "42 GB"
+
+
+def test_no_more_than_a_batch_of_images_is_in_memory(cache_arguments, tmp_path, monkeypatch):
+    to_tensor, alive, most = data.to_tensor, [], []
+
+    def counted(pixels):
+        tensor = to_tensor(pixels)
+        alive.append(weakref.ref(tensor))
+        most.append(sum(reference() is not None for reference in alive))
+        return tensor
+
+    monkeypatch.setattr(data, "to_tensor", counted)
+    cache_latents.main(cache_arguments(tmp_path / "latents", batch_size=3))
+    assert len(most) == 24 and max(most) <= 2 * 3  # a batch being read while the one before is still named
 
 
 @pytest.mark.parametrize("finished", [True, False])

@@ -2,12 +2,15 @@
 
 import json
 import math
+import os
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 from conftest import command_line
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 import sample_ddp
@@ -232,6 +235,26 @@ def test_published_files_sample(vae_folder, sample_arguments, tmp_path):
     assert stem(tmp_path / "samples").name == f"DiT-XS-2-DiT-XS-2-32x32-size-32-vae-{vae_folder.name}-cfg-1.5-seed-0"
 
 
+def test_packing_holds_a_few_images_however_many_there_are(tmp_path):
+    """Of 1,200 images, 15 MB, at most 256 are in memory together; numpy reads the file."""
+    folder = sample_ddp.SampleFolder(tmp_path, "run")
+    folder.images.mkdir()
+    random = np.random.default_rng(0)
+    pictures = random.integers(0, 256, (7, 64, 64, 3), dtype=np.uint8)
+    for index in range(7):
+        Image.fromarray(pictures[index]).save(folder.path(index))
+    for index in range(7, 1200):
+        os.link(folder.path(index % 7), folder.path(index))
+    tracemalloc.start()
+    sample_ddp.write_npz(folder, [index % 3 for index in range(1200)], (64, 64))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * 256 * 64 * 64 * 3  # read 256 at a time
+    with np.load(folder.npz) as archive:
+        assert np.array_equal(archive["arr_0"], pictures[np.arange(1200) % 7])
+        assert archive["arr_1"].tolist() == [index % 3 for index in range(1200)]
+
+
 # Labels and noise
 
 
@@ -347,6 +370,23 @@ def test_ancestral_sampling_has_the_deviation_of_the_data():
     )
     assert float(found.std()) == pytest.approx(0.5, rel=0.03)
     assert float(found.mean()) == pytest.approx(0, abs=0.02)
+
+
+def test_dpm_solver_is_the_loop_of_diffusers(run):
+    """Guided noise of the model, its learned variance cut off, through the scheduler as diffusers' own pipelines do."""
+    config = SamplingConfig(sampler="dpm++", steps=5, cfg_scale=2)
+    model = checkpoint.load_trained(run / "checkpoints" / "0000007.pt").model
+    labels = torch.tensor([sampling.label_of(index, 3, config) for index in (0, 1, 2)])
+    scheduler = DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    scheduler.set_timesteps(5)
+    x = sampling.IndexedNoise(0, [0, 1, 2])(torch.empty(3, 4, 4, 4))
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            conditional = model(x, t.repeat(3), labels)[:, :4]
+            null = model(x, t.repeat(3), torch.full((3,), 3))[:, :4]
+            eps = torch.cat([null[:, :3] + 2 * (conditional - null)[:, :3], conditional[:, 3:]], 1)
+            x = scheduler.step(eps, t, x, return_dict=False)[0]
+    torch.testing.assert_close(latents(run, config), x, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sampler", sampling.SAMPLERS)

@@ -21,7 +21,8 @@ from conftest import TINY_RUN, command_line
 import cache_latents
 import evaluate_loss
 import train
-from runtime import checkpoint, data, monitor
+from diffusion.gaussian_diffusion import GaussianDiffusion
+from runtime import checkpoint, data, monitor, sampling
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
 TESTS = Path(__file__).resolve().parent
@@ -221,6 +222,33 @@ def test_micro_batches_add_up_to_the_whole_batch(train_arguments, tmp_path, monk
     for loss, gradient in found[1:]:
         torch.testing.assert_close(loss, found[0][0])
         torch.testing.assert_close(gradient, found[0][1], atol=1e-7, rtol=1e-5)
+
+
+def test_bf16_multiplies_in_bfloat16_and_keeps_everything_else_in_float32(train_arguments, tmp_path, monkeypatch):
+    asked, kept, update = [], [], train.Trainer.update
+
+    def watched(self):
+        kept.extend([self.loss.dtype, *(parameter.grad.dtype for parameter in self.parameters)])
+        update(self)
+
+    monkeypatch.setattr(train.Trainer, "update", watched)
+    monkeypatch.setattr(train, "autocast", lambda *args: (asked.append(args[1]), sampling.autocast(*args))[1])
+    predicted, losses = [], GaussianDiffusion.training_losses
+
+    def seen(self, model, *args, **kwargs):
+        def predict(*inputs, **labels):
+            predicted.append(model(*inputs, **labels))
+            return predicted[-1]
+
+        return losses(self, predict, *args, **kwargs)
+
+    monkeypatch.setattr(GaussianDiffusion, "training_losses", seen)
+    train.main(train_arguments(tmp_path / "run", precision="bf16", max_steps=2, use_rope=True, rope_rotate=2))
+    assert asked == ["bf16"] * 2 and [out.dtype for out in predicted] == [torch.bfloat16] * 2
+    state = newest(tmp_path / "run")
+    moments = [value for slots in state["opt"]["state"].values() for value in slots.values()]
+    kept += [tensor.dtype for tensor in (*state["model"].values(), *state["ema"].values(), *moments)]
+    assert len(kept) > 100 and set(kept) == {torch.float32}
 
 
 def test_every_step_and_micro_batch_has_noise_of_its_own(train_arguments, tmp_path, monkeypatch):
