@@ -36,7 +36,7 @@ img { max-width: 100%; height: auto; display: block; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 td { border-bottom: 1px solid var(--line); padding: .15rem .6rem .15rem 0; }
 td { vertical-align: top; overflow-wrap: anywhere; }
-td:first-child { width: 14rem; max-width: 40vw; color: var(--soft); }
+td:first-child { width: 14rem; max-width: 45vw; color: var(--soft); }
 summary { cursor: pointer; margin: .4rem 0; }
 """
 LONGEST = {"grid": 1400, "sheet": 1300}  # pixels to which the wide side of a picture is reduced
@@ -55,7 +55,7 @@ def write(folder: Path, metrics_files: list[Path] | None = None, out: Path | Non
         heading(folder, config, records, finished),
         section("Curves", curves(records)),
         section("Samples", samples(folder)),
-        section("Evaluation", "".join(details(file.name, read_object(file), True) for file in found)),
+        section("Evaluation", "".join(evaluation(file) for file in found)),
         section("Settings", settings(config, records)),
     ]
     title = escape(run_name(config))
@@ -137,7 +137,7 @@ CHARTS = (  # title, unit, logarithmic, keys with their labels
     ("Loss", "noise MSE + variational term, bits/dim", True,
      {"loss": "training", "val_loss": "validation", "val_loss_ema": "validation, EMA"}),
     ("Gradient norm", "L2, before clipping", True, {"grad_norm": "gradient norm"}),
-    ("Learning rate", "of AdamW", False, {"lr": "learning rate"}),
+    ("Learning rate", "learning rate", False, {"lr": "learning rate"}),
     ("Speed", "images/s", False, {"images_per_second": "images/s"}),
 )  # fmt: skip
 
@@ -227,6 +227,14 @@ def settings(config: dict, records: list[dict]) -> str:
         "Newest metrics": records[-1] if records else {},
     }
     return "".join(details(title, values, title in ("Model", "Recipe")) for title, values in tables.items())
+
+
+def evaluation(path: Path) -> str:
+    """What evaluate.py measured, and folded beneath it the settings."""
+    values = read_object(path)
+    nested = {key: value for key, value in values.items() if isinstance(value, dict)}
+    plain = {key: value for key, value in values.items() if key not in nested}
+    return details(path.name, plain, True) + "".join(details(key, nested[key], False) for key in nested)
 
 
 def details(title: str, values: dict, opened: bool) -> str:
