@@ -664,6 +664,7 @@ print_results() {
   print_result "run folder" "$RUN_DIR"
   print_result "checkpoint" "$CHECKPOINT"
   print_result "loss curve" "$RUN_DIR/loss.png"
+  print_result "report" "$RUN_DIR/report.html"
   print_result "samples" "$NPZ"
   print_result "sample grid" "${NPZ%.npz}.png"
   print_result "metrics" "$METRICS"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffusion import create_diffusion
 from models import DiT, ModelConfig
-from runtime import checkpoint, data, distributed, holdout, monitor, options, validation
+from runtime import checkpoint, data, distributed, holdout, monitor, options, previews, report, trackers, validation
 from runtime.options import UserError, check_image_size, check_rope
 from runtime.sampling import autocast, resolve_precision
 from runtime.vae import VAE, sample_latents
@@ -59,6 +59,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--num-workers", type=options.non_negative_int, default=4, help="data-loading processes for each process")
     add("--log-every", type=options.count, default=100, help="steps between log lines")
     add("--ckpt-every", type=options.count, default=50_000, help="steps between checkpoints")
+    add(
+        "--sample-every",
+        type=options.non_negative_int,
+        default=None,
+        help="steps between grids of EMA samples (None: at checkpoints; 0: none)",
+    )
     add("--keep-checkpoints", type=options.count, default=None, help="newest checkpoints to keep (None: all)")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the images")
     recipe = parser.add_argument_group("optimisation")
@@ -80,8 +86,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--grad-accum-steps", type=options.count, default=1, help="micro-batches a step, for less memory")
     add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass, for less memory")
     holdout.add_options(parser)
+    trackers.add_options(parser)
     options.add_rope_options(parser)
     args = parser.parse_args(argv)
+    trackers.check(args)
     if (args.data_path is None) == (args.latents_dir is None):
         both = "both were" if args.data_path is not None else "neither was"
         raise UserError(f"exactly one of --data-path and --latents-dir is needed, {both} given; see --help")
@@ -98,6 +106,7 @@ class Job:
     dataset: data.ImageData | data.LatentData
     vae: VAE | None  # None when latents are cached
     held_out: holdout.HeldOut | None  # None without validation
+    decoder: VAE | None  # of samples made during training; with cached latents on rank 0 only, if there are to be any
     config: dict  # what the checkpoint stores: model, image_size, vae, data, recipe, validation
     total_steps: int
     steps_per_epoch: int
@@ -105,6 +114,15 @@ class Job:
     @property
     def model_config(self) -> ModelConfig:
         return ModelConfig.from_dict(self.config["model"])
+
+    def checkpoint_due(self, step: int) -> bool:
+        return step % self.args.ckpt_every == 0 or step == self.total_steps
+
+    def samples_due(self, step: int) -> bool:
+        every = self.args.sample_every
+        if every is None:
+            return self.checkpoint_due(step)
+        return every > 0 and (step % every == 0 or step == self.total_steps)
 
 
 def plan(args: argparse.Namespace, device: torch.device) -> Job:
@@ -115,8 +133,10 @@ def plan(args: argparse.Namespace, device: torch.device) -> Job:
         source, vae = data.LatentCache(args.latents_dir), None
         vae_config = source.meta["vae"]
         check_cache(source, args)
+        decoder = decoder_of(source, args, device)
     else:
         source, vae = data.ImageList(args.data_path), VAE(args.vae or "ema", device)
+        decoder = vae
         vae_config = {"source": vae.source, **vae.describe()}
     training, held_out = holdout.hold_out(source, vae, vae_config, args, device)
     if vae is None:
@@ -146,7 +166,7 @@ def plan(args: argparse.Namespace, device: torch.device) -> Job:
     if held_out is not None:
         config["validation"] = held_out.describe()
     total = total_steps(args, steps_per_epoch)
-    return Job(args, device, dataset, vae, held_out, config, total, steps_per_epoch)
+    return Job(args, device, dataset, vae, held_out, decoder, config, total, steps_per_epoch)
 
 
 def check_batch(args: argparse.Namespace) -> None:
@@ -165,13 +185,40 @@ def check_cache(cache: data.LatentCache, args: argparse.Namespace) -> None:
     if tuple(cache.meta["image_size"]) != args.image_size:
         stored, asked = (options.format_size(size) for size in (cache.meta["image_size"], args.image_size))
         raise UserError(f"{name} was made at image size {stored}, the command says {asked}; pass --image-size {stored}")
-    # With --val-data-path the autoencoder is needed, maybe from another place; its weights are compared then.
-    if args.vae is not None and args.vae != cache.meta["vae"]["source"] and args.val_data_path is None:
+    # decoder_of compares the weights of a folder, and so does a validation set that has to be encoded.
+    moved = args.vae is not None and (
+        (args.sample_every != 0 and Path(args.vae).is_dir()) or args.val_data_path is not None
+    )
+    if args.vae is not None and args.vae != cache.meta["vae"]["source"] and not moved:
         raise UserError(
             f"{name} was made with --vae {cache.meta['vae']['source']}, the command says {args.vae}; leave --vae out"
         )
     if args.flip and cache.moments.shape[1] == 1:
         raise UserError(f"{name} has no flipped latents; pass --no-flip, or make the cache with --flip")
+
+
+def decoder_of(cache: data.LatentCache, args: argparse.Namespace, device: torch.device) -> VAE | None:
+    """The VAE of cached latents, for samples during training: on rank 0, if any are to be made. Raises UserError."""
+    loaded = []
+
+    def load() -> None:
+        try:
+            vae = VAE(args.vae or cache.meta["vae"]["source"], device)
+        except UserError as error:
+            raise UserError(
+                f"{error}; samples during training need the VAE of the latent cache: pass --vae FOLDER where it lies "
+                "elsewhere, or --sample-every 0"
+            ) from error
+        if vae.describe()["sha256"] != cache.meta["vae"]["sha256"]:
+            raise UserError(
+                f"--vae {vae.source!r} has other weights than the VAE that made --latents-dir {str(cache.root)!r}; "
+                "pass --vae FOLDER with the same, or --sample-every 0"
+            )
+        loaded.append(vae)
+
+    if args.sample_every != 0:
+        distributed.on_main(load)
+    return loaded[0] if loaded else None
 
 
 def total_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
@@ -454,6 +501,46 @@ def save(trainer: Trainer, folder: RunFolder, logger, required: bool) -> bool:
     return distributed.on_main(write)
 
 
+def draw_samples(trainer: Trainer, folder: RunFolder, metrics: monitor.Metrics, logger, remake: bool = True) -> None:
+    """The grid of this step, made by rank 0 while the others wait. A failure is a warning; the trackers get it too."""
+    job, step = trainer.job, trainer.step
+
+    def draw() -> None:
+        if not remake and previews.step_path(folder.path, step).exists():
+            return
+        try:
+            path = previews.make(
+                folder.path, trainer.ema, job.config, job.decoder, step, trainer.device, trainer.precision
+            )
+        except (OSError, torch.OutOfMemoryError) as error:
+            reason = str(error).splitlines()[0]
+            return logger.info(
+                f"warning: no samples of step {step:,}: {reason}; training goes on (--sample-every 0: none)"
+            )
+        metrics.write_image("samples", path, step)
+
+    if job.samples_due(step):
+        distributed.on_main(draw)
+
+
+def write_report(folder: RunFolder, logger) -> None:
+    """report.html anew. A failed write is a warning."""
+    if distributed.is_main():
+        try:
+            report.write(folder.path)
+        except (OSError, UserError) as error:
+            logger.info(f"warning: {folder.path / 'report.html'} is left as it was: {error}")
+
+
+def open_metrics(job: Job, folder: RunFolder, step: int, logger) -> monitor.Metrics:
+    """metrics.jsonl and the trackers, at a step. Raises UserError on all ranks."""
+    found = []
+    distributed.on_main(
+        lambda: found.extend(trackers.open_trackers(job.args, job.config, folder.path, step, logger.info))
+    )
+    return monitor.Metrics(folder.path, step, found)
+
+
 class Pace:
     """Images per second and remaining time, checkpoints not counted."""
 
@@ -493,6 +580,7 @@ def end_early(status: int, batches: list, trainer: Trainer, folder: RunFolder, l
         )
     if trainer.step != saved:
         save(trainer, folder, logger, required=True)
+    write_report(folder, logger)
     if status == UNREADABLE:
         found = [str(batch) for batch in batches if isinstance(batch, data.Unreadable)]
         message = next(text for texts in distributed.gather(found) for text in texts)
@@ -540,10 +628,13 @@ def train(job: Job, trainer: Trainer, folder: RunFolder, logger) -> None:
     batches = data.EpochBatches(
         len(job.dataset), args.global_batch_size, args.global_seed, trainer.step, args.grad_accum_steps
     )
-    metrics, pace, saved = monitor.Metrics(folder.path, trainer.step), Pace(), trainer.step
+    metrics, saved = open_metrics(job, folder, trainer.step, logger), trainer.step
+    if trainer.step:  # a kill may have come between the checkpoint and its samples
+        draw_samples(trainer, folder, metrics, logger, remake=False)
+    pace = Pace()
     stop = distributed.StopOnSignal()
     bar = monitor.progress_bar(job.total_steps, trainer.step)
-    with stop, bar, data.open_loader(job.dataset, batches, args.num_workers, job.device) as loader:
+    with stop, bar, metrics, data.open_loader(job.dataset, batches, args.num_workers, job.device) as loader:
         while trainer.step < job.total_steps:
             micro_batches = [next(loader) for _ in range(args.grad_accum_steps)]
             status = agree(stop, micro_batches, trainer)
@@ -559,11 +650,15 @@ def train(job: Job, trainer: Trainer, folder: RunFolder, logger) -> None:
             elif scores:
                 epoch = trainer.step // job.steps_per_epoch
                 write_metrics(metrics, {"step": trainer.step, "epoch": epoch, **scores}, logger)
-            if trainer.step % args.ckpt_every == 0 or last:
-                began = time.perf_counter()
+            began = time.perf_counter()
+            if job.checkpoint_due(trainer.step):
                 saved = trainer.step if save(trainer, folder, logger, required=last) else saved
-                pace.paused(began)
+            draw_samples(trainer, folder, metrics, logger)
+            if job.checkpoint_due(trainer.step) and not last:
+                write_report(folder, logger)
+            pace.paused(began)
     finish(trainer, folder, logger)
+    write_report(folder, logger)
 
 
 def finish(trainer: Trainer, folder: RunFolder, logger) -> None:

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -72,16 +73,21 @@ def read_json(path: Path) -> dict:
 
 
 class Metrics:
-    """metrics.jsonl: one line a record, each step once. On resume, lines past the checkpoint are dropped."""
+    """metrics.jsonl: one line a record, each step once. On resume, lines past the checkpoint are dropped.
 
-    def __init__(self, folder: Path, step: int):
-        self.path = folder / "metrics.jsonl"
+    Trackers (see runtime/trackers.py) get the same records, and pictures as well.
+    """
+
+    def __init__(self, folder: Path, step: int, trackers: Sequence = ()):
+        self.path, self.trackers = folder / "metrics.jsonl", trackers
         if is_main():
             kept = [record for record in read_metrics(self.path) if record["step"] <= step]
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, record: dict) -> None:
         """Append a record, whole or not at all. Raises OSError."""
+        for tracker in self.trackers:
+            tracker.write(record)
         if is_main():
             size = self.path.stat().st_size
             try:
@@ -90,6 +96,19 @@ class Metrics:
             except OSError:
                 os.truncate(self.path, size)
                 raise
+
+    def write_image(self, name: str, path: Path, step: int) -> None:
+        """Hand a picture in a file to the trackers."""
+        for tracker in self.trackers:
+            tracker.write_image(name, path, step)
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """Wait until the trackers have everything."""
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from runtime.classes import names_of
 
 GAP = 4  # pixels between images
+LEADING = 6  # pixels of a line beside its font size
 
 
 def save_png(image: Image.Image, path: Path) -> None:
@@ -28,14 +30,24 @@ def class_name(label: int, classes: list[str] | None) -> str:
     return (*names_of(label, classes), str(label))[0]
 
 
+def _drawn_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width at which an image is drawn: less than 64 pixels are enlarged by a whole number."""
+    zoom = max(1, -(-64 // max(height, width)))
+    return height * zoom, width * zoom
+
+
+def _font_size(width: int) -> int:
+    """Pixels of the texts beside images of this width."""
+    return max(11, min(width // 10, 20))
+
+
 class _Sheet:
-    """A white canvas for images of one size, with texts beside them; small images are enlarged to 64 pixels."""
+    """A white canvas for images of one size, with texts beside them."""
 
     def __init__(self, image: np.ndarray):
-        zoom = max(1, -(-64 // max(image.shape[:2])))
-        self.height, self.width = image.shape[0] * zoom, image.shape[1] * zoom
-        size = max(11, min(self.width // 10, 20))
-        self.font, self.line = ImageFont.load_default(size), size + 6
+        self.height, self.width = _drawn_size(*image.shape[:2])
+        size = _font_size(self.width)
+        self.font, self.line = ImageFont.load_default(size), size + LEADING
 
     def length(self, text: str) -> int:
         """Pixels that a text is wide."""
@@ -59,24 +71,70 @@ class _Sheet:
         self.canvas.paste(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST), (x, y))
 
 
+@dataclass(frozen=True)
+class GridLayout:
+    """Where a grid has its images, in pixels."""
+
+    height: int  # of an image
+    width: int
+    columns: int
+    titled: bool
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Height and width of an image as it is drawn."""
+        return _drawn_size(self.height, self.width)
+
+    @property
+    def line(self) -> int:
+        return _font_size(self.cell[1]) + LEADING
+
+    def corner(self, k: int) -> tuple[int, int]:
+        """Left and top of the caption of image k; the image is a line below."""
+        (height, width), top = self.cell, 2 * self.line if self.titled else GAP
+        return GAP + k % self.columns * (width + GAP), top + k // self.columns * (height + self.line + GAP)
+
+    def box(self, k: int) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of image k."""
+        (height, width), (x, y) = self.cell, self.corner(k)
+        return x, y + self.line, x + width, y + self.line + height
+
+    def size(self, count: int) -> tuple[int, int]:
+        """Width and height of a grid of count images."""
+        rows = -(-count // self.columns)
+        return self.corner(self.columns - 1)[0] + self.cell[1] + GAP, self.corner(rows * self.columns)[1]
+
+
 def draw_grid(images: list[np.ndarray], captions: list[str], columns: int, title: str | None = None) -> Image.Image:
     """Images (H, W, 3) uint8 in rows of columns, each under its caption. Small images are enlarged to 64 pixels."""
+    layout = GridLayout(*images[0].shape[:2], columns, bool(title))
     sheet = _Sheet(images[0])
-    width, height = sheet.width + GAP, sheet.line + sheet.height + GAP
-    top = 2 * sheet.line if title else GAP
-    rows = -(-len(images) // columns)
-    sheet.begin(GAP + columns * width, top + rows * height, title or "")
+    sheet.begin(*layout.size(len(images)), title or "")
     for k, (pixels, caption) in enumerate(zip(images, captions, strict=True)):
-        x, y = GAP + k % columns * width, top + k // columns * height
+        x, y = layout.corner(k)
         sheet.write(x, y, caption, sheet.width)
         sheet.paste(x, y + sheet.line, pixels)
     return sheet.canvas
 
 
-def draw_strips(frames: list[list[np.ndarray]], names: list[str], captions: list[str], title: str) -> Image.Image:
+def draw_contact_sheet(rows: dict[str, list[Image.Image]], captions: list[str], longest: int = 128) -> Image.Image:
+    """A row of images for each name, which stands on its left, under one caption a column.
+
+    Images are made smaller where a side has more than longest pixels.
+    """
+    frames = [[np.asarray(_shrunk(image, longest)) for image in images] for images in rows.values()]
+    return draw_strips(frames, list(rows), captions)
+
+
+def _shrunk(image: Image.Image, longest: int) -> Image.Image:
+    scale = min(1, longest / max(image.size))
+    return image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.BOX)
+
+
+def draw_strips(frames: list[list[np.ndarray]], names: list[str], captions: list[str], title: str = "") -> Image.Image:
     """Rows of frames (H, W, 3) uint8, the name of each row to its left and a caption above each column."""
     sheet = _Sheet(frames[0][0])
-    left, top = min(2 * sheet.width, max(map(sheet.length, names))) + 3 * GAP, 3 * sheet.line
+    left, top = min(2 * sheet.width, max(map(sheet.length, names))) + 3 * GAP, (3 if title else 1) * sheet.line
     width, height = sheet.width + GAP, sheet.height + GAP
     sheet.begin(left + len(captions) * width, top + len(frames) * height, title)
     for column, caption in enumerate(captions):

@@ -21,6 +21,7 @@ TINY_RUN = {
     "num_workers": 0,
     "log_every": 3,
     "ckpt_every": 4,
+    "sample_every": 0,
     "lr": 0.001,
     "precision": "fp32",
 }
@@ -56,9 +57,10 @@ def fill_weights():
 @pytest.fixture
 def tiny_commands(monkeypatch):
     """Runs commands on one thread of the CPU, where bits can be compared, with a smaller DiT-XS and without plots."""
-    from runtime import monitor
+    from runtime import monitor, report
 
     monkeypatch.setattr(monitor, "plot_loss", lambda _: None)
+    monkeypatch.setattr(report, "write", lambda _: None)
     with tiny(monkeypatch):
         yield
 

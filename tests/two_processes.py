@@ -16,7 +16,7 @@ from conftest import TINY_XS
 import cache_latents
 import models
 import train
-from runtime import distributed, monitor
+from runtime import distributed, monitor, report
 from runtime.options import UserError
 
 BATCH = 8
@@ -28,6 +28,7 @@ def arguments(results: Path, data: Path, vae: str, *more: str) -> list[str]:
         f"--data-path={data}",
         f"--vae={vae}",
         *"--model=DiT-XS/2 --image-size=32 --max-steps=6 --num-workers=0 --log-every=2 --precision=fp32".split(),
+        "--sample-every=0",
         f"--global-batch-size={BATCH}",
         *more,
     ]
@@ -154,7 +155,7 @@ def validated(results: Path, data: Path, vae: str) -> dict:
 
 
 def main() -> None:
-    monitor.plot_loss = lambda _: None
+    monitor.plot_loss = report.write = lambda _: None
     models.SIZES["XS"].update(TINY_XS)
     folder, data, vae = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     for scenario in (gradients, stopped, non_finite, unreadable, cached, validated):

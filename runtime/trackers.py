@@ -1,0 +1,165 @@
+"""TensorBoard and Weights & Biases, beside metrics.jsonl and with its keys. Both packages are optional."""
+
+import argparse
+import dataclasses
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from rope import RopeConfig
+from runtime import monitor
+from runtime.options import Parser, UserError
+
+
+def add_options(parser: Parser) -> None:
+    group = parser.add_argument_group("monitors, beside metrics.jsonl")
+    group.add_argument("--tensorboard", action="store_true", help="write <results-dir>/tensorboard")
+    group.add_argument("--use-wandb", action="store_true", help="log to Weights & Biases (WANDB_MODE=offline: locally)")
+    group.add_argument("--wandb-project", default=None, help="project of the run (None: spiral-rope-dit)")
+    group.add_argument("--wandb-entity", default=None, help="user or team of the project (None: your default)")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError when the options do not fit together, or what they need is not installed."""
+    for name in ("wandb_project", "wandb_entity"):
+        value = getattr(args, name)
+        if value is not None and not args.use_wandb:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {value} given without --use-wandb; add --use-wandb, or leave {flag} out")
+    try:
+        if args.tensorboard:
+            flag, package = "--tensorboard", "tensorboard"
+            from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+        if args.use_wandb:
+            flag, package = "--use-wandb", "wandb"
+            from wandb import init  # noqa: F401  a folder ./wandb alone imports, and lacks it
+    except ImportError as error:
+        raise UserError(f"{flag} needs the package {package} ({error}); run: pip install {package}") from error
+
+
+def open_trackers(
+    args: argparse.Namespace, settings: dict, folder: Path, step: int, warn: Callable[[str], None]
+) -> list["Guarded"]:
+    """The trackers that the command asks for; what they have of steps after this one is dropped. Raises UserError."""
+    found = []
+    if args.tensorboard:
+        found.append(Guarded("TensorBoard", TensorBoard(folder, settings, step), warn))
+    if args.use_wandb:
+        project = args.wandb_project or "spiral-rope-dit"
+        found.append(Guarded("Weights & Biases", WeightsAndBiases(folder, settings, project, args.wandb_entity), warn))
+    return found
+
+
+def group_name(settings: dict) -> str:
+    """Model and positions, such as DiT-B/4 spiral-R4-clamp; RoPE settings that are not the default are appended."""
+    rope, model = settings["model"]["rope"], settings["model"]["model"]
+    if rope is None:
+        return f"{model} sin-cos"
+    name = f"spiral-R{rope['rotate']}-{rope['border']}" if rope["rotate"] else "axial"
+    for field in dataclasses.fields(RopeConfig):
+        if field.name not in ("rotate", "border") and rope[field.name] != field.default:
+            name += f"-{field.name}-{rope[field.name]}"
+    return f"{model} {name}"
+
+
+def run_name(settings: dict) -> str:
+    """The group and the seed."""
+    return f"{group_name(settings)} seed {settings['recipe']['global_seed']}"
+
+
+class Guarded:
+    """A tracker whose first failure is a warning and its end, and not that of the run."""
+
+    def __init__(self, name: str, tracker: "TensorBoard | WeightsAndBiases", warn: Callable[[str], None]):
+        self.name, self.tracker, self.warn = name, tracker, warn
+
+    def write(self, record: dict) -> None:
+        self._try("write", record)
+
+    def write_image(self, name: str, path: Path, step: int) -> None:
+        self._try("write_image", name, path, step)
+
+    def close(self) -> None:
+        self._try("close")
+
+    def _try(self, method: str, *args) -> None:
+        if self.tracker is None:
+            return
+        try:
+            getattr(self.tracker, method)(*args)
+        except Exception as error:  # whatever a network, a disk or the library makes it raise
+            self.warn(f"warning: {self.name} failed ({error}); training goes on without it")
+            self.tracker = None
+
+
+class TensorBoard:
+    """Event files in <results-dir>/tensorboard."""
+
+    def __init__(self, folder: Path, settings: dict, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+        self.writer.add_text("run", run_name(settings), step)
+
+    def write(self, record: dict) -> None:
+        for key, value in record.items():
+            if key != "step" and value is not None:
+                self.writer.add_scalar(key, value, record["step"])
+        self.writer.flush()
+
+    def write_image(self, name: str, path: Path, step: int) -> None:
+        with Image.open(path) as image:
+            self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """One W&B run, gone on with after an interruption: its id is in <results-dir>/wandb.json.
+
+    W&B cannot take back what it has. When the run resumes before the last step that W&B knows, the steps up to it are
+    not sent again. Raises UserError when W&B does not start.
+    """
+
+    def __init__(self, folder: Path, settings: dict, project: str, entity: str | None):
+        import wandb
+
+        stored = folder / "wandb.json"
+        if not stored.exists():
+            monitor.write_json(stored, {"id": uuid.uuid4().hex[:12]})
+        try:
+            self.run = wandb.init(
+                project=project,
+                entity=entity,
+                dir=folder,
+                id=monitor.read_json(stored)["id"],
+                resume="allow",
+                name=run_name(settings),
+                group=group_name(settings),
+                config=settings,
+                settings=wandb.Settings(console="off"),  # the terminal is in log.txt
+            )
+        except Exception as error:  # of W&B, of the network, of the libraries between
+            raise UserError(
+                f"--use-wandb: W&B does not start ({error}); log in with `wandb login`, or set WANDB_MODE=offline"
+            ) from error
+        self.first = self.run.step  # 0 for a new run, else the first step that W&B does not have
+
+    def write(self, record: dict) -> None:
+        if record["step"] >= self.first:
+            known = {key: value for key, value in record.items() if value is not None}
+            self.run.log(known, step=record["step"])
+
+    def write_image(self, name: str, path: Path, step: int) -> None:
+        import wandb
+
+        if step >= self.first:
+            self.run.log({name: wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()

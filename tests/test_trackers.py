@@ -1,0 +1,161 @@
+"""TensorBoard and W&B: the keys and values of metrics.jsonl, one run over interruptions, failures that do no harm."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY_RUN
+
+import train
+from runtime import monitor, trackers
+
+pytestmark = pytest.mark.usefixtures("tiny_commands")
+
+ROPE = dict(use_rope=True, rope_rotate=2)
+SETTINGS = {
+    "model": {"model": "DiT-B/4", "rope": None},
+    "recipe": {"global_seed": 3},
+}
+
+
+def events(results: Path):
+    """Scalars {key: [(step, value), ...]} and image steps that TensorBoard shows for a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    seen = EventAccumulator(str(results / "tensorboard"), size_guidance={"images": 0})
+    seen.Reload()
+    scalars = {key: [(event.step, event.value) for event in seen.Scalars(key)] for key in seen.Tags()["scalars"]}
+    return scalars, {key: [event.step for event in seen.Images(key)] for key in seen.Tags()["images"]}
+
+
+def test_tensorboard_shows_what_metrics_jsonl_holds(train_arguments, signal_after, tmp_path):
+    results = tmp_path / "run"
+    arguments = train_arguments(results, tensorboard=True, sample_every=3, log_every=1, **ROPE)
+    signal_after(train.Trainer, "train_step", 6)
+    train.main(arguments)
+    (results / "checkpoints" / "0000006.pt").unlink()  # as if killed: from step 4 on it has to go back
+    train.main(arguments)
+    records = monitor.read_metrics(results / "metrics.jsonl")
+    scalars, images = events(results)
+    keys = {key for record in records for key in record} - {"step"}
+    assert scalars.keys() == keys and {"loss", "grad_norm", "lr", "epoch", "images_per_second"} <= keys
+    for key in keys:
+        assert [step for step, _ in scalars[key]] == [1, 2, 3, 4, 5, 6, 7]
+        assert [value for _, value in scalars[key]] == pytest.approx([record[key] for record in records], rel=1e-6)
+    assert images == {"samples": [3, 6, 7]}
+
+
+def test_wandb_offline(train_arguments, tmp_path, monkeypatch):
+    """W&B itself, without a network: what it would send is read back from its file."""
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    results = tmp_path / "run"
+    same = dict(use_wandb=True, wandb_project="digits", **ROPE)
+    train.main(train_arguments(results, max_steps=3, **same))
+    train.main(train_arguments(results, **same))
+    stored = json.loads((results / "wandb.json").read_text())["id"]
+    files = sorted((results / "wandb").glob("offline-run-*/*.wandb"))
+    assert [file.stem for file in files] == [f"run-{stored}"] * 2
+    history, runs = [], []
+    for file in files:
+        for record in wandb_records(file):
+            runs += [record.run] if record.WhichOneof("record_type") == "run" else []
+            if record.WhichOneof("record_type") == "history":
+                items = {
+                    (item.nested_key or [item.key])[-1]: json.loads(item.value_json) for item in record.history.item
+                }
+                history.append({key: value for key, value in items.items() if not key.startswith("_")})
+    assert history == monitor.read_metrics(results / "metrics.jsonl")
+    assert [record["step"] for record in history] == [3, 6, 7]
+    for run in runs:
+        assert (run.project, run.run_group) == ("digits", "DiT-XS/2 spiral-R2-clamp")
+        assert (run.display_name, run.run_id) == ("DiT-XS/2 spiral-R2-clamp seed 0", stored)
+
+
+def wandb_records(path: Path):
+    """Records of an offline file: a LevelDB log, whose blocks of 32 KiB hold pieces of records after 7-byte headers."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    contents, place, parts = path.read_bytes(), 7, b""  # after W&B's own header
+    while place + 7 <= len(contents):
+        left = 32768 - place % 32768
+        size, kind = int.from_bytes(contents[place + 4 : place + 6], "little"), contents[place + 6]
+        if left < 7 or kind == 0:  # padding
+            place += left
+            continue
+        parts += contents[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # a whole record, or the last piece of one
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def test_names_tell_the_positions():
+    def names(**rope):
+        default = {"rotate": 0, "theta": 10000.0, "freqs_for": "lang", "max_freq": 10.0, "truncate_percentage": 0.0}
+        default |= {"max_freq_lang": 1.5, "min_freq_lang": 0.0, "same_theta": False, "border": "clamp"}
+        settings = {**SETTINGS, "model": {"model": "DiT-B/4", "rope": default | rope}}
+        return trackers.group_name(settings), trackers.run_name(settings)
+
+    assert trackers.run_name(SETTINGS) == "DiT-B/4 sin-cos seed 3"
+    assert names() == ("DiT-B/4 axial", "DiT-B/4 axial seed 3")
+    assert names(rotate=4) == ("DiT-B/4 spiral-R4-clamp", "DiT-B/4 spiral-R4-clamp seed 3")
+    assert names(rotate=4, border="exact", theta=100.0, same_theta=True)[0] == (
+        "DiT-B/4 spiral-R4-exact-theta-100.0-same_theta-True"
+    )
+
+
+def test_a_tracker_that_fails_is_dropped_with_one_warning(train_arguments, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def fail(self, record):
+        calls.append(record["step"])
+        raise ConnectionError("the network is gone")
+
+    monkeypatch.setattr(trackers.TensorBoard, "write", fail)
+    train.main(train_arguments(tmp_path / "run", tensorboard=True, sample_every=None))
+    output = capsys.readouterr().out
+    assert output.count("warning: TensorBoard failed (the network is gone); training goes on without it") == 1
+    assert calls == [3] and "finished at step 7" in output
+    assert [record["step"] for record in monitor.read_metrics(tmp_path / "run" / "metrics.jsonl")] == [3, 6, 7]
+
+
+def test_wandb_that_does_not_start_is_refused(train_arguments, refused, tmp_path, monkeypatch):
+    import wandb
+
+    def fail(**_):
+        raise wandb.Error("no API key")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    assert refused(train.main, train_arguments(tmp_path / "run", use_wandb=True)) == (
+        "--use-wandb: W&B does not start (no API key); log in with `wandb login`, or set WANDB_MODE=offline"
+    )
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "module", "package"), [("tensorboard", "tensorboard", "tensorboard"), ("use_wandb", "wandb", "wandb")]
+)
+def test_a_package_that_is_absent(flag, module, package, train_arguments, refused, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    message = refused(train.main, train_arguments(tmp_path / "run", **{flag: True}))
+    assert message.startswith(f"--{flag.replace('_', '-')} needs the package {package} (")
+    assert message.endswith(f"); run: pip install {package}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_settings_without_wandb_are_refused(train_arguments, refused, tmp_path):
+    assert refused(train.main, train_arguments(tmp_path / "run", wandb_project="digits")) == (
+        "--wandb-project digits given without --use-wandb; add --use-wandb, or leave --wandb-project out"
+    )
+    assert refused(train.main, train_arguments(tmp_path / "run", wandb_entity="us")) == (
+        "--wandb-entity us given without --use-wandb; add --use-wandb, or leave --wandb-entity out"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_tracker_unless_asked_for(train_arguments):
+    args = train.parse_args(train_arguments(Path("unused")))
+    assert TINY_RUN["sample_every"] == 0 and trackers.open_trackers(args, {}, Path("unused"), 0, print) == []
