@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -313,7 +314,11 @@ def test_folder_references_are_prepared_as_for_training(fake, arguments, tmp_pat
     assert all(from_folder[name] == from_npz[name] for name in ("precision", "recall", "kid"))
     assert from_folder["reference"]["kind"] == "folder" and from_folder["reference"]["images"] == 8
     # With class folders, and resized: every image is the one that training sees.
+    hidden = image_folder / ".thumbnails"
+    hidden.mkdir()
+    Image.new("RGB", (9, 9)).save(hidden / "a.png")
     images = FolderImages(image_folder, (16, 12))
+    shutil.rmtree(hidden)
     listed = data.ImageList(image_folder)
     rows, pixels = (torch.cat(parts) for parts in zip(*images.share(5), strict=True))
     assert rows.tolist() == list(range(24)) and pixels.shape == (24, 3, 16, 12)
