@@ -4,6 +4,7 @@ Features, statistics and metrics are torch-fidelity's. Under torchrun all proces
 """
 
 import argparse
+import math
 import os
 import warnings
 from importlib.metadata import version
@@ -136,7 +137,7 @@ def compute(
     stored: dict[str, dict],
     device: torch.device,
 ) -> dict[str, float]:
-    """The metrics asked for, in the order of the table, from features of samples and reference."""
+    """The metrics asked for, in the order of the table, from features of samples and reference. Raises UserError."""
     found = {}
     for name in ("fid", "sfid"):
         if name in args.metrics:
@@ -151,6 +152,11 @@ def compute(
         found |= {name: both[name] for name in asked}
     if "kid" in args.metrics:
         found |= fidelity.kernel_distance(samples["pool"], reference["pool"], args.kid_subsets, args.kid_subset_size)
+    wrong = ", ".join(name for name, value in found.items() if not math.isfinite(value))
+    if wrong:
+        raise UserError(
+            f"{wrong} came out as no finite number; the Inception-v3 weights do not fit the images or the reference"
+        )
     return found
 
 

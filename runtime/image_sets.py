@@ -109,8 +109,8 @@ class FolderImages(Dataset):
 
     def __init__(self, root: Path, size: tuple[int, int], num_workers: int = 0):
         self.root, self.size, self.num_workers = root, size, num_workers
-        visible = [path for path in data.images_below(root, ".") if b"/." not in path]  # as in training
-        self.paths = np.array(visible)
+        found = map(os.path.normpath, data.images_below(root, "."))
+        self.paths = np.array([path for path in found if b"/." not in b"/" + path])  # hidden folders are no classes
         if not len(self.paths):
             raise UserError(
                 f"--reference {str(root)!r} has no images; expected files ending in {', '.join(IMG_EXTENSIONS)}"
