@@ -680,7 +680,7 @@ evaluate() { # stage 3: the demo's digits, and FID where there is a reference; m
   if [[ -z $DATA_PATH ]]; then command+=(--digits); fi
   if [[ -n $FID_REFERENCE ]]; then
     launch=("${LAUNCH_HERE[@]}")
-    command+=(--reference "$FID_REFERENCE" --metrics "$FID_METRICS")
+    command+=(--reference "$FID_REFERENCE" --metrics "$FID_METRICS" --num-workers "$NUM_WORKERS")
     if [[ -n $INCEPTION_WEIGHTS ]]; then command+=(--inception-weights "$INCEPTION_WEIGHTS"); fi
   elif [[ -n $DATA_PATH ]]; then
     return

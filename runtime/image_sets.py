@@ -142,8 +142,9 @@ class FolderImages(Dataset):
         """Hash of the files' contents in the order of their names, and of what becomes of them."""
         digest = hashlib.sha256(f"{data.PREPARATION} {self.size}".encode())
         with ThreadPoolExecutor(16) as pool:
-            for file_digest in pool.map(self._hash_file, range(len(self))):
-                digest.update(file_digest)
+            for first in range(0, len(self), 1024):
+                for file_digest in pool.map(self._hash_file, range(first, min(first + 1024, len(self)))):
+                    digest.update(file_digest)
         return digest.hexdigest()
 
     def _hash_file(self, row: int) -> bytes:

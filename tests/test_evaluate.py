@@ -419,6 +419,11 @@ def test_two_processes_measure_as_one(measured, sets, inception_file, tmp_path):
     assert together["sampling"] is None
 
 
+def test_all_processes_end_when_one_meets_an_unreadable_image(fake, arguments, refused, monkeypatch):
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, "image 'b.png' cannot be read (damaged)"])
+    assert refused(evaluate.main, arguments()) == "image 'b.png' cannot be read (damaged)"
+
+
 # The demo's digits
 
 

@@ -659,6 +659,7 @@ def test_fid_is_measured_where_there_is_a_reference(repository, tmp_path):
         "--samples": f"results/DiT-B-4/{DEFAULT_RUN}/samples/step-0003000.npz",
         "--reference": str(reference),
         "--metrics": "fid,sfid,is,precision,recall,kid",
+        "--num-workers": "4",
         "--inception-weights": str(tmp_path / "weights.pth"),
     }
     measured = "  FID             15.55\n  sFID            6.00\n  Inception Score  101.26\n  precision       0.6300\n"
