@@ -27,6 +27,8 @@ GRAD_ACCUM_STEPS=${GRAD_ACCUM_STEPS:-1}     # parts in which each process comput
 GRAD_CHECKPOINTING=${GRAD_CHECKPOINTING:-False} # compute activations twice, for less memory
 SAMPLER=${SAMPLER:-ddpm}                    # ddpm, ddim or dpm++
 SAMPLE_SEED=${SAMPLE_SEED:-100}             # seed of labels and noise of the samples
+FID_REFERENCE=${FID_REFERENCE:-}            # reference file of ADM, .npz of images or image folder; empty: no FID
+INCEPTION_WEIGHTS=${INCEPTION_WEIGHTS:-}    # file for FID where there is no network; empty: downloaded once
 if [[ -n $DATA_PATH ]]; then # the published recipe
   RESULTS_BASE=${RESULTS_BASE:-$ROOT/results}
   DEFAULT_MODEL=${DEFAULT_MODEL:-DiT-B/4}   # where the argument MODEL is not given
@@ -50,6 +52,7 @@ if [[ -n $DATA_PATH ]]; then # the published recipe
   SAMPLING_STEPS=${SAMPLING_STEPS:-250}
   PER_PROC_BATCH_SIZE=${PER_PROC_BATCH_SIZE:-32} # samples drawn at once by each process
   CLASS_BALANCED=${CLASS_BALANCED:-False}   # equally many samples of each class instead of random labels
+  FID_METRICS=${FID_METRICS:-fid,sfid,is,precision,recall,kid} # measured where FID_REFERENCE is set
 else # the demo: the same pipeline at a size that a laptop trains in minutes
   RESULTS_BASE=${RESULTS_BASE:-$ROOT/results/demo}
   DEFAULT_MODEL=${DEFAULT_MODEL:-DiT-XS/2}
@@ -73,6 +76,7 @@ else # the demo: the same pipeline at a size that a laptop trains in minutes
   SAMPLING_STEPS=${SAMPLING_STEPS:-50}
   PER_PROC_BATCH_SIZE=${PER_PROC_BATCH_SIZE:-100}
   CLASS_BALANCED=${CLASS_BALANCED:-True}
+  FID_METRICS=${FID_METRICS:-fid,sfid,is,precision,recall} # kid needs 1000 samples
 fi
 EPOCHS=${EPOCHS:-}
 MAX_STEPS=${MAX_STEPS:-}
@@ -91,6 +95,7 @@ Usage: bash run_all.sh [USE_ROPE] [ROTATE] [THETA] [FREQS_FOR] [MAX_FREQ] [TRUNC
 Trains a class-conditional diffusion transformer (stage 1) on latents encoded once beforehand (stage 0), then
 samples from its newest checkpoint (stage 2). With DATA_PATH=/path/to/ImageNet/train it runs the published
 recipe; without, a demo on handwritten digits, of which a classifier measures the samples at the end (stage 3).
+With FID_REFERENCE=/path/to/VIRTUAL_imagenet256_labeled.npz stage 3 measures FID and the like.
 The same command goes on after an interruption; when everything is finished, it says so and does nothing twice.
 
 Arguments; - or nothing keeps a default:
@@ -116,6 +121,7 @@ Examples:
   bash run_all.sh - 3 - - - - - - - - DiT-XL/2        Spiral RoPE, K = 6 directions, the largest model
   bash run_all.sh - - - - - - - - - 123               another seed
   DATA_PATH=/path/to/ImageNet/train bash run_all.sh - 4
+  FID_REFERENCE=/path/to/VIRTUAL_imagenet256_labeled.npz DATA_PATH=/path/to/ImageNet/train bash run_all.sh - 4
   EPOCHS=160 NPROC_PER_NODE=4 DATA_PATH=/path/to/ImageNet/train bash run_all.sh - 4
 
 Settings, each overridden by an environment variable of its name, or edited at the top of run_all.sh:
@@ -392,6 +398,30 @@ check_image_size() { # the latent grid must divide into patches; what the hub al
   fi
 }
 
+check_evaluation() { # what stage 3 would only find out after days of training
+  local name least rest=$FID_METRICS,
+  if [[ -z $FID_REFERENCE ]]; then return; fi
+  [[ -e $FID_REFERENCE ]] || refuse FID_REFERENCE "a reference file or a folder of images, but it does not exist"
+  [[ -r $FID_REFERENCE ]] || refuse FID_REFERENCE "a file or folder that you may read"
+  if [[ -n $INCEPTION_WEIGHTS && ! -f $INCEPTION_WEIGHTS ]]; then
+    refuse INCEPTION_WEIGHTS "a file with the weights of Inception-v3, but there is no such file"
+  fi
+  while [[ -n $rest ]]; do
+    name=${rest%%,*}
+    rest=${rest#*,}
+    case $name in
+      fid | sfid) least=2 ;;
+      is) least=10 ;;
+      precision | recall) least=4 ;;
+      kid) least=1000 ;;
+      *) refuse FID_METRICS "some of fid,sfid,is,precision,recall,kid with commas between" ;;
+    esac
+    if ((NUM_FID_SAMPLES < least)); then
+      refuse NUM_FID_SAMPLES "at least $least, since FID_METRICS has $name"
+    fi
+  done
+}
+
 check_results() { # the first folder above it that exists must be one in which this user may write
   local folder=$1
   while [[ ! -e $folder ]]; do
@@ -449,17 +479,16 @@ count_processes() { # one for each GPU that PyTorch sees; its import takes secon
   fi
 }
 
-build_commands() { # sets LAUNCH and the arguments of each stage, script first
-  LAUNCH=("$PYTHON")
-  if ((NPROC_PER_NODE * NNODES > 1)); then
-    # The workers get time to write a checkpoint before torchrun, told to stop, ends them.
-    LAUNCH+=(-m torch.distributed.run --nproc_per_node "$NPROC_PER_NODE")
-    LAUNCH+=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout 600)
-    if ((NNODES > 1)); then
-      LAUNCH+=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
-    else
-      LAUNCH+=(--standalone --local-addr 127.0.0.1)
-    fi
+build_commands() { # sets LAUNCH, LAUNCH_HERE (on this machine alone) and the arguments of each stage, script first
+  local torchrun=(-m torch.distributed.run --nproc_per_node "$NPROC_PER_NODE")
+  # The workers get time to write a checkpoint before torchrun, told to stop, ends them.
+  torchrun+=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout 600)
+  LAUNCH_HERE=("$PYTHON")
+  if ((NPROC_PER_NODE > 1)); then LAUNCH_HERE+=("${torchrun[@]}" --standalone --local-addr 127.0.0.1); fi
+  LAUNCH=("${LAUNCH_HERE[@]}")
+  if ((NNODES > 1)); then
+    LAUNCH=("$PYTHON" "${torchrun[@]}" --nnodes "$NNODES" --node_rank "$NODE_RANK")
+    LAUNCH+=(--master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
   fi
 
   CACHE=(cache_latents.py --data-path "$DATA" --latents-dir "$LATENTS_DIR" --vae "$VAE" --image-size "$IMAGE_SIZE")
@@ -510,7 +539,7 @@ print_configuration() {
   echo "Configuration:"
   for name in "${ARGUMENTS[@]}" DATA RUN_DIR NPROC_PER_NODE NNODES EPOCHS MAX_STEPS IMAGE_SIZE GLOBAL_BATCH_SIZE \
     LR LR_SCHEDULE WARMUP_STEPS EMA_DECAY FLIP VAE CACHE_LATENTS PRECISION SAMPLE_VAE NUM_FID_SAMPLES SAMPLER \
-    SAMPLING_STEPS CFG_SCALE CFG_CHANNELS CLASS_BALANCED SAMPLE_SEED; do
+    SAMPLING_STEPS CFG_SCALE CFG_CHANNELS CLASS_BALANCED SAMPLE_SEED FID_REFERENCE; do
     if [[ -n ${!name} ]]; then printf '  %-20s %s\n' "$name" "${!name}"; fi
   done
   if [[ $USE_ROPE == True && $FREQS_FOR == pixel ]]; then
@@ -565,9 +594,13 @@ fail() { # STAGE STATUS
 # A stage that finished leaves its own command in a small file, by which the next start knows that nothing is left
 # to do, without seconds of imports. Several machines always ask the stage itself, so that they all do the same.
 is_finished() { # NAME COMMAND...
+  ((NNODES == 1)) && is_recorded "$@"
+}
+
+is_recorded() { # NAME COMMAND...
   local record=$RUN_DIR/.finished/$1
   shift
-  ((NNODES == 1)) && [[ -f $record && $(<"$record") == "$(printf '%q ' "$@")" ]]
+  [[ -f $record && $(<"$record") == "$(printf '%q ' "$@")" ]]
 }
 
 set_finished() { # NAME COMMAND...
@@ -641,21 +674,29 @@ sample() { # stage 2; sets NPZ
   set_finished sample "${SAMPLE[@]}"
 }
 
-evaluate() { # stage 3, of the demo
-  local stage="Stage 3 (evaluation)" command
-  command=(evaluate.py --samples "$NPZ" --digits)
+evaluate() { # stage 3: the demo's digits, and FID where there is a reference; machine 0 measures for all
+  local stage="Stage 3 (evaluation)" launch=("$PYTHON") command=(evaluate.py --samples "$NPZ")
   METRICS=${NPZ%.npz}.metrics.json
-  if [[ -n $DATA_PATH ]] || ((NODE_RANK > 0)); then return; fi
-  if [[ -f $METRICS ]] && is_finished evaluate "${command[@]}"; then
+  if [[ -z $DATA_PATH ]]; then command+=(--digits); fi
+  if [[ -n $FID_REFERENCE ]]; then
+    launch=("${LAUNCH_HERE[@]}")
+    command+=(--reference "$FID_REFERENCE" --metrics "$FID_METRICS" --num-workers "$NUM_WORKERS")
+    if [[ -n $INCEPTION_WEIGHTS ]]; then command+=(--inception-weights "$INCEPTION_WEIGHTS"); fi
+  elif [[ -n $DATA_PATH ]]; then
+    return
+  fi
+  if ((NODE_RANK > 0)); then return; fi
+  # Neither samples nor reference may have been made again since.
+  if [[ -f $METRICS && ! $NPZ -nt $METRICS && ! $FID_REFERENCE -nt $METRICS ]] &&
+    is_recorded evaluate "${command[@]}"; then
     printf '\n%s: finished already\n' "$stage"
     return
   fi
-  run_stage "$stage" "$PYTHON" "${command[@]}"
+  run_stage "$stage" "${launch[@]}" "${command[@]}"
   set_finished evaluate "${command[@]}"
 }
 
 print_results() {
-  local accuracy
   if [[ -z $WORKED ]]; then
     printf '\nEverything was finished already; nothing was done again. Results:\n'
   else
@@ -668,12 +709,23 @@ print_results() {
   print_result "samples" "$NPZ"
   print_result "sample grid" "${NPZ%.npz}.png"
   print_result "metrics" "$METRICS"
-  if [[ -f $METRICS ]]; then
-    accuracy=$(sed -n 's/.*"label_accuracy": *\([0-9.e-]*\).*/\1/p' "$METRICS")
-    if [[ -n $accuracy ]]; then
-      LC_ALL=C awk -v a="$accuracy" 'BEGIN { printf "  label accuracy  %.1f %%\n", 100 * a }'
-    fi
-  fi
+  print_metric label_accuracy "label accuracy" 100 '%.1f %%'
+  print_metric pixel_frechet_distance_8x8_digits "pixel Fréchet distance on 8 x 8 digits" 1 '%.4f'
+  print_metric fid FID 1 '%.2f'
+  print_metric sfid sFID 1 '%.2f'
+  print_metric inception_score "Inception Score" 1 '%.2f'
+  print_metric precision precision 1 '%.4f'
+  print_metric recall recall 1 '%.4f'
+  print_metric kid KID 1 '%.6f'
+}
+
+print_metric() { # KEY NAME FACTOR FORMAT: a number of METRICS, if it is there
+  local value
+  if [[ ! -f $METRICS ]]; then return; fi
+  value=$(sed -n "s/^  \"$1\": *\([0-9.e+-][0-9.e+-]*\),*\$/\1/p" "$METRICS")
+  if [[ -z $value ]]; then return; fi
+  LC_ALL=C awk -v name="$2" -v value="$value" -v factor="$3" \
+    "BEGIN { printf \"  %-14s  $4\\n\", name, factor * value }"
 }
 
 print_result() { # WHAT PATH: where it lies, if it was made
@@ -685,11 +737,12 @@ main() {
   check_arguments
   cd "$ROOT"
   check_settings
-  locate DATA_PATH RESULTS_BASE LATENTS_DIR
+  locate DATA_PATH RESULTS_BASE LATENTS_DIR FID_REFERENCE INCEPTION_WEIGHTS
   check_vae VAE
   check_vae SAMPLE_VAE
   check_data
   check_image_size
+  check_evaluation
   check_results "$RESULTS_BASE"
   if [[ -n $NPROC_PER_NODE ]]; then check_batch; fi
 

@@ -53,7 +53,7 @@ class ImageList:
             raise UserError(f"{option} {str(root)!r} has no class folders; expected one sub-folder for each class")
         paths, labels = [], []
         for label, name in enumerate(self.classes):
-            found = _images_below(self.root, name)
+            found = images_below(self.root, name)
             if not found:
                 raise UserError(
                     f"class folder {str(self.root / name)!r} has no images; expected files ending in "
@@ -95,7 +95,7 @@ def _is_class(entry: os.DirEntry) -> bool:
     return entry.is_dir() and not entry.name.startswith(".")  # .ipynb_checkpoints and the like are not classes
 
 
-def _images_below(root: Path, name: str) -> list[bytes]:
+def images_below(root: Path, name: str) -> list[bytes]:
     found = []
     for folder, subfolders, files in os.walk(root / name, followlinks=True):
         subfolders.sort()

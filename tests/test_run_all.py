@@ -54,10 +54,14 @@ elif stage == "sample_ddp.py":
         print(npz)
         sys.exit()
     npz.parent.mkdir(parents=True, exist_ok=True)
-    npz.touch()
+    if "STUB_PACKED" not in os.environ:
+        npz.touch()
     npz.with_suffix(".png").touch()
 elif stage == "evaluate.py":
-    value("--samples").with_suffix(".metrics.json").write_text(json.dumps({"label_accuracy": 0.985}, indent=2))
+    metrics = {"label_accuracy": 0.985} if "--digits" in arguments else {}
+    if "--reference" in arguments:
+        metrics |= {"fid": 15.5512, "sfid": 6, "inception_score": 101.257, "precision": 0.63, "kid": -1.5e-5}
+    value("--samples").with_suffix(".metrics.json").write_text(json.dumps(metrics, indent=2))
 """
 
 
@@ -236,6 +240,22 @@ WRONG_SETTINGS = [
     ({"NODE_RANK": "1"}, "NODE_RANK is '1', expected less than NNODES, which is 1"),
     ({"NNODES": "2"}, "MASTER_ADDR is '', expected the address of machine 0, since NNODES is 2"),
     ({"MASTER_PORT": "70000"}, "MASTER_PORT is '70000', expected a whole number from 1 to 65535"),
+    (
+        {"FID_REFERENCE": "no/such.npz"},
+        "FID_REFERENCE is 'no/such.npz', expected a reference file or a folder of images, but it does not exist",
+    ),
+    (
+        {"FID_REFERENCE": "assets", "INCEPTION_WEIGHTS": "assets"},
+        "INCEPTION_WEIGHTS is 'assets', expected a file with the weights of Inception-v3, but there is no such file",
+    ),
+    (
+        {"FID_REFERENCE": "assets", "FID_METRICS": "fid,"},
+        "FID_METRICS is 'fid,', expected some of fid,sfid,is,precision,recall,kid with commas between",
+    ),
+    (
+        {"FID_REFERENCE": "assets", "FID_METRICS": "fid,kid"},
+        "NUM_FID_SAMPLES is '200', expected at least 1000, since FID_METRICS has kid",
+    ),
     ({"NUM_CLASSES": "9"}, "NUM_CLASSES is '9', expected at least 10, the number of class folders"),
     (
         {"DATA_PATH": "no/such"},
@@ -612,7 +632,7 @@ def test_finished_runs_do_nothing_twice_and_changes_do_what_they_need(repository
     assert calls == [] and "Everything was finished already; nothing was done again. Results:\n" in output
     assert "step-0003000.npz\n" in output and output.endswith("  label accuracy  98.5 %\n")
     _, _, calls = repository.run("True", "2", CFG_SCALE="3.0")
-    assert [call[0] for call in calls] == ["sample_ddp.py", "sample_ddp.py"]
+    assert [call[0] for call in calls] == ["sample_ddp.py", "sample_ddp.py", "evaluate.py"]
     _, _, calls = repository.run("True", "2", MAX_STEPS="6000")
     assert [call[0] for call in calls[:2]] == ["cache_latents.py", "train.py"]
     shutil.rmtree(repository.root / flags(stage(calls, "train.py"))["--results-dir"])
@@ -624,6 +644,55 @@ def test_finished_runs_do_nothing_twice_and_changes_do_what_they_need(repository
         "sample_ddp.py",
         "evaluate.py",
     ]
+
+
+def test_fid_is_measured_where_there_is_a_reference(repository, tmp_path):
+    data, reference = image_folder(tmp_path / "images"), tmp_path / "its reference.npz"
+    reference.touch()
+    (tmp_path / "weights.pth").touch()
+    settings = {"DATA_PATH": data, "FID_REFERENCE": str(reference), "NPROC_PER_NODE": "2"}
+    output, _, calls = repository.run(**settings, cwd=tmp_path, INCEPTION_WEIGHTS="weights.pth")
+    call = stage(calls, "evaluate.py")
+    at = call.index("evaluate.py")
+    assert call[:at][:4] == ["-m", "torch.distributed.run", "--nproc_per_node", "2"] and "--standalone" in call[:at]
+    assert flags(call[at:]) == {
+        "--samples": f"results/DiT-B-4/{DEFAULT_RUN}/samples/step-0003000.npz",
+        "--reference": str(reference),
+        "--metrics": "fid,sfid,is,precision,recall,kid",
+        "--num-workers": "4",
+        "--inception-weights": str(tmp_path / "weights.pth"),
+    }
+    measured = "  FID             15.55\n  sFID            6.00\n  Inception Score  101.26\n  precision       0.6300\n"
+    assert output.endswith(measured + "  KID             -0.000015\n")
+
+    output, _, calls = repository.run(**settings, cwd=tmp_path, INCEPTION_WEIGHTS="weights.pth")
+    assert calls == [] and "Stage 3 (evaluation): finished already\n" in output and measured in output
+    _, _, calls = repository.run(**settings, cwd=tmp_path, FID_METRICS="fid,is")
+    assert flags(stage(calls, "evaluate.py"))["--metrics"] == "fid,is" and len(calls) == 1
+    os.utime(reference, (time.time() + 9, time.time() + 9))  # another file under the same name
+    _, _, calls = repository.run(**settings, cwd=tmp_path, FID_METRICS="fid,is")
+    assert len(calls) == 1
+
+
+def test_one_of_several_machines_measures_fid(repository, tmp_path):
+    images = image_folder(tmp_path / "images")
+    settings = {"DATA_PATH": images, "FID_REFERENCE": images, "NNODES": "2"}
+    settings |= {"MASTER_ADDR": "10.0.0.1", "NPROC_PER_NODE": "2"}
+    _, _, calls = repository.run(**settings, NODE_RANK="1")
+    assert calls and not any("evaluate.py" in call for call in calls)
+    _, _, calls = repository.run(**settings, NODE_RANK="0")
+    call = stage(calls, "evaluate.py")
+    assert "--standalone" in call and "--nnodes" not in call
+    _, _, calls = repository.run(**settings, NODE_RANK="0", STUB_PACKED="1")
+    assert calls and not any("evaluate.py" in call for call in calls)
+
+
+def test_demo_measures_fid_beside_its_digits(repository, tmp_path):
+    output, _, calls = repository.run(FID_REFERENCE=str(tmp_path))
+    call = stage(calls, "evaluate.py")
+    assert call[0] == "evaluate.py" and "--digits" in call
+    assert flags(call)["--metrics"] == "fid,sfid,is,precision,recall"
+    assert "  label accuracy  98.5 %\n  FID             15.55\n" in output
 
 
 def test_training_that_stopped_itself_is_not_sampled_and_goes_on(repository):

@@ -379,6 +379,8 @@ def test_evaluation(refused, tmp_path):
     np.savez(path, arr_0=np.zeros((2, 8, 8, 3), np.uint8), arr_1=np.zeros(3, np.int64))
     assert message() == "holds arr_0 uint8 (2, 8, 8, 3), arr_1 (3,)"
     np.savez(path, arr_0=np.array([{"an": "object"}]), arr_1=np.zeros(1, np.int64))
+    assert message() == "holds arr_0 object (1,), arr_1 (1,)"
+    np.savez(path, arr_0=np.zeros((1, 8, 8, 3), np.uint8), arr_1=np.array([{"an": "object"}]))
     assert message().startswith("cannot be read (")
     assert [file.name for file in tmp_path.iterdir()] == ["samples.npz"]
 

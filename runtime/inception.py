@@ -1,0 +1,177 @@
+"""Features of images by torch-fidelity's Inception-v3, the TensorFlow-compatible one that published FIDs use."""
+
+import hashlib
+import os
+import uuid
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
+from runtime import checkpoint, distributed, monitor
+from runtime.options import UserError
+
+PUBLISHED = "6726825d"  # how the sha256 of torch-fidelity's weights begins, as their file name tells
+PUBLISHED_NAME = URL_INCEPTION_V3.rsplit("/", 1)[1]
+WIDTHS = {  # numbers for each image
+    "pool": 2048,  # average of the last block: FID, KID, precision and recall
+    "spatial": 17 * 17 * 7,  # sFID, as the evaluator of ADM takes it
+    "logits": 1008,  # without their bias: Inception Score
+}
+
+
+class Inception:
+    """The network with weights from a file; None: from torch-fidelity, downloaded once. Raises UserError."""
+
+    def __init__(self, weights: Path | None, device: torch.device):
+        path = weights or distributed.on_main(download)
+        self.sha256 = check_weights(path)
+        self.device = device
+        try:  # unrestricted unpickling, but check_weights has just found nothing but tensors in the file
+            network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+            )
+        except RuntimeError as error:
+            differing = str(error).splitlines()[-1].strip()
+            shown = differing if len(differing) <= 120 else f"{differing[:117]}..."
+            raise UserError(
+                f"--inception-weights {str(path)!r} holds other weights than torch-fidelity's Inception-v3 ({shown}); "
+                f"expected {PUBLISHED_NAME}"
+            ) from error
+        self.network = network.to(device)
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+
+    @property
+    def is_published(self) -> bool:
+        """Whether these are the weights with which published numbers are made."""
+        return self.sha256.startswith(PUBLISHED)
+
+    def _keep_spatial(self, module, inputs, output: Tensor) -> None:
+        """The first 7 channels after the ReLU, flattened as TensorFlow lays them out: height, width, channel."""
+        self.spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)  # (N, 192, 17, 17) -> (N, 2023)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """Images (N, 3, H, W) uint8 of any size to (N, WIDTHS[name]) float32 on the CPU; the network resizes them."""
+        pool, logits = self.network(images.to(self.device))
+        found = {"pool": pool, "spatial": self.spatial, "logits": logits}
+        return {name: values.cpu() for name, values in found.items()}
+
+
+def download() -> Path:
+    """torch-fidelity's weights, in the folder where it keeps them; fetched unless they are there. Raises UserError."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / PUBLISHED_NAME
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=PUBLISHED)
+        except (OSError, RuntimeError) as error:  # no network, a full disk; another checksum
+            raise UserError(
+                f"the Inception-v3 weights cannot be downloaded ({error}); fetch {URL_INCEPTION_V3} where there is a "
+                "network, and pass the file as --inception-weights FILE"
+            ) from error
+    return path
+
+
+def check_weights(path: Path) -> str:
+    """The sha256 of a file that holds finite tensors and nothing else. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"--inception-weights {str(path)!r} is not a file; expected {PUBLISHED_NAME}")
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if path.name == PUBLISHED_NAME and not sha256.startswith(PUBLISHED):
+        raise UserError(
+            f"--inception-weights {str(path)!r} is damaged: its sha256 begins with {sha256[:8]}, expected {PUBLISHED} "
+            "as its name tells; fetch it again"
+        )
+    try:
+        state = checkpoint.load(path)
+    except UserError as error:
+        raise UserError(f"--inception-weights: {error}") from error
+    for name, tensor in state.items():
+        if not (isinstance(tensor, Tensor) and bool(torch.isfinite(tensor).all())):
+            raise UserError(
+                f"--inception-weights {str(path)!r} has no finite numbers under {name!r}; expected {PUBLISHED_NAME}"
+            )
+    return sha256
+
+
+def extract(images, names: list[str], network: Inception, batch_size: int, description: str) -> dict[str, Tensor]:
+    """Features (N, WIDTHS[name]) float32 of a set of images, computed by all processes and complete on each.
+
+    images is a set of runtime.image_sets. Raises UserError, on every process, for an image that cannot be read.
+    """
+    features = {name: torch.zeros(len(images), WIDTHS[name]) for name in names}
+    bar = monitor.progress_bar(len(images), unit="image", description=description)
+    failure = None
+    try:
+        for rows, pixels in images.share(batch_size):
+            found = network.features(pixels)
+            for name in names:
+                features[name][rows] = found[name]
+            bar.update(min(len(rows) * distributed.world_size(), bar.total - bar.n))
+    except UserError as error:
+        failure = str(error)
+    bar.close()
+    for seen in distributed.gather(failure):
+        if seen is not None:
+            raise UserError(seen)
+    for values in features.values():
+        distributed.all_reduce(values)  # a row is 0 on all processes but one, so the sum is exact
+        if not bool(torch.isfinite(values).all()):
+            raise UserError("the Inception-v3 weights give features that are not finite numbers; use others")
+    return features
+
+
+class FeatureCache:
+    """Features of references in a folder, a file for each (contents of the images, weights of the network, name)."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--cache-dir {str(folder)!r} cannot be made ({error.strerror})") from error
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"--cache-dir {str(folder)!r} cannot be written; pass a folder of yours")
+
+    def path(self, images, network: Inception, name: str) -> Path:
+        return self.folder / f"{images.sha256}-{network.sha256[:16]}-{name}.safetensors"
+
+    def load(self, images, network: Inception, names: list[str]) -> dict[str, Tensor]:
+        """Those of the features that are there; damaged files are reported and count as missing."""
+        found = {}
+        for name in names:
+            path = self.path(images, network, name)
+            if path.exists():
+                try:
+                    found[name] = load_file(path)[name]
+                except (OSError, KeyError, SafetensorError) as error:
+                    warnings.warn(f"{str(path)!r} cannot be read ({error}); it is made again", stacklevel=2)
+        return found
+
+    def save(self, images, network: Inception, features: dict[str, Tensor]) -> None:
+        """Write each file whole or not at all, also where several commands write the same one."""
+        for name, values in features.items():
+            path = self.path(images, network, name)
+            partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+            save_file({name: values}, partial)
+            partial.replace(path)
+
+
+def extract_cached(images, names: list[str], network: Inception, batch_size: int, folder: Path) -> dict[str, Tensor]:
+    """Features of a reference as extract gives them, but complete on rank 0 alone; kept in folder for the next time."""
+    cache = distributed.on_main(FeatureCache, folder)
+    distributed.on_main(lambda: images.sha256)  # read here, where an error reaches all processes
+    features = cache.load(images, network, names) if distributed.is_main() else {}
+    missing = distributed.on_main(lambda: [name for name in names if name not in features])
+    if missing:
+        made = extract(images, missing, network, batch_size, "reference")
+        if distributed.is_main():
+            cache.save(images, network, made)
+        features |= made
+    return features

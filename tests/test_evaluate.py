@@ -1,0 +1,707 @@
+"""Evaluation: agreement with torch-fidelity and closed forms, references, streaming, cache, processes, mistakes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tracemalloc
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity.feature_extractor_inceptionv3 as torch_fidelity_inception
+from conftest import command_line
+from PIL import Image
+
+import evaluate
+from runtime import data, distributed, fidelity, image_sets, inception
+from runtime.image_sets import FolderImages, NpzImages
+from runtime.reference import Reference
+
+pytestmark = [
+    pytest.mark.usefixtures("tiny_commands"),
+    pytest.mark.filterwarnings("ignore:.*biased upwards", "ignore:.*not the weights of published numbers"),
+]
+ROOT = Path(__file__).resolve().parent.parent
+SIZE = (24, 20)
+PIXELS = "expected an .npz with images arr_0 uint8 (N, H, W, 3)"
+NAMES = ("samples.npz", "reference.npz")
+KID = {"kid_subsets": 5, "kid_subset_size": 8}
+WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+
+
+def make_images(count: int, seed: int) -> np.ndarray:
+    """Blurred noise of different contrasts and colours, (count, *SIZE, 3) uint8."""
+    random = np.random.default_rng(seed)
+    coarse = random.normal(128, 20 + 60 * random.random((count, 1, 1, 3)), (count, 6, 5, 3)).clip(0, 255)
+    height, width = SIZE
+    images = [Image.fromarray(image.astype(np.uint8)).resize((width, height), Image.BICUBIC) for image in coarse]
+    return np.stack([np.asarray(image) for image in images])
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """torch-fidelity's Inception-v3 with random weights that keep the scale of activations."""
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_fidelity_inception, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(torch_fidelity_inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        network = torch_fidelity_inception.FeatureExtractorInceptionV3("random", ["2048"])
+    generator = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            fan_in = module.weight[0].numel()
+            module.weight.normal_(std=(2 / fan_in) ** 0.5, generator=generator)
+    # Random features of different images are alike; classes are told apart by what remains of them.
+    (common,) = network(torch.from_numpy(make_images(1, 0)).permute(0, 3, 1, 2))  # (1, 2048)
+    weight = network.fc.weight.normal_(std=5, generator=generator)
+    weight -= weight @ common.T @ common / common.square().sum()
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def sets(tmp_path_factory):
+    """Twelve samples and eight reference images, each as an .npz and as a folder of PNGs: sets / "samples.npz", ..."""
+    folder = tmp_path_factory.mktemp("sets")
+    for name, count, seed in (("samples", 12, 1), ("reference", 8, 4)):
+        images = make_images(count, seed)
+        np.savez(folder / f"{name}.npz", arr_0=images)
+        (folder / name).mkdir()
+        for index, image in enumerate(images):
+            Image.fromarray(image).save(folder / name / f"{index:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def command(sets, inception_file):
+    """All metrics of the samples against the reference by the command and the real network, and the features."""
+    settings = {"sampler": "ddim", "cfg_scale": 1.5, "step": 7, "weights": "ema"}
+    (sets / "samples.json").write_text(json.dumps(settings))
+    options = {"samples": sets / NAMES[0], "reference": sets / NAMES[1], "inception_weights": inception_file}
+    extract, features = inception.extract, {}
+
+    def remember(images, *args):
+        features[images.path.name] = extract(images, *args)
+        return features[images.path.name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "_device", lambda *_: torch.device("cpu"))
+        patch.setattr(inception, "extract", remember)
+        evaluate.main(command_line(options | KID | {"cache_dir": sets / "cache"}))
+    return json.loads((sets / "samples.metrics.json").read_text()), features
+
+
+@pytest.fixture
+def measured(command):
+    return command[0]
+
+
+class FakeInception:
+    """Stands in for the network where only what surrounds it is tested: coarse pixels, repeated to the widths."""
+
+    is_published, sha256 = True, "f" * 64
+    calls = 0
+
+    def __init__(self, weights=None, device=None):
+        pass
+
+    def features(self, images):
+        FakeInception.calls += 1
+        coarse = torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1)  # (N, 48)
+        return {name: coarse.repeat(1, width // 48 + 1)[:, :width] for name, width in inception.WIDTHS.items()}
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(evaluate, "Inception", FakeInception)
+    monkeypatch.setattr(FakeInception, "calls", 0)
+    return FakeInception
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Command line for a few images: arguments(metrics="is", reference=None)."""
+
+    def build(**changes) -> list[str]:
+        np.savez(tmp_path / "samples.npz", arr_0=make_images(12, 3))
+        np.savez(tmp_path / "reference.npz", arr_0=make_images(14, 4))
+        options = {"samples": tmp_path / "samples.npz", "reference": tmp_path / "reference.npz"}
+        options |= {"cache_dir": tmp_path / "cache", "metrics": "is,precision,recall,kid", "num_workers": 0} | KID
+        return command_line(options | changes)
+
+    return build
+
+
+def results(tmp_path) -> dict:
+    return json.loads((tmp_path / "samples.metrics.json").read_text())
+
+
+# The numbers
+
+
+def test_metrics_equal_those_of_torch_fidelitys_command(measured, sets, inception_file, monkeypatch, capsys):
+    from torch_fidelity import fidelity as torch_fidelity_command
+
+    options = {"input1": sets / "samples", "input2": sets / "reference", "isc": True, "fid": True, "kid": True}
+    options |= {"prc": True, "feature_extractor": "inception-v3-compat", "cpu": True, "json": True, "silent": True}
+    options |= {"feature_extractor_weights_path": inception_file, "save_cpu_ram": True, "no_cache": True}
+    monkeypatch.setattr(sys, "argv", ["fidelity", *command_line(options | KID)])
+    capsys.readouterr()
+    torch_fidelity_command.main()
+    theirs = json.loads(capsys.readouterr().out)
+    names = {
+        "fid": "frechet_inception_distance",
+        "inception_score": "inception_score_mean",
+        "inception_score_std": "inception_score_std",
+        "kid": "kernel_inception_distance_mean",
+        "kid_std": "kernel_inception_distance_std",
+        "precision": "precision",
+        "recall": "recall",
+    }
+    ours = {name: measured[name] for name in names}
+    assert ours == pytest.approx({name: theirs[key] for name, key in names.items()}, rel=1e-6)
+    assert 0 < ours["precision"] < 1 and 0 < ours["recall"] < 1 and ours["precision"] != ours["recall"]
+    assert ours["fid"] > 0 and ours["inception_score"] > 1.01
+
+
+def frechet_by_gram(first: np.ndarray, second: np.ndarray) -> float:
+    """Fréchet distance of two sets of features, whose trace of the root is the nuclear norm of first @ second.T."""
+    means = [values.mean(0) for values in (first, second)]
+    one, two = ((v - m) / np.sqrt(len(v) - 1) for v, m in zip((first, second), means, strict=True))
+    difference = means[0] - means[1]
+    return difference @ difference + (one**2).sum() + (two**2).sum() - 2 * np.linalg.norm(one @ two.T, "nuc")
+
+
+def test_sfid_is_of_seven_channels_of_mixed_6d_in_the_order_of_tensorflow(command, inception_file):
+    network, blocks = inception.Inception(inception_file, torch.device("cpu")), []
+    network.network.Mixed_6d.register_forward_hook(lambda module, inputs, output: blocks.append(output))
+    images = torch.from_numpy(make_images(3, 0)).permute(0, 3, 1, 2).contiguous()
+    spatial = network.features(images)["spatial"]
+    (block,) = blocks  # (N, 768, 17, 17), of which the first 192 channels are the 1 x 1 branch's, after its ReLU
+    assert block.shape == (3, 768, 17, 17) and block.min() >= 0 and spatial.shape == (3, 2023) and spatial.std() > 0
+    for h, w, c in [(0, 0, 0), (0, 0, 6), (0, 1, 0), (1, 0, 0), (16, 16, 6), (5, 11, 3)]:
+        assert torch.equal(spatial[:, (h * 17 + w) * 7 + c], block[:, c, h, w])
+    metrics, features = command
+    expected = frechet_by_gram(*(features[name]["spatial"].double().numpy() for name in NAMES))
+    assert metrics["sfid"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("first, second", [(40, 40), (40, 7), (7, 40), (12, 12), (1, 30)])
+def test_frechet_distance_is_the_closed_form(first, second):
+    """Covariances with common axes: |mu1 - mu2|^2 + sum of (s1 - s2)^2; first and second are their ranks of 40."""
+    random = np.random.default_rng(first)
+    axes, _ = np.linalg.qr(random.standard_normal((40, 40)))
+    one, two = random.uniform(0.1, 2, (2, 40))  # standard deviations along the axes
+    one[first:], two[: 40 - second] = 0, 0
+    mu = random.standard_normal((2, 40))
+    gaussians = [{"mu": m, "sigma": (axes * s**2) @ axes.T} for m, s in zip(mu, (one, two), strict=True)]
+    expected = ((mu[0] - mu[1]) ** 2).sum() + ((one - two) ** 2).sum()
+    assert fidelity.frechet_distance(*gaussians) == pytest.approx(expected, rel=1e-6)
+    assert fidelity.frechet_distance(*gaussians[::-1]) == pytest.approx(expected, rel=1e-6)
+    assert fidelity.frechet_distance(gaussians[0], gaussians[0]) == pytest.approx(0, abs=1e-5)
+
+
+def test_statistics_have_the_precision_of_float64():
+    features = torch.full((3, 2), 16777216.0)  # 2^24, from which float32 counts on by twos
+    features[:, 1] = torch.tensor([1.0, 2.0, 4.0])
+    found = fidelity.statistics(features + torch.tensor([[0.0, 0.0], [2.0, 0.0], [2.0, 0.0]]))
+    assert found["mu"].dtype == found["sigma"].dtype == np.float64
+    assert found["mu"] == pytest.approx([16777216 + 4 / 3, 7 / 3], rel=1e-15)
+    assert found["sigma"][1, 1] == pytest.approx(7 / 3)
+
+
+def test_precision_is_of_the_samples_and_recall_of_the_reference():
+    random = torch.Generator().manual_seed(0)
+    cluster = torch.rand(40, 3, generator=random)
+    reference = torch.cat([cluster, cluster + 100])  # two modes, of which the samples have one
+    assert fidelity.precision_recall(cluster + 0.01, reference) == {"precision": 1, "recall": 0.5}
+    assert fidelity.precision_recall(reference, cluster + 0.01) == {"precision": 0.5, "recall": 1}
+
+
+def test_three_neighbours_bound_a_ball_not_counting_its_centre():
+    line = torch.tensor([[0.0], [1.0], [2.0], [4.0], [1000.0]])  # the ball around 0 reaches to 4, that around 4 to 0
+    for position, inside in ((-3.9, 1), (-4.1, 0)):
+        samples = torch.full((4, 1), position)
+        assert fidelity.precision_recall(samples, line)["precision"] == inside
+
+
+def test_all_settings_are_recorded(measured, inception_file, sets):
+    assert measured["sampling"] == {"sampler": "ddim", "cfg_scale": 1.5, "step": 7, "weights": "ema"}
+    assert (measured["samples"], measured["image_size"]) == (12, [24, 20])
+    reference = measured["reference"]
+    assert (reference["kind"], reference["images"], reference["stored_statistics"]) == ("npz", 8, [])
+    assert reference["images_sha256"] == NpzImages(sets / "reference.npz", "--reference").sha256
+    assert measured["features"]["weights_sha256"] == inception.check_weights(inception_file)
+    assert measured["features"]["weights_are_published"] is False
+    assert measured["settings"] == {
+        "is_splits": 10,
+        "kid_subsets": 5,
+        "kid_subset_size": 8,
+        "kid_kernel": "(x.y / 2048 + 1)^3",
+        "precision_recall_neighbours": 3,
+        "seed": 2020,
+    }
+    assert {"torch", "numpy", "torch-fidelity"} <= measured["versions"].keys() and measured["device"].startswith("cpu")
+
+
+def test_the_table(fake, arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fidelity, "frechet_distance", lambda *_: 12.34567)
+    evaluate.main(arguments(metrics=None))
+    found = results(tmp_path)
+    assert capsys.readouterr().out.splitlines() == [
+        "FID                 12.3457",
+        "sFID                12.3457",
+        f"Inception Score      {found['inception_score']:.4f} ± {found['inception_score_std']:.4f}",
+        f"precision            {found['precision']:.4f}   of the samples, inside the reference's manifold",
+        f"recall               {found['recall']:.4f}   of the reference, inside the samples' manifold",
+        f"KID               {found['kid']:9.6f} ± {found['kid_std']:.6f}",
+        f"metrics: {tmp_path / 'samples.metrics.json'}",
+    ]
+
+
+@pytest.mark.parametrize("count, warned", [(9999, True), (10_000, False)])
+def test_bias_of_few_samples_is_told(fake, tmp_path, monkeypatch, capsys, count, warned):
+    np.savez_compressed(tmp_path / "samples.npz", arr_0=np.zeros((count, 1, 1, 3), np.uint8))
+    monkeypatch.setattr(inception, "extract", lambda *_: {})
+    monkeypatch.setattr(inception, "extract_cached", lambda *_: {})
+    monkeypatch.setattr(evaluate, "compute", lambda *_: {"fid": 1.0, "sfid": 2.0})
+    command = command_line({"samples": tmp_path / "samples.npz", "reference": tmp_path / "samples.npz"})
+    with pytest.MonkeyPatch.context() as patch:
+        seen = []
+        patch.setattr(evaluate.warnings, "warn", lambda text, stacklevel: seen.append(text))
+        evaluate.main([*command, "--metrics=fid,sfid"])
+    expected = ["FID and sFID of 9,999 samples are biased upwards; published numbers are of 50,000"]
+    assert seen == (expected if warned else [])
+
+
+# References
+
+
+def write_adm_reference(path: Path, **changes) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    arrays = {"arr_0": make_images(14, 4)}
+    for mu, sigma, width in (("mu", "sigma", 2048), ("mu_s", "sigma_s", 2023)):
+        arrays |= {mu: random.standard_normal(width).astype(np.float32), sigma: np.eye(width) * 0.5}
+    arrays = {name: value for name, value in (arrays | changes).items() if value is not None}
+    np.savez(path, **arrays)
+    return arrays
+
+
+def test_adm_references_give_statistics_for_fid_and_sfid_and_images_for_the_others(
+    fake, arguments, tmp_path, monkeypatch
+):
+    stored, compared = write_adm_reference(tmp_path / "adm.npz"), []
+    monkeypatch.setattr(fidelity, "frechet_distance", lambda samples, reference: compared.append(reference) or 1.0)
+    evaluate.main(arguments(metrics="fid,sfid", reference=tmp_path / "adm.npz"))
+    for found, mu, sigma in zip(compared, ("mu", "mu_s"), ("sigma", "sigma_s"), strict=True):
+        assert found["mu"].dtype == found["sigma"].dtype == np.float64
+        assert np.array_equal(found["mu"], stored[mu]) and np.array_equal(found["sigma"], stored[sigma])
+    assert fake.calls == 1 and not (tmp_path / "cache").exists()  # the images of the reference were not looked at
+    assert results(tmp_path)["reference"]["stored_statistics"] == ["mu", "mu_s"]
+
+    evaluate.main(arguments())
+    plain = results(tmp_path)
+    evaluate.main(arguments(reference=tmp_path / "adm.npz"))
+    assert all(results(tmp_path)[name] == plain[name] for name in ("precision", "recall", "kid", "inception_score"))
+
+
+def test_folder_references_are_prepared_as_for_training(fake, arguments, tmp_path, sets, image_folder):
+    evaluate.main(arguments(reference=sets / "reference", samples=sets / "samples.npz"))
+    from_folder = json.loads((sets / "samples.metrics.json").read_text())
+    evaluate.main(arguments(reference=sets / "reference.npz", samples=sets / "samples.npz"))
+    from_npz = json.loads((sets / "samples.metrics.json").read_text())
+    assert all(from_folder[name] == from_npz[name] for name in ("precision", "recall", "kid"))
+    assert from_folder["reference"]["kind"] == "folder" and from_folder["reference"]["images"] == 8
+    # With class folders, and resized: every image is the one that training sees.
+    hidden = image_folder / ".thumbnails"
+    hidden.mkdir()
+    Image.new("RGB", (9, 9)).save(hidden / "a.png")
+    images = FolderImages(image_folder, (16, 12))
+    shutil.rmtree(hidden)
+    listed = data.ImageList(image_folder)
+    rows, pixels = (torch.cat(parts) for parts in zip(*images.share(5), strict=True))
+    assert rows.tolist() == list(range(24)) and pixels.shape == (24, 3, 16, 12)
+    for index in range(24):
+        expected = data.prepare(data.read_image(listed.path(index)), (16, 12))
+        assert np.array_equal(pixels[index].permute(1, 2, 0), expected)
+
+
+def test_cached_features_follow_the_contents(fake, arguments, tmp_path, monkeypatch):
+    evaluate.main(arguments())
+    first, calls = results(tmp_path), fake.calls
+    files = {path.name: path for path in (tmp_path / "cache").iterdir()}
+    assert len(files) == 1 and all(name.endswith("-pool.safetensors") for name in files)
+    (tmp_path / "reference.npz").rename(tmp_path / "moved.npz")
+    evaluate.main(arguments(reference=tmp_path / "moved.npz"))
+    assert fake.calls == 2 * calls - 1  # those of the samples alone
+    assert all(results(tmp_path)[name] == first[name] for name in ("precision", "recall", "kid"))
+
+    np.savez(tmp_path / "moved.npz", arr_0=make_images(14, 5))
+    evaluate.main(arguments(reference=tmp_path / "moved.npz"))
+    assert results(tmp_path)["kid"] != first["kid"] and len(list((tmp_path / "cache").iterdir())) == 2
+    monkeypatch.setattr(fake, "sha256", "e" * 64)  # other weights
+    evaluate.main(arguments())
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_damaged_cached_features_are_made_again(fake, arguments, tmp_path):
+    evaluate.main(arguments())
+    first = results(tmp_path)
+    (path,) = (tmp_path / "cache").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1000])
+    with pytest.warns(UserWarning, match="cannot be read .*; it is made again"):
+        evaluate.main(arguments())
+    assert results(tmp_path) == first and path.read_bytes() == whole
+
+
+# Streaming and processes
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_archives_are_streamed(tmp_path, save):
+    images = np.random.default_rng(0).integers(0, 256, (512, 64, 64, 3), dtype=np.uint8)  # 6.3 MB
+    save(tmp_path / "many.npz", arr_0=images)
+    tracemalloc.start()
+    read = NpzImages(tmp_path / "many.npz", "--samples")
+    for index, batch in enumerate(read.batches(10)):
+        assert np.array_equal(batch, images[index * 10 : index * 10 + 10])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert index == 51 and peak < 2e6
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+def test_processes_share_the_images(sets, monkeypatch, kind):
+    seen = {}
+    for rank in range(3):
+        monkeypatch.setattr(image_sets, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(image_sets, "world_size", lambda: 3)
+        images = (
+            NpzImages(sets / "reference.npz", "--reference")
+            if kind == "npz"
+            else FolderImages(sets / "reference", SIZE)
+        )
+        for rows, pixels in images.share(2):
+            assert not seen.keys() & set(rows.tolist())
+            seen |= dict(zip(rows.tolist(), pixels, strict=True))
+    expected = make_images(8, 4)
+    assert sorted(seen) == list(range(8))
+    assert all(np.array_equal(seen[row].permute(1, 2, 0), expected[row]) for row in seen)
+
+
+def test_two_processes_measure_as_one(measured, sets, inception_file, tmp_path):
+    options = {
+        "samples": tmp_path / "samples.npz",
+        "reference": sets / "reference",
+        "metrics": "is,precision,recall,kid",
+    }
+    options |= {"inception_weights": inception_file, "cache_dir": tmp_path / "cache", "batch_size": 3, "num_workers": 0}
+    (tmp_path / "samples.npz").write_bytes((sets / "samples.npz").read_bytes())
+    process = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "evaluate.py"]
+        + command_line(options | KID),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stdout.count("Inception Score") == process.stdout.count("metrics: ") == 1
+    names = ("inception_score", "inception_score_std", "precision", "recall", "kid", "kid_std")
+    together = results(tmp_path)
+    expected = {name: measured[name] for name in names}
+    assert {name: together[name] for name in names} == pytest.approx(expected, rel=1e-4)
+    assert together["sampling"] is None
+
+
+def test_all_processes_end_when_one_meets_an_unreadable_image(fake, arguments, refused, monkeypatch):
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, "image 'b.png' cannot be read (damaged)"])
+    assert refused(evaluate.main, arguments()) == "image 'b.png' cannot be read (damaged)"
+
+
+# The demo's digits
+
+
+def test_pixel_distance_of_digits(tmp_path, capsys):
+    images, labels = data.enlarged_digits(32)
+    real = np.stack([np.asarray(image) for image in images])
+    random = np.random.default_rng(0)
+    noise = random.integers(0, 256, (200, 32, 32, 3), dtype=np.uint8)
+    found = {}
+    for name, pixels, of in (("all", real, labels), ("half", real[::2], labels[::2]), ("noise", noise, labels[:200])):
+        np.savez(tmp_path / "samples.npz", arr_0=pixels, arr_1=of)
+        evaluate.main(["--samples", str(tmp_path / "samples.npz"), "--digits"])
+        found[name] = results(tmp_path)["pixel_frechet_distance_8x8_digits"]
+    assert found["all"] == pytest.approx(0, abs=1e-6)  # the rim of the digits is constant: covariances lack rank
+    assert 0 < found["half"] < 0.1 < 2 < found["noise"]
+    output = capsys.readouterr().out
+    assert f"pixel Fréchet distance on 8 x 8 digits: {found['noise']:.4f}\n" in output
+    assert "fid" not in output.lower() and "inception" not in json.dumps(results(tmp_path)).lower()
+
+
+def test_a_single_digit_has_no_distance(tmp_path, capsys):
+    np.savez(tmp_path / "samples.npz", arr_0=np.zeros((1, 16, 16, 3), np.uint8), arr_1=np.zeros(1, np.int64))
+    evaluate.main(["--samples", str(tmp_path / "samples.npz"), "--digits"])
+    assert results(tmp_path)["pixel_frechet_distance_8x8_digits"] is None
+    assert "pixel Fréchet distance on 8 x 8 digits: not defined for a single sample\n" in capsys.readouterr().out
+
+
+def test_digits_and_inception_metrics_in_one_call(fake, arguments, tmp_path):
+    command = [*arguments(metrics="is", reference=None), "--digits"]
+    np.savez(tmp_path / "samples.npz", arr_0=make_images(12, 3), arr_1=np.zeros(12, np.int64))
+    evaluate.main(command)
+    assert {"label_accuracy", "pixel_frechet_distance_8x8_digits", "inception_score"} <= results(tmp_path).keys()
+
+
+# Weights
+
+
+def test_weights_that_cannot_be_downloaded(arguments, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+    def unreachable(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    url = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
+    assert refused(evaluate.main, arguments()) == (
+        f"the Inception-v3 weights cannot be downloaded (<urlopen error no network>); fetch {url} where there is a "
+        "network, and pass the file as --inception-weights FILE"
+    )
+    assert not (tmp_path / "samples.metrics.json").exists()
+
+
+def test_weights_are_downloaded_once_and_checked(inception_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    asked = []
+
+    def fetch(url, path, hash_prefix):
+        asked.append((url.rsplit("/", 1)[1], hash_prefix))
+        Path(path).write_bytes(b"weights")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    assert inception.download() == inception.download() == tmp_path / "checkpoints" / WEIGHTS
+    assert asked == [(WEIGHTS, "6726825d")]
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("code-was-run",)
+
+
+def test_weights_that_are_none(inception_file, arguments, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "weights.pth"
+
+    def message():
+        return refused(evaluate.main, arguments(inception_weights=path)).replace(repr(str(path)), "FILE")
+
+    assert message() == f"--inception-weights FILE is not a file; expected {WEIGHTS}"
+    torch.save({"weight": Code()}, path)
+    assert message() == (
+        "--inception-weights: checkpoint FILE is refused: it asks for posix.mkdir; only tensors and plain values load"
+    )
+    assert not (tmp_path / "code-was-run").exists()
+    torch.save({"weight": torch.tensor([1, float("nan")])}, path)
+    assert message() == f"--inception-weights FILE has no finite numbers under 'weight'; expected {WEIGHTS}"
+    state = torch.load(inception_file, weights_only=True)
+    state.pop("fc.bias")
+    torch.save(state, path)
+    assert message() == (
+        "--inception-weights FILE holds other weights than torch-fidelity's Inception-v3 (Missing key(s) in "
+        f'state_dict: "fc.bias".); expected {WEIGHTS}'
+    )
+    path = tmp_path / WEIGHTS
+    path.write_bytes(inception_file.read_bytes())
+    begin = inception.check_weights(inception_file)[:8]
+    assert message() == (
+        f"--inception-weights FILE is damaged: its sha256 begins with {begin}, expected 6726825d as its name tells; "
+        "fetch it again"
+    )
+
+
+def test_other_weights_are_told(fake, arguments, monkeypatch):
+    monkeypatch.setattr(fake, "is_published", False)
+    with pytest.warns(UserWarning) as seen:
+        evaluate.main(arguments(metrics="is", reference=None))
+    assert [str(warning.message) for warning in seen] == [
+        "--inception-weights has sha256 ffffffff..., not 6726825d...: these are not the weights of published numbers, "
+        "which cannot be compared with what follows"
+    ]
+
+
+def test_metrics_that_are_not_finite(fake, arguments, refused, monkeypatch, tmp_path):
+    monkeypatch.setattr(fidelity, "kernel_distance", lambda *_: {"kid": float("nan"), "kid_std": 0.0})
+    message = "kid came out as no finite number; the Inception-v3 weights do not fit the images or the reference"
+    assert refused(evaluate.main, arguments()) == message
+    assert not (tmp_path / "samples.metrics.json").exists()
+
+
+def test_features_that_are_not_finite(fake, arguments, refused, monkeypatch):
+    features = fake.features
+    broken = lambda self, images: {name: values / 0 for name, values in features(self, images).items()}  # noqa: E731
+    monkeypatch.setattr(fake, "features", broken)
+    message = "the Inception-v3 weights give features that are not finite numbers; use others"
+    assert refused(evaluate.main, arguments()) == message
+
+
+# Mistakes
+
+METRICS = "fid,sfid,is,precision,recall,kid"
+WRONG = [
+    (
+        dict(metrics="fid,FID"),
+        f"argument --metrics: 'FID' is not a metric; expected some of {METRICS}",
+    ),
+    (dict(metrics=""), f"argument --metrics: '' is not a metric; expected some of {METRICS}"),
+    (dict(samples=None), "the following arguments are required: --samples"),
+    (dict(batch_size=0), "argument --batch-size: '0' is not a whole number >= 1"),
+    (dict(kid_subset_size=1), "argument --kid-subset-size: '1' is not a whole number >= 2"),
+    (
+        dict(reference=None, metrics=None),
+        "nothing to measure; pass --reference REF for FID and the others, or --digits for the demo",
+    ),
+    (dict(reference=None, metrics="is,fid,kid"), "--metrics fid,kid compare with a reference; pass --reference REF"),
+    (
+        dict(kid_subset_size=13),
+        "kid needs 13 images and --samples has 12; give more, or lower --kid-subset-size",
+    ),
+    (
+        dict(metrics="kid", kid_subset_size=1000),
+        "kid needs 1000 images and --samples has 12; give more, or lower --kid-subset-size",
+    ),
+    (dict(samples="no/such.npz"), f"--samples 'no/such.npz' does not exist; {PIXELS}"),
+]
+
+
+@pytest.mark.parametrize("changes, message", WRONG)
+def test_wrong_options(fake, arguments, refused, tmp_path, changes, message):
+    assert refused(evaluate.main, arguments(**changes)) == message
+    assert fake.calls == 0 and sorted(path.name for path in tmp_path.iterdir()) == ["reference.npz", "samples.npz"]
+
+
+@pytest.mark.parametrize(
+    "count, metrics, message",
+    [
+        (1, "fid", "fid needs 2 images and {} has 1; give more, or leave fid out of --metrics"),
+        (3, "recall", "recall needs 4 images and {} has 3; give more, or leave recall out of --metrics"),
+        (9, "is", "is needs 10 images and {} has 9; give more, or leave is out of --metrics"),
+    ],
+)
+def test_too_few_images(fake, arguments, refused, tmp_path, count, metrics, message):
+    np.savez(tmp_path / "few.npz", arr_0=make_images(count, 0))
+    few = {"metrics": metrics, "samples": tmp_path / "few.npz"}
+    assert refused(evaluate.main, arguments(**few)) == message.format("--samples")
+    if metrics != "is":
+        few = {"metrics": metrics, "reference": tmp_path / "few.npz"}
+        assert refused(evaluate.main, arguments(**few)) == message.format("--reference")
+
+
+@pytest.mark.parametrize("option", ["samples", "reference"])
+def test_archives_that_hold_no_images(fake, arguments, refused, tmp_path, option):
+    path = tmp_path / "wrong.npz"
+
+    def message(**arrays):
+        if arrays:
+            np.savez(path, **arrays)
+        found = refused(evaluate.main, arguments(**{option: path}))
+        return found.replace(repr(str(path)), "FILE").removeprefix(f"--{option} FILE ").removesuffix(f"; {PIXELS}")
+
+    assert message(arr_0=np.zeros((2, 8, 8, 3))) == "holds arr_0 float64 (2, 8, 8, 3)"
+    assert message(arr_0=np.zeros((2, 8, 8, 1), np.uint8)) == "holds arr_0 uint8 (2, 8, 8, 1)"
+    assert message(arr_0=np.zeros((0, 8, 8, 3), np.uint8)) == "holds no images"
+    assert message(arr_0=np.zeros((2, 8, 8, 3), np.uint8, order="F")) == (
+        "holds arr_0 uint8 (2, 8, 8, 3) in column-major order"
+    )
+    np.savez(path, arr_0=np.zeros((90, 8, 8, 3), np.uint8))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])
+    assert message().startswith("cannot be read (")
+    path.write_bytes(whole.replace(b"(90, 8, 8, 3)", b"(91, 8, 8, 3)"))
+    assert message() == "holds 17280 bytes for arr_0 uint8 (91, 8, 8, 3)"
+    assert not list(tmp_path.glob("*.metrics.json"))
+
+
+def test_damage_within_an_archive_is_found_by_its_checksum(fake, arguments, refused, tmp_path):
+    command = arguments()
+    whole = (tmp_path / "samples.npz").read_bytes()
+    (tmp_path / "samples.npz").write_bytes(whole[:900] + bytes([whole[900] ^ 1]) + whole[901:])
+    assert refused(evaluate.main, command) == (
+        f"--samples {str(tmp_path / 'samples.npz')!r} cannot be read (Bad CRC-32 for file 'arr_0.npy'); {PIXELS}"
+    )
+    assert not list(tmp_path.glob("*.metrics.json"))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            dict(mu=np.zeros(2048, np.float32), sigma=np.zeros((2048, 2047))),
+            "holds sigma float64 (2048, 2047); expected floats (2048, 2048), as in the reference files of ADM",
+        ),
+        (
+            dict(mu_s=np.zeros(2022, np.float32)),
+            "holds mu_s float32 (2022,); expected floats (2023,), as in the reference files of ADM",
+        ),
+        (dict(mu=np.full(2048, np.nan)), "has values in mu that are not finite numbers"),
+        (
+            dict(arr_0=np.zeros((5, 24, 24, 3), np.uint8)),
+            "has images of 24 pixels and --samples of 24x20; use a reference of the same size, or a folder, whose "
+            "images are resized",
+        ),
+        (
+            dict(arr_0=None),
+            "has no images arr_0, which precision,recall,kid need; pass --metrics fid,sfid,is, or another reference",
+        ),
+        (
+            dict(arr_0=None, mu_s=None, mu=None),
+            "has neither images nor statistics; expected a reference file of ADM, an .npz of images arr_0 uint8 "
+            "(N, H, W, 3), or a folder of images with or without class folders",
+        ),
+    ],
+)
+def test_references_that_do_not_fit(fake, arguments, refused, tmp_path, changes, message):
+    write_adm_reference(tmp_path / "adm.npz", **changes)
+    found = refused(evaluate.main, arguments(reference=tmp_path / "adm.npz", metrics=None))
+    assert found == f"--reference {str(tmp_path / 'adm.npz')!r} {message}"
+    assert fake.calls == 0
+
+
+def test_references_that_are_missing_or_unreadable(fake, arguments, refused, tmp_path, sets):
+    kinds = "a reference file of ADM, an .npz of images arr_0 uint8 (N, H, W, 3), or a folder of images with or without"
+    found = refused(evaluate.main, arguments(reference="no/such"))
+    assert found == f"--reference 'no/such' does not exist; expected {kinds} class folders"
+    (tmp_path / "empty").mkdir()
+    found = refused(evaluate.main, arguments(reference=tmp_path / "empty"))
+    assert found.startswith(f"--reference {str(tmp_path / 'empty')!r} has no images; expected files ending in .jpg, ")
+    (tmp_path / "empty" / "a.png").write_bytes(b"damaged")
+    found = refused(evaluate.main, arguments(reference=tmp_path / "empty", metrics="kid", kid_subset_size=2))
+    assert found == "kid needs 2 images and --reference has 1; give more, or lower --kid-subset-size"
+    (tmp_path / "empty" / "b.png").write_bytes(b"damaged")
+    found = refused(evaluate.main, arguments(reference=tmp_path / "empty", metrics="kid", kid_subset_size=2))
+    assert found.startswith("image ") and found.endswith("; repair it or remove it from the data set")
+    (tmp_path / "array.npy").write_bytes(b"")
+    assert "cannot be read (" in refused(evaluate.main, arguments(reference=tmp_path / "array.npy"))
+
+
+def test_folders_that_cannot_be_written(fake, arguments, refused, tmp_path):
+    (tmp_path / "file").touch()
+    found = refused(evaluate.main, arguments(cache_dir=tmp_path / "file" / "cache"))
+    assert found == f"--cache-dir {str(tmp_path / 'file' / 'cache')!r} cannot be made (Not a directory)"
+
+
+def test_damaged_settings_of_the_samples(fake, arguments, refused, tmp_path):
+    (tmp_path / "samples.json").write_text("{")
+    found = refused(evaluate.main, arguments())
+    assert found.startswith(f"{str(tmp_path / 'samples.json')!r} cannot be read (")
+    assert fake.calls == 0
+
+
+def test_size_of_a_reference_is_that_of_the_samples(sets):
+    assert Reference(sets / "reference.npz", SIZE).images.size == SIZE
+    assert Reference(sets / "reference", (8, 8)).images.size == (8, 8)
