@@ -7,6 +7,7 @@ import numpy as np
 
 from experiments import comparisons, figures
 from experiments.comparisons import Comparison
+from experiments.data import CANVASES, SIZE
 from experiments.evaluation import CANVAS, EXTENSIONS, TIMESTEPS
 from experiments.plan import BASELINES, LABELS, MODEL, Study, compared_runs, sweep_runs
 from experiments.results import Results
@@ -14,6 +15,7 @@ from runtime import monitor
 from runtime.options import UserError
 
 SIGNIFICANT = 0.05
+TOKEN = 16  # pixels of a token's side: a down-sampling of 8, patches of 2
 END = "<!-- end of results -->"
 TITLE = "# Evidence: what the position encoding does\n"
 GFLOP_PER_IMAGE = {"DiT-B/4": 33, "DiT-B/2": 138, "DiT-XL/2": 712}  # forward and backward, at 256 x 256 pixels
@@ -79,8 +81,7 @@ def write_page(path: Path, program: str, measured: Measured, data_folders: dict[
     """Draw the figures beside the page and write its generated part."""
     images = path.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
-    study = measured.study
-    figures.draw_curves(measured.steps, measured.of_runs("val_loss_ema"), study.seeds, images / "evidence_curves.png")
+    figures.draw_curves(measured.steps, measured.of_runs("val_loss_ema"), images / "evidence_curves.png")
     figures.draw_tenths(measured.of_runs("val_loss_ema_tenths"), images / "evidence_tenths.png")
     figures.draw_attention(attention(measured), data_folders, images / "evidence_attention.png")
     compared = comparisons.compare_all(measured.finals(), BASELINES)
@@ -220,18 +221,22 @@ def tenths(measured: Measured) -> str:
 
 
 def beyond_grid(measured: Measured) -> str:
-    columns = [f"{kind}{size}/{ext}" for kind in ("enlarged", "canvas") for size in (192, 256) for ext in EXTENSIONS]
+    variants = measured.study.beyond_grid_variants
+    places = [(kind, size, ext) for kind in ("enlarged", "canvas") for size in CANVASES for ext in EXTENSIONS]
+    columns = [("trained", "as trained", SIZE, "–")]
+    columns += [(f"{kind}{size}/{extension}", kind, size, extension) for kind, size, extension in places]
     rows = []
     for data_set, by_variant in measured.keys.items():
-        for variant in (name for name in measured.study.beyond_grid_variants if name in by_variant):
-            values = [measured.of_section("beyond_grid", data_set, variant, name) for name in ("trained", *columns)]
-            rows.append([data_set, LABELS[variant], *map(plus_minus, values)])
-    names = {"enlarged": "enlarged", "canvas": "canvas"}
-    heads = ["data", "position encoding", "8 × 8, as trained"]
-    for column in columns:
-        kind, extension = column.split("/")
-        word, tokens = kind[:-3], int(kind[-3:]) // 16
-        heads.append(f"{names[word]}, {tokens} × {tokens}, {extension}")
+        for name, kind, size, extension in columns:
+            tokens = f"{size // TOKEN} × {size // TOKEN}"
+            losses = [
+                plus_minus(measured.of_section("beyond_grid", data_set, variant, name))
+                if variant in by_variant
+                else "–"
+                for variant in variants
+            ]
+            rows.append([data_set, kind, tokens, extension, *losses])
+    heads = ["data", "images", "tokens", "positions", *(LABELS[variant] for variant in variants)]
     return (
         "### Beyond the training grid\n\nHeld-out loss (EMA weights, mean ± standard deviation over seeds) of the same "
         "checkpoints on larger grids. Enlarged: the held-out image resized to 192 or 256 pixels. Canvas: held-out "
