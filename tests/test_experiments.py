@@ -30,6 +30,7 @@ SMALL = plan.Study(
     seeds=3,
     steps=300,
     batch=32,
+    warmup_steps=50,
     sweep_lrs=(0.001, 0.003),
     sweep_seeds=1,
 )
@@ -441,10 +442,10 @@ def test_the_page_says_what_was_measured(page):
     images = sorted(path.name for path in (page.parent / "images").iterdir())
     assert images == ["evidence_attention.png", "evidence_curves.png", "evidence_tenths.png"]
     assert all(f"(images/{name})" in text for name in images)
-    assert "DiT-XS/2, 300 steps of batch 32, AdamW at 0.001" in text
+    assert "8 × 8 tokens; 300 steps of batch 32, AdamW at 0.001 (constant after 50 steps of warm-up)" in text
     assert "20 runs took 0.3 hours of one core" in text and "commit 0123456789)" in text
     assert re.search(r"- digits, against sin-cos: axial RoPE \(-(19\.9|20\.0)\d %\).* better\.", text)
-    assert re.search(r"- digits, against axial RoPE: .* not distinguishable\.", text)
+    assert re.search(r"- digits, against axial RoPE: .* not distinguishable from it\.", text)
     assert "| digits | axial RoPE | < 0.01 % | 50.00 ± 0.00 % |" in text
     assert "| digits | sin-cos | 25.00 ± 0.00 % | 50.00 ± 0.00 % |" in text
     losses = "0.0625 ± 0.0000 | 0.0625 ± 0.0000 | 0.0625 ± 0.0000 |"
