@@ -321,8 +321,8 @@ def cost() -> str:
     heads = ["model", "GFLOP per image and step", "GPU hours a run", "GPU hours, 4 encodings × 3 seeds"]
     return (
         "### What the ImageNet comparison would cost\n\nAn estimate, not a measurement: 400,000 steps of batch 256 at "
-        f"256 × 256 pixels on H100 GPUs (989 TFLOP/s in bfloat16) that reach an assumed {100 * SHARE_OF_PEAK:g} % of that "
-        "peak; the FLOPs of forward and backward pass only. Sampling 50,000 images for FID comes on top.\n\n"
+        f"256 × 256 pixels on H100 GPUs (989 TFLOP/s in bfloat16) that reach an assumed {100 * SHARE_OF_PEAK:g} % of "
+        "that peak; the FLOPs of forward and backward pass only. Sampling 50,000 images for FID comes on top.\n\n"
         f"{table(heads, rows)}"
     )
 
