@@ -304,7 +304,7 @@ def sweep(measured: Measured) -> str:
 def limits(measured: Measured) -> str:
     return (
         "### What this scale cannot show\n\nA model of hidden size 128 and depth 6 after "
-        f"{measured.study.steps} steps on 64 tokens: early training, on which a position encoding acts most. It says "
+        f"{measured.study.steps} steps on 64 tokens: the beginning of a training. It says "
         "nothing about FID, about long training, or about the 256 tokens of 256 × 256 images, where more offsets are "
         "oblique. The demo's autoencoder was trained on digits, the held-out ones included; of photographs it keeps "
         "brightness at the scale of its 8 × 8 pixels and loses finer texture. Twelve photographs are few, and their "
