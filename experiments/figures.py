@@ -23,44 +23,59 @@ STYLES = {  # colour by position encoding, dashes by border
 QUERY_COLOURS = ("C1", "C2", "C4")
 
 
-def draw_curves(steps: np.ndarray, curves: dict[str, dict[str, np.ndarray]], seeds: int, path: Path) -> None:
-    """Held-out loss (seeds, steps) by step, for each data set and variant, with 95 % confidence bands."""
-    figure = Figure(figsize=(6.2 * len(curves), 4.6), layout="constrained")
-    for axes, (data_set, by_variant) in zip(panels(figure, len(curves)), curves.items(), strict=True):
-        for variant, values in by_variant.items():
-            colour, dashes = STYLES[variant]
-            mean, half = confidence_band(values)
-            axes.plot(steps, mean, dashes, color=colour, marker=".", label=LABELS[variant])
-            axes.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
-        axes.set(title=data_set, xlabel="training step", ylabel="held-out loss of the EMA weights (MSE of the noise)")
-        axes.set_yscale("log")
+def draw_curves(steps: np.ndarray, curves: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+    """Held-out loss (seeds, steps) by step, for each data set and variant, and below it relative to axial RoPE."""
+    figure, (above, below) = grid_of_panels(len(curves))
+    for axes, relative, (data_set, by_variant) in zip(above, below, curves.items(), strict=True):
+        draw_lines(axes, steps, by_variant)
+        axes.set(title=data_set, xlabel="training step", ylabel="held-out loss (MSE of the noise)", yscale="log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend()
-    figure.suptitle(f"Held-out denoising loss, mean and 95 % confidence band over {seeds} seeds")
+        draw_relative(relative, steps, by_variant, "axial", left_out=("sincos",))
+        relative.set(xlabel="training step")
+    seeds = len(next(iter(next(iter(curves.values())).values())))
+    figure.suptitle(f"Held-out denoising loss of the EMA weights: mean over {seeds} seeds, 95 % confidence bands")
     save_figure(figure, path)
 
 
 def draw_tenths(tenths: dict[str, dict[str, np.ndarray]], path: Path) -> None:
-    """Final held-out loss (seeds, 10) of each tenth of the schedule, relative to sin-cos at the same seed."""
-    figure = Figure(figsize=(6.2 * len(tenths), 4.6), layout="constrained")
-    positions = np.arange(10)
-    for axes, (data_set, by_variant) in zip(panels(figure, len(tenths)), tenths.items(), strict=True):
-        axes.axhline(0, color=STYLES["sincos"][0], linewidth=1, label=LABELS["sincos"])
-        for variant in (name for name in by_variant if name != "sincos"):
-            colour, dashes = STYLES[variant]
-            mean, half = confidence_band(100 * (by_variant[variant] / by_variant["sincos"] - 1))
-            axes.plot(positions, mean, dashes, color=colour, marker=".", label=LABELS[variant])
-            axes.fill_between(positions, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
-        axes.set_xticks(positions, [f"{100 * k}–" for k in positions])
-        axes.set(
-            title=data_set, xlabel="timesteps (of 1,000; 100 in each tenth)", ylabel="loss relative to sin-cos (%)"
-        )
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.suptitle("Final held-out loss by tenth of the noise schedule, with 95 % confidence bands")
+    """Final held-out loss (seeds, 10) of each tenth of the schedule, relative to sin-cos, and below to axial RoPE."""
+    figure, (above, below) = grid_of_panels(len(tenths))
+    middles = 100 * np.arange(10) + 50
+    for axes, relative, (data_set, by_variant) in zip(above, below, tenths.items(), strict=True):
+        draw_relative(axes, middles, by_variant, "sincos")
+        axes.set(title=data_set, xlabel="timestep (middle of its tenth of the schedule)")
+        draw_relative(relative, middles, by_variant, "axial", left_out=("sincos",))
+        relative.set(xlabel="timestep (middle of its tenth of the schedule)")
+    figure.suptitle("Final held-out loss of the EMA weights by timestep, with 95 % confidence bands")
     save_figure(figure, path)
+
+
+def grid_of_panels(columns: int) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes (2, columns)."""
+    figure = Figure(figsize=(6.2 * columns, 7.8), layout="constrained")
+    return figure, figure.subplots(2, columns, squeeze=False)
+
+
+def draw_relative(
+    axes, x: np.ndarray, by_variant: dict[str, np.ndarray], baseline: str, left_out: tuple[str, ...] = ()
+) -> None:
+    """Losses (seeds, points) relative to a baseline's at the same seed, in percent."""
+    axes.axhline(0, color=STYLES[baseline][0], linewidth=1, label=LABELS[baseline])
+    others = {name: values for name, values in by_variant.items() if name not in (baseline, *left_out)}
+    draw_lines(axes, x, {name: 100 * (values / by_variant[baseline] - 1) for name, values in others.items()})
+    axes.set_ylabel(f"loss relative to {LABELS[baseline]} (%)")
+
+
+def draw_lines(axes, x: np.ndarray, by_variant: dict[str, np.ndarray]) -> None:
+    """Mean over seeds of values (seeds, points), with its confidence band."""
+    for variant, values in by_variant.items():
+        colour, dashes = STYLES[variant]
+        mean, half = confidence_band(values)
+        axes.plot(x, mean, dashes, color=colour, marker=".", label=LABELS[variant])
+        axes.fill_between(x, mean - half, mean + half, color=colour, alpha=0.12, linewidth=0)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="small")
 
 
 def draw_attention(found: dict[str, dict[str, dict]], data_folders: dict[str, Path], path: Path) -> None:
@@ -71,6 +86,7 @@ def draw_attention(found: dict[str, dict[str, dict]], data_folders: dict[str, Pa
     for cells, (data_set, variant) in zip(grid, rows, strict=True):
         entry = found[data_set][variant]
         maps = np.array(entry["maps"])
+        most = np.max([other["maps"] for other in found[data_set].values()], axis=(0, 2))  # one scale for each query
         side = int(maps.shape[1] ** 0.5)
         image = Image.open(data_folders[data_set] / entry["image"])
         unit = image.width / side  # pixels of a token
@@ -78,8 +94,8 @@ def draw_attention(found: dict[str, dict[str, dict]], data_folders: dict[str, Pa
         cells[0].set_ylabel(f"{data_set}\n{LABELS[variant]}")
         for (i, j), colour in zip(QUERIES, QUERY_COLOURS, strict=True):
             mark_token(cells[0], i, j, unit, colour)
-        for axes, values, (i, j), colour in zip(cells[1:], maps, QUERIES, QUERY_COLOURS, strict=True):
-            picture = axes.imshow(100 * values.reshape(side, side), cmap="viridis", vmin=0)
+        for axes, values, top, (i, j), colour in zip(cells[1:], maps, most, QUERIES, QUERY_COLOURS, strict=True):
+            picture = axes.imshow(100 * values.reshape(side, side), cmap="viridis", vmin=0, vmax=100 * top)
             mark_token(axes, i, j, 1, colour, offset=0.5)
             axes.set_title(f"query (row {i}, column {j})", fontsize="medium")
             figure.colorbar(picture, ax=axes, label="attention (%)", shrink=0.8)
@@ -93,7 +109,3 @@ def mark_token(axes, row: int, column: int, unit: float, colour: str, offset: fl
     """A frame round the token at (row, column); unit is its side in the picture's pixels."""
     x, y = column * unit - offset, row * unit - offset
     axes.plot([x, x + unit, x + unit, x, x], [y, y, y + unit, y + unit, y], color=colour, linewidth=2)
-
-
-def panels(figure: Figure, count: int) -> list:
-    return list(figure.subplots(1, count, squeeze=False)[0])

@@ -129,7 +129,7 @@ def draw(reference: dict[str, dict], path: Path) -> None:
         axes.plot(steps, mean, color=colour, marker=".", label=CURVES[name])
         axes.fill_between(steps, np.maximum(mean - half, mean / 10), mean + half, color=colour, alpha=0.2, linewidth=0)
     axes.set(
-        title=f"The demo's losses: mean of {SEEDS} seeds, and band in which one more run falls ({CONFIDENCE:.0%})",
+        title=f"The demo's losses: mean of {SEEDS} seeds, band in which one more run falls ({100 * CONFIDENCE:g} %)",
         xlabel="training step",
         ylabel="loss",
         yscale="log",
@@ -156,11 +156,11 @@ def write_page(page: Path, results: Results) -> None:
         "(images/evidence_reference.png)\n\n"
         f"The demo's training (`bash run_all.sh True 2`: {recipe['model']}, {recipe['max_steps']} steps of batch "
         f"{recipe['global_batch_size']}, learning rate {recipe['lr']}, {recipe['lr_schedule']}) with "
-        f"{VAL_FRACTION:.0%} of the images held out, seeds 0 to {SEEDS - 1}: mean ± half-width of the interval in "
-        f"which one more run falls with a probability of {CONFIDENCE:.0%} (Student's t). The training loss is the mean "
-        f"of the {recipe['log_every']} steps before. Made by `python -m experiments.reference_curves` "
-        f"(torch {machine['versions']['torch']}, {machine['processor']}); `bash run_tests.sh -m slow` checks that a "
-        f"fresh run falls in the band.\n\n{report.table(heads, rows)}"
+        f"{100 * VAL_FRACTION:g} % of the images held out, seeds 0 to {SEEDS - 1}: mean ± half-width of the interval "
+        f"in which one more run falls with a probability of {100 * CONFIDENCE:g} % (Student's t, at each step by "
+        f"itself). The training loss is the mean of the {recipe['log_every']} steps before. Made by `python -m "
+        f"experiments.reference_curves` (torch {machine['versions']['torch']}, {machine['processor']}); `bash "
+        f"run_tests.sh -m slow` checks that a fresh run falls in the band.\n\n{report.table(heads, rows)}"
     )
     report.write_block(page, "experiments/reference_curves.py", text)
 

@@ -29,6 +29,8 @@ SMALL = plan.Study(
     variants={"digits": ("sincos", "axial", "spiral4_clamp", "spiral4_exact"), "photographs": ("sincos", "axial")},
     seeds=3,
     steps=300,
+    batch=32,
+    warmup_steps=50,
     sweep_lrs=(0.001, 0.003),
     sweep_seeds=1,
 )
@@ -146,12 +148,11 @@ def test_tiles_and_crops_come_from_their_own_parts(monkeypatch):
     for part, label, file, image in data.photographs():
         assert label == "wall" and file.endswith(".png")
         values.setdefault((part, image.size), []).append(np.unique(image))
+    held_out = data.HELD_OUT_PER_CLASS["photographs"]
     tiles = ((512 - 128) // 24 + 1) * ((444 - 128) // 24 + 1)
     assert {key: len(found) for key, found in values.items()} == {
         ("train", (128, 128)): tiles,
-        ("val", (128, 128)): 10,
-        ("canvas192", (192, 192)): 10,
-        ("canvas256", (256, 256)): 10,
+        **{(part, (size, size)): held_out for part, size in (("val", 128), ("canvas192", 192), ("canvas256", 256))},
     }
     assert all((found == [0 if part == "train" else 200]).all() for (part, _), many in values.items() for found in many)
 
@@ -165,12 +166,13 @@ def test_photographs_need_scikit_image(monkeypatch):
     )
 
 
-def test_twelve_of_each_digit_are_held_out_and_lie_whole_on_their_canvases():
+def test_as_many_of_each_digit_are_held_out_and_lie_whole_on_their_canvases():
     found = {}
     for part, label, file, image in data.digits():
         found.setdefault(part, {})[label, file] = image
     assert found["train"].keys().isdisjoint(found["val"]) and len(found["train"]) + len(found["val"]) == 1797
-    assert [sum(label == str(digit) for label, _ in found["val"]) for digit in range(10)] == [12] * 10
+    counts = [sum(label == str(digit) for label, _ in found["val"]) for digit in range(10)]
+    assert counts == [data.HELD_OUT_PER_CLASS["digits"]] * 10
     for key, image in found["val"].items():
         canvas = np.asarray(found["canvas192"][key], dtype=int)
         assert canvas.shape == (192, 192, 3) and canvas.sum() == np.asarray(image, dtype=int).sum()
@@ -440,13 +442,15 @@ def test_the_page_says_what_was_measured(page):
     images = sorted(path.name for path in (page.parent / "images").iterdir())
     assert images == ["evidence_attention.png", "evidence_curves.png", "evidence_tenths.png"]
     assert all(f"(images/{name})" in text for name in images)
-    assert "DiT-XS/2, 300 steps of batch 32, AdamW at 0.001" in text
+    assert "8 × 8 tokens; 300 steps of batch 32, AdamW at 0.001 (constant after 50 steps of warm-up)" in text
     assert "20 runs took 0.3 hours of one core" in text and "commit 0123456789)" in text
     assert re.search(r"- digits, against sin-cos: axial RoPE \(-(19\.9|20\.0)\d %\).* better\.", text)
-    assert re.search(r"- digits, against axial RoPE: .* not distinguishable\.", text)
+    assert re.search(r"- digits, against axial RoPE: .* not distinguishable from it\.", text)
     assert "| digits | axial RoPE | < 0.01 % | 50.00 ± 0.00 % |" in text
     assert "| digits | sin-cos | 25.00 ± 0.00 % | 50.00 ± 0.00 % |" in text
-    assert "enlarged, 12 × 12, extrapolate" in text and text.count("| 0.0625 ± 0.0000 |") > 0
+    losses = "0.0625 ± 0.0000 | 0.0625 ± 0.0000 | 0.0625 ± 0.0000 |"
+    assert f"| digits | enlarged | 12 × 12 | extrapolate | {losses}" in text
+    assert "| photographs | canvas | 16 × 16 | interpolate | 0.0625 ± 0.0000 | – | – |" in text
     assert "| DiT-B/4 | 33 | 2 | 28 |" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({(line.count("|"), line) for line in rows}) > 30
