@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"sample.py is one process, not {distributed.world_size()}; use python sample.py, or sample_ddp.py"
         )
-    vae = load_vae(args.vae, trained, device)
+    vae = load_vae(args.vae, trained, device, args.vae_precision)
     kept = shown_states(config.steps, args.progress_strip)
     timesteps, latents = sample_states(trained, config, labels, kept, args, device)
     frames = decode(vae, latents, args.batch_size)

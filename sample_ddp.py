@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.print_name:
         return print(folder.npz)
     device = distributed.setup(args.tf32)
-    vae = load_vae(vae_source, trained, device)
+    vae = load_vae(vae_source, trained, device, args.vae_precision)
     settings = {
         "checkpoint": args.ckpt,
         "weights_sha256": trained.sha256,
@@ -207,6 +207,7 @@ def main(argv: list[str] | None = None) -> None:
         "vae": vae_source,
         "vae_sha256": vae.describe()["sha256"],
         "precision": sampling.resolve_precision(args.precision, device),
+        "vae_precision": args.vae_precision,
         **asdict(config),
         "guidance_interval": list(config.guidance_interval),
     }

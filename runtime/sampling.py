@@ -57,6 +57,7 @@ def add_sampling_options(parser: options.Parser, sampler: str, steps: int, cfg_s
         help="fractions of the schedule (0 clean, 1 noise) between which guidance acts",
     )
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16: autocast; auto: if it is native")
+    add("--vae-precision", choices=["fp32", "bf16"], default="fp32", help="of the decoding: float32, or bf16 autocast")
     add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 for float32 products on CUDA")
 
 

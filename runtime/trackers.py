@@ -95,6 +95,14 @@ class Guarded:
             self.tracker = None
 
 
+def scalars(record: dict) -> dict[str, float]:
+    """A record of metrics.jsonl as numbers: entry k of a list becomes key/k, what is None is left out."""
+    flat = {}
+    for key, value in record.items():
+        flat |= {f"{key}/{k}": entry for k, entry in enumerate(value)} if isinstance(value, list) else {key: value}
+    return {key: value for key, value in flat.items() if value is not None}
+
+
 class TensorBoard:
     """Event files in <results-dir>/tensorboard."""
 
@@ -105,8 +113,8 @@ class TensorBoard:
         self.writer.add_text("run", run_name(settings), step)
 
     def write(self, record: dict) -> None:
-        for key, value in record.items():
-            if key != "step" and value is not None:
+        for key, value in scalars(record).items():
+            if key != "step":
                 self.writer.add_scalar(key, value, record["step"])
         self.writer.flush()
 
@@ -152,8 +160,7 @@ class WeightsAndBiases:
 
     def write(self, record: dict) -> None:
         if record["step"] >= self.first:
-            known = {key: value for key, value in record.items() if value is not None}
-            self.run.log(known, step=record["step"])
+            self.run.log(scalars(record), step=record["step"])
 
     def write_image(self, name: str, path: Path, step: int) -> None:
         import wandb

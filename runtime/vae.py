@@ -11,6 +11,7 @@ from torch import Tensor
 
 from runtime.checkpoint import Trained
 from runtime.options import UserError, first_line
+from runtime.sampling import autocast
 
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
@@ -19,11 +20,12 @@ class VAE:
     """A frozen AutoencoderKL in float32; what it needs to know is read from the model's own config.
 
     source is "ema" or "mse" (Stable Diffusion's fine-tuned autoencoders), a local folder, or a hub id.
-    Raises UserError when it cannot be loaded.
+    decode_precision "bf16" decodes under autocast. Raises UserError when it cannot be loaded.
     """
 
-    def __init__(self, source: str, device: torch.device | str = "cpu"):
+    def __init__(self, source: str, device: torch.device | str = "cpu", decode_precision: str = "fp32"):
         self.source = source
+        self.decode_precision = decode_precision
         self.model = _checked(_load(source), source).to(device).eval().requires_grad_(False)
         config = self.model.config
         self.downsampling = 2 ** (len(config.block_out_channels) - 1)
@@ -55,17 +57,18 @@ class VAE:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (N, C, h, w) to images (N, H, W, 3) uint8 on the CPU."""
-        pixels = self.model.decode(latents.float() / self.scaling_factor + self.shift_factor).sample
-        pixels = (127.5 * pixels + 128).clamp(0, 255)  # rounds half up once the fraction is cut off
+        with autocast(self.model.device, self.decode_precision):
+            pixels = self.model.decode(latents.float() / self.scaling_factor + self.shift_factor).sample
+        pixels = (127.5 * pixels.float() + 128).clamp(0, 255)  # rounds half up once the fraction is cut off
         return pixels.permute(0, 2, 3, 1).to("cpu", torch.uint8)
 
 
-def load_vae(source: str | None, trained: Trained, device: torch.device) -> VAE:
-    """The autoencoder that decodes a model's latents; None is the one of the training.
+def load_vae(source: str | None, trained: Trained, device: torch.device, decode_precision: str = "fp32") -> VAE:
+    """The autoencoder of a model's latents; None is the one of the training.
 
     Raises UserError when its latents are not of the model's shape.
     """
-    vae = VAE(source or trained.vae["source"], device)
+    vae = VAE(source or trained.vae["source"], device, decode_precision)
     expected = (trained.config.in_channels, trained.vae.get("downsampling", vae.downsampling))
     if (vae.latent_channels, vae.downsampling) != expected:
         raise UserError(

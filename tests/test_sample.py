@@ -19,6 +19,7 @@ from diffusion import create_diffusion
 from models import DiT, DiT_models
 from runtime import checkpoint, sampling
 from runtime.sampling import SamplingConfig
+from runtime.vae import VAE
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
 NAME = "DiT-XS-2-0000007-size-32-vae-{}-cfg-1.5-seed-0"
@@ -403,3 +404,12 @@ def test_precision_follows_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert sampling.resolve_precision("auto", cuda) == "bf16"
     assert sampling.resolve_precision("auto", torch.device("mps")) == "fp32"
+
+
+def test_the_autoencoder_decodes_in_bfloat16_on_request(vae_folder):
+    """Rounded to 8 bits of mantissa, pixels move a little, and the autoencoder's own weights stay as they are."""
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    exact, rounded = (VAE(str(vae_folder), "cpu", precision) for precision in ("fp32", "bf16"))
+    difference = (exact.decode(latents).int() - rounded.decode(latents).int()).abs()
+    assert 0 < difference.max() <= 32
+    assert {weight.dtype for weight in rounded.model.state_dict().values()} == {torch.float32}

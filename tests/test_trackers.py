@@ -31,19 +31,33 @@ def events(results: Path):
 
 def test_tensorboard_shows_what_metrics_jsonl_holds(train_arguments, signal_after, tmp_path):
     results = tmp_path / "run"
-    arguments = train_arguments(results, tensorboard=True, sample_every=3, log_every=1, **ROPE)
+    validation = dict(val_fraction=0.25, val_every=3)
+    arguments = train_arguments(results, tensorboard=True, sample_every=3, log_every=1, **validation, **ROPE)
     signal_after(train.Trainer, "train_step", 6)
     train.main(arguments)
     (results / "checkpoints" / "0000006.pt").unlink()  # as if killed: from step 4 on it has to go back
     train.main(arguments)
     records = monitor.read_metrics(results / "metrics.jsonl")
     scalars, images = events(results)
-    keys = {key for record in records for key in record} - {"step"}
-    assert scalars.keys() == keys and {"loss", "grad_norm", "lr", "epoch", "images_per_second"} <= keys
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6, 7]
+    flat = [trackers.scalars(record) for record in records]
+    keys = {key for record in flat for key in record} - {"step"}
+    assert scalars.keys() == keys and {"loss", "lr", "images_per_second", "val_loss_ema", "val_loss_tenths/9"} <= keys
     for key in keys:
-        assert [step for step, _ in scalars[key]] == [1, 2, 3, 4, 5, 6, 7]
-        assert [value for _, value in scalars[key]] == pytest.approx([record[key] for record in records], rel=1e-6)
+        expected = [(record["step"], record[key]) for record in flat if key in record]
+        assert [step for step, _ in scalars[key]] == [step for step, _ in expected]
+        assert [value for _, value in scalars[key]] == pytest.approx([value for _, value in expected], rel=1e-6)
     assert images == {"samples": [3, 6, 7]}
+
+
+def test_a_list_becomes_a_number_for_each_entry():
+    record = {"step": 7, "loss": None, "val_loss": 0.5, "val_loss_tenths": [0.25, 0.75]}
+    assert trackers.scalars(record) == {
+        "step": 7,
+        "val_loss": 0.5,
+        "val_loss_tenths/0": 0.25,
+        "val_loss_tenths/1": 0.75,
+    }
 
 
 def test_wandb_offline(train_arguments, tmp_path, monkeypatch):
@@ -66,8 +80,9 @@ def test_wandb_offline(train_arguments, tmp_path, monkeypatch):
                     (item.nested_key or [item.key])[-1]: json.loads(item.value_json) for item in record.history.item
                 }
                 history.append({key: value for key, value in items.items() if not key.startswith("_")})
-    assert history == monitor.read_metrics(results / "metrics.jsonl")
     assert [record["step"] for record in history] == [3, 6, 7]
+    for found, expected in zip(history, monitor.read_metrics(results / "metrics.jsonl"), strict=True):
+        assert found == pytest.approx(expected)
     for run in runs:
         assert (run.project, run.run_group) == ("digits", "DiT-XS/2 spiral-R2-clamp")
         assert (run.display_name, run.run_id) == ("DiT-XS/2 spiral-R2-clamp seed 0", stored)
