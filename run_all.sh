@@ -693,6 +693,7 @@ evaluate() { # stage 3: the demo's digits, and FID where there is a reference; m
     return
   fi
   run_stage "$stage" "${launch[@]}" "${command[@]}"
+  run_stage "Report (the run's page, now with the evaluation)" "$PYTHON" -m runtime.report "$RUN_DIR"
   set_finished evaluate "${command[@]}"
 }
 
