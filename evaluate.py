@@ -64,7 +64,10 @@ def main(argv: list[str] | None = None) -> None:
     path = args.samples.with_suffix(".metrics.json")
     settings = args.samples.with_suffix(".json")
     sampling = monitor.read_json(settings) if settings.exists() else None
-    monitor.write_json(path, {"label_accuracy": accuracy, "samples": len(labels), "sampling": sampling})
+    try:
+        monitor.write_json(path, {"label_accuracy": accuracy, "samples": len(labels), "sampling": sampling})
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be written ({error.strerror}); free space, or move --samples") from error
     print(f"label accuracy: {accuracy:.1%} of {len(labels)} samples recognised as their label\nmetrics: {path}")
 
 

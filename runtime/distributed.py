@@ -8,8 +8,8 @@ import datetime
 import os
 import signal
 import zlib
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -154,6 +154,19 @@ def on_main(function: Callable, *args):
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+@contextmanager
+def agreed_failure(what: str) -> Iterator[None]:
+    """Context whose OSError on any process, such as a full disk, becomes one UserError about what, on all of them."""
+    failure = None
+    try:
+        yield
+    except OSError as error:
+        failure = str(error)
+    failures = [text for text in gather(failure) if text is not None]
+    if failures:
+        raise UserError(f"{what} cannot be written ({failures[0]}); free space there and repeat the command to go on")
 
 
 class StopOnSignal:
