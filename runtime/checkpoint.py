@@ -9,7 +9,7 @@ import re
 import shutil
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -127,7 +127,29 @@ def load(path: str | Path, verify: bool = False) -> dict:
         ) from error
     if not isinstance(state, dict):
         raise UserError(f"checkpoint {str(path)!r} holds a {type(state).__name__}; expected a dict of weights")
+    for name, tensor in _tensors(state):
+        _check_stored(name, tensor, path)
     return state
+
+
+def _tensors(state, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors anywhere in nested containers, each with its keys joined by dots."""
+    if isinstance(state, Tensor):
+        yield name, state
+    if isinstance(state, argparse.Namespace):
+        state = vars(state)
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    for key, value in items:
+        yield from _tensors(value, f"{name}.{key}" if name else str(key))
+
+
+def _check_stored(name: str, value: Tensor, path: Path) -> None:
+    """Raise UserError unless every number that a tensor claims is in the file."""
+    if value.layout != torch.strided or value.device.type != "cpu":
+        kind = f"{value.layout} on {value.device.type}".removeprefix("torch.")
+        raise UserError(f"checkpoint {str(path)!r}: {name} is {kind}; expected numbers stored in full")
+    if value.untyped_storage().nbytes() < value.nbytes:
+        raise UserError(f"checkpoint {str(path)!r}: {name} claims {value.nbytes} bytes, more than the file holds of it")
 
 
 def _check_archive(path: Path, verify: bool) -> None:
@@ -261,12 +283,10 @@ def _weights(state: dict, which: str, path: Path) -> dict[str, Tensor]:
 
 
 def _check_tensor(name: str, value: Tensor, path: Path) -> None:
-    """Raise UserError unless a tensor holds floating-point numbers, as many as it claims, and all of them finite."""
-    if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in FLOATS:
-        kind = f"{value.dtype}, {value.layout}, on {value.device.type}".replace("torch.", "")
-        raise UserError(f"checkpoint {str(path)!r}: {name} is {kind}; expected floating-point numbers stored in full")
-    if value.untyped_storage().nbytes() < value.nbytes:
-        raise UserError(f"checkpoint {str(path)!r}: {name} claims {value.nbytes} bytes, more than the file holds of it")
+    """Raise UserError unless a tensor holds floating-point numbers, all of them finite."""
+    if value.dtype not in FLOATS:
+        kind = str(value.dtype).removeprefix("torch.")
+        raise UserError(f"checkpoint {str(path)!r}: {name} is of type {kind}; expected floating-point numbers")
     if not bool(torch.isfinite(value).all()):
         raise UserError(
             f"checkpoint {str(path)!r} has values in {name} that are not finite numbers; use an earlier one"
@@ -278,8 +298,8 @@ def check_training_state(state: dict, model: DiT, path: Path) -> None:
 
     A file in the run's folder need not be ours, and torch checks no shapes when it loads an optimizer.
     """
-    if not state["step"] >= 0:
-        raise UserError(f"checkpoint {str(path)!r} is of step {state['step']}; expected a whole number >= 0")
+    if not (isinstance(state["step"], int) and state["step"] >= 0):
+        raise UserError(f"checkpoint {str(path)!r} has a step that is no whole number >= 0; use another")
     for which in ("model", "ema"):
         for name, value in state[which].items():
             _check_tensor(f"{which} {name}", value, path)

@@ -70,12 +70,25 @@ def kill_before_rename(countdown: int) -> None:
     checkpoint.os.replace = dying
 
 
-def start(arguments: list[str], moment: str | None = None) -> int:
+def report_steps(pipe: int) -> None:
+    """Write a byte to a pipe after every step."""
+    step = train.Trainer.train_step
+
+    def train_step(self, batches):
+        step(self, batches)
+        os.write(pipe, b".")
+
+    train.Trainer.train_step = train_step
+
+
+def start(arguments: list[str], moment: str | None = None, pipe: int | None = None) -> int:
     """Fork a process that trains; its id."""
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
+            if pipe is not None:
+                report_steps(pipe)
             if moment == "half-written":
                 kill_half_written(random.randint(1, 2))
             elif moment == "not renamed":
@@ -92,11 +105,17 @@ def ended_by(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def timed(arguments: list[str]) -> float:
-    """Seconds that a whole run of train.py takes."""
-    began = time.perf_counter()
-    assert ended_by(start(arguments)) == 0
-    return time.perf_counter() - began
+def kill_at_random(arguments: list[str], steps: int) -> int:
+    """Start a run, let it go as far as a random number of steps below steps, and kill it a little later; its id."""
+    reading, writing = os.pipe()
+    pid = start(arguments, pipe=writing)
+    os.close(writing)
+    for _ in range(random.randrange(steps)):
+        os.read(reading, 1)
+    time.sleep(random.uniform(0, 0.2))
+    os.kill(pid, signal.SIGKILL)
+    os.close(reading)
+    return pid
 
 
 def newest_step(results: Path) -> int:
@@ -152,15 +171,12 @@ def main() -> None:
     if not args.arguments:
         data.write_digits(digits, 32)
         args.arguments = [*SMALL_RUN.split(), f"--data-path={digits}", f"--vae={ROOT / 'assets' / 'demo_vae'}"]
-    whole = timed([*args.arguments, f"--results-dir={reference}"])
-    startup = timed([*args.arguments, f"--results-dir={reference}"])  # finds nothing to do
+    assert ended_by(start([*args.arguments, f"--results-dir={reference}"])) == 0
+    arguments, steps = [*args.arguments, f"--results-dir={killed}"], 2 * newest_step(reference) // args.kills
     survived, resumed = Counter(), []
     for number in range(args.kills):
         before, moment = newest_step(killed), MOMENTS[number % len(MOMENTS)]
-        pid = start([*args.arguments, f"--results-dir={killed}"], moment)
-        if moment == "random":
-            time.sleep(random.uniform(0, startup + 2 * whole / args.kills))
-            os.kill(pid, signal.SIGKILL)
+        pid = kill_at_random(arguments, steps) if moment == "random" else start(arguments, moment)
         assert ended_by(pid) == -signal.SIGKILL, "the run ended before it was killed; give it more steps"
         survived[moment] += 1
         assert newest_step(killed) >= before
@@ -168,7 +184,7 @@ def main() -> None:
             assert resumed_at(killed) == before
             resumed.append(before)
     before = newest_step(killed)
-    assert ended_by(start([*args.arguments, f"--results-dir={killed}"])) == 0
+    assert ended_by(start(arguments)) == 0
     assert resumed_at(killed) == before
     compare(killed, reference)
     print(f"went on from steps {', '.join(map(str, resumed))}")

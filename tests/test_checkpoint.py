@@ -248,8 +248,7 @@ def test_wrong_contents_are_named(tmp_path):
     not_finite = f"checkpoint FILE has values in {bias} that are not finite numbers; use an earlier one"
     assert message({**state, bias: bad}) == not_finite
     assert message({**state, bias: bad.fill_(float("inf"))}) == not_finite
-    not_numbers = f"checkpoint FILE: {bias} is {{}}; expected floating-point numbers stored in full"
-    whole_numbers = not_numbers.format("int64, strided, on cpu")
+    whole_numbers = f"checkpoint FILE: {bias} is of type int64; expected floating-point numbers"
     assert message({**state, bias: torch.zeros(32, dtype=torch.long)}) == whole_numbers
     less = {name: value for name, value in state.items() if name != bias}
     assert message(less) == f"checkpoint FILE lacks 1 weights, such as {bias}"
@@ -273,10 +272,10 @@ def test_wrong_contents_are_named(tmp_path):
     part = {"x_embedder.proj.weight": torch.zeros(64, 4, 2, 2)}
     assert message(part).startswith("checkpoint FILE is not a whole DiT (")
     assert message({"ema": state, "args": "a text"}).startswith("checkpoint FILE has a config that cannot be read (")
-    sparse = torch.zeros(32).to_sparse()
-    assert message({**state, bias: sparse}) == not_numbers.format("float32, sparse_coo, on cpu")
-    on_meta = torch.zeros(32, device="meta")
-    assert message({**state, bias: on_meta}) == not_numbers.format("float32, strided, on meta")
+    elsewhere = f"checkpoint FILE: ema.{bias} is {{}}; expected numbers stored in full"
+    sparse, on_meta = torch.zeros(32).to_sparse(), torch.zeros(32, device="meta")
+    assert message({"ema": {**state, bias: sparse}}) == elsewhere.format("sparse_coo on cpu")
+    assert message({"ema": {**state, bias: on_meta}}) == elsewhere.format("strided on meta")
 
 
 @pytest.mark.parametrize(
