@@ -126,6 +126,7 @@ def read_as_sampling(path: Path) -> None:
 
 
 def read_as_training(path: Path, trainer: train.Trainer) -> None:
+    checkpoint.load(path, verify=True)  # as checkpoint.latest does
     trainer.load(path)
     assert_finite(trainer.model, trainer.ema)
     assert trainer.step >= 0 and trainer.sums.shape == (4,)
