@@ -240,7 +240,11 @@ def write_results(folder: SampleFolder, trained: checkpoint.Trained, config: Sam
     captions = [pictures.class_name(labels[index], trained.classes) for index in shown]
     grid = pictures.draw_grid([folder.read(index) for index in shown], captions, columns=10, title=folder.name)
     pictures.save_png(grid, folder.grid)
-    write_npz(folder, labels, trained.image_size)
+    try:
+        write_npz(folder, labels, trained.image_size)
+    except OSError:
+        folder.npz.with_name(folder.npz.name + ".partial").unlink(missing_ok=True)  # it may fill the disk
+        raise
 
 
 def is_packed(folder: SampleFolder, total: int) -> bool:

@@ -131,8 +131,6 @@ TRAINING_STATES = {
     "moments of nothing": (("opt", "state"), {}, "FILE has optimizer states of 0 of 31 weights"),
     "NaN moments": (("opt", "state", 1, "exp_avg_sq"), torch.full((64,), torch.nan), "FILE has values in optimizer "
                     f"exp_avg_sq of {BIAS} that are not finite numbers; use an earlier one"),
-    "10 GB in a small file": (("opt", "state", 1, "exp_avg"), torch.zeros(1).expand(2_500_000_000), "FILE: "
-                              "opt.state.1.exp_avg claims 10000000000 bytes, more than the file holds of it"),
     "negative step": (("step",), -1, "FILE has a step that is no whole number >= 0; use another"),
     "no log": (("log",), {}, "FILE cannot be resumed (KeyError: 'sums'); use another"),
 }  # fmt: skip
@@ -148,6 +146,21 @@ def test_training_refuses_what_it_cannot_go_on_from(case, run, train_arguments, 
     arguments = train_arguments(tmp_path / "run", lr=0.01, ema_decay=0.5, use_rope=True, rope_rotate=2)
     assert refused(train.main, arguments).replace(f"checkpoint {str(path)!r}", "FILE") == expected
     assert path.read_bytes() == before and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_small_file_that_claims_10_gb_is_skipped(run, train_arguments, refused, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    state, keys = checkpoint.load(run / "checkpoints" / "0000004.pt"), ("opt", "state", 1, "exp_avg")
+    torch.save(replaced(state, keys, torch.zeros(1).expand(2_500_000_000)), folder / "0000003.pt")
+    arguments = train_arguments(tmp_path / "run", lr=0.01, ema_decay=0.5, use_rope=True, rope_rotate=2)
+    assert refused(train.main, arguments) == (
+        f"no checkpoint in {str(folder)!r} can be read; restore one, or remove them to start afresh"
+    )
+    assert (
+        f"warning: skipped a checkpoint: checkpoint {str(folder / '0000003.pt')!r}: opt.state.1.exp_avg claims "
+        "10000000000 bytes, more than the file holds of it" in (tmp_path / "run" / "log.txt").read_text()
+    )
 
 
 def test_damage_in_the_weights_is_noticed_before_sampling(run, sample_arguments, refused, tmp_path):
