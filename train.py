@@ -322,7 +322,7 @@ class Trainer:
             if len(sums) != distributed.world_size():  # sum them up where the number of processes changed
                 loss = sum(row[0] for row in sums) * distributed.world_size() / len(sums)
                 sums = [[loss if rank == 0 else 0.0, *sums[0][1:]] for rank in range(distributed.world_size())]
-            self.sums = torch.tensor(sums[distributed.rank()], device=self.device)
+            self.sums = torch.tensor(sums[distributed.rank()], dtype=torch.float32, device=self.device).view(4)
             # A run that a streak has ended gets the whole number of tries again.
             streak = int(log["streak"])
             self.watch = NonFiniteWatch(self.device, streak if streak < self.args.max_bad_steps else 0)
