@@ -60,10 +60,17 @@ def setup(tf32: bool = True) -> torch.device:
 
 def _join(device: torch.device, processes: int) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(minutes=30)  # long enough to write the largest checkpoint
     try:
+        store, own_rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun keeps its store over restarts: under the old names, processes would look for those that died.
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             backend,
-            timeout=datetime.timedelta(minutes=30),  # long enough to write the largest checkpoint
+            store=dist.PrefixStore(f"start-{start}", store),
+            rank=own_rank,
+            world_size=size,
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
     except (ValueError, RuntimeError) as error:
