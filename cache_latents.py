@@ -73,9 +73,9 @@ class CacheWriter:
             np.lib.format.open_memmap(self.root / "moments.npy", "w+", np.float16, self.shape)
             np.lib.format.open_memmap(self.root / "labels.npy", "w+", np.int64, self.shape[:1])
             (self.root / "done").write_bytes(bytes(self.chunks))
+            monitor.write_json(begun, settings)
         except OSError as error:
             raise UserError(f"--latents-dir {str(self.root)!r} cannot be written ({error.strerror})") from error
-        monitor.write_json(begun, settings)
 
     def remaining(self) -> list[int]:
         """Chunks that are not marked as done."""
@@ -95,13 +95,20 @@ class CacheWriter:
     def write(self, row: int, label: int, moments: np.ndarray | None) -> None:
         """One image: moments (flips, 2C, h, w) float16, or None for one left out, whose label is -1."""
         if moments is not None:
-            os.pwrite(self.moments.fileno(), moments.tobytes(), self.moments_offset + row * self.row_bytes)
-        os.pwrite(self.labels.fileno(), np.int64(label).tobytes(), self.labels_offset + row * 8)
+            write_at(self.moments.fileno(), moments.tobytes(), self.moments_offset + row * self.row_bytes)
+        write_at(self.labels.fileno(), np.int64(label).tobytes(), self.labels_offset + row * 8)
 
     def mark(self, chunk: int) -> None:
         os.fsync(self.moments.fileno())
         os.fsync(self.labels.fileno())
         os.pwrite(self.done.fileno(), b"\1", chunk)
+
+
+def write_at(descriptor: int, contents: bytes, offset: int) -> None:
+    """Write all of contents: a disk that is nearly full takes a part and says so only the next time."""
+    written = 0
+    while written < len(contents):
+        written += os.pwrite(descriptor, contents[written:], offset + written)
 
 
 def check_same(stored: dict, settings: dict, root: Path) -> None:
@@ -136,7 +143,10 @@ def is_finished(args: argparse.Namespace) -> bool:
 
 
 def encode_missing(writer: CacheWriter, images: data.ImageList, vae: VAE, args, logger) -> tuple[bool, list[str]]:
-    """Encode this process's share of the chunks. Returns whether it was stopped, and the unreadable images."""
+    """Encode this process's share of the chunks. Returns whether it was stopped, and the unreadable images.
+
+    Raises OSError when they cannot be written.
+    """
     remaining = distributed.on_main(writer.remaining)
     mine = remaining[distributed.rank() :: distributed.world_size()]
     writer.open()
@@ -216,13 +226,17 @@ def main(argv: list[str] | None = None) -> None:
     size = monitor.format_bytes(shape[0] * writer.row_bytes)
     logger.info(f"encoding {len(images):,} images, {shape[1]} flips each, into {args.latents_dir}: {size}")
     distributed.on_main(writer.create, settings)
-    outcomes = distributed.gather(encode_missing(writer, images, vae, args, logger))
+    with distributed.agreed_failure(f"--latents-dir {str(args.latents_dir)!r}"):
+        outcome = encode_missing(writer, images, vae, args, logger)
+    outcomes = distributed.gather(outcome)
     if any(stopped for stopped, _ in outcomes):
         return logger.info("stopped on request; repeat the same command to go on")
     bad = [text for _, texts in outcomes for text in texts]
     if bad and not args.skip_unreadable:
         raise UserError(f"{bad[0]}; {len(bad)} in all; pass --skip-unreadable to leave such images out")
-    distributed.on_main(finish, args.latents_dir, images, settings)
+    with distributed.agreed_failure(f"--latents-dir {str(args.latents_dir)!r}"):
+        if distributed.is_main():
+            finish(args.latents_dir, images, settings)
     logger.info(f"finished: {args.latents_dir}")
 
 

@@ -247,7 +247,10 @@ def write_results(args: argparse.Namespace, metrics: dict, settings: dict, devic
     environment = monitor.describe_environment(device)
     environment["versions"]["torch-fidelity"] = version("torch-fidelity")
     path = args.samples.with_suffix(".metrics.json")
-    monitor.write_json(path, metrics | settings | environment)
+    try:
+        monitor.write_json(path, metrics | settings | environment)
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be written ({error.strerror}); free space, or move --samples") from error
     return path
 
 

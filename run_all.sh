@@ -667,7 +667,7 @@ sample() { # stage 2; sets NPZ
     return
   fi
   NPZ=$("$PYTHON" "${SAMPLE[@]}" --print-name) || fail "$stage" $?
-  NPZ=${NPZ##*$'\n'}
+  NPZ=$RUN_DIR/samples/${NPZ##*/} # whatever was printed before it, and line breaks in RUN_DIR
   run_stage "$stage" "${LAUNCH[@]}" "${SAMPLE[@]}"
   appears "$NPZ" || say_how_to_go_on "$stage"
   if ((NODE_RANK == 0)); then printf '%s' "${NPZ##*/}" >"$name"; fi

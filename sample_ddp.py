@@ -6,6 +6,7 @@ interrupted command goes on with the missing ones.
 
 import argparse
 import os
+import shutil
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -91,6 +92,17 @@ class SampleFolder:
             complete = list(pool.map(self.is_complete, range(total)))
         return [index for index, done in enumerate(complete) if not done]
 
+    def check_space(self, missing: int, total: int, size: tuple[int, int]) -> None:
+        """Raise UserError when the disk cannot hold the missing images, each at half its raw size, and the .npz."""
+        packed = self.npz.stat().st_size if self.npz.exists() else 0
+        needed = size[0] * size[1] * 3 * (missing // 2 + total) - packed
+        free = shutil.disk_usage(self.root).free
+        if free < needed:
+            raise UserError(
+                f"--sample-dir {str(self.root)!r} needs at least {monitor.format_bytes(needed)} for {missing:,} images "
+                f"and the .npz of {total:,}, and its disk has {monitor.format_bytes(free)} free; choose another"
+            )
+
     def read(self, index: int) -> np.ndarray:
         with Image.open(self.path(index)) as image:
             return np.asarray(image.convert("RGB"))
@@ -115,7 +127,7 @@ class BackgroundWriter:
         list(self.encoders.map(pictures.save_png, images, [self.folder.path(index) for index in indices]))
 
     def close(self) -> None:
-        """Wait for everything to be on disk."""
+        """Wait for everything to be on disk. Raises OSError when it cannot be written."""
         for future in self.waiting:
             future.result()
         self.decoder.shutdown()
@@ -125,6 +137,7 @@ class BackgroundWriter:
 def sample_missing(trained, vae: VAE, folder: SampleFolder, config: SamplingConfig, args, device) -> bool:
     """Make this process's share of the missing images. Returns whether all of them were made, or a signal came."""
     missing = distributed.on_main(folder.missing, args.num_fid_samples)
+    distributed.on_main(folder.check_space, len(missing), args.num_fid_samples, trained.image_size)
     if missing and distributed.is_main():
         folder.npz.unlink(missing_ok=True)  # whoever finds one may take it for complete
     mine = missing[distributed.rank() :: distributed.world_size()]
@@ -133,7 +146,7 @@ def sample_missing(trained, vae: VAE, folder: SampleFolder, config: SamplingConf
     model = trained.model.to(device)
     writer, begun = BackgroundWriter(vae, folder), args.num_fid_samples - len(missing)
     bar = monitor.progress_bar(args.num_fid_samples, begun, "image", "sampling")
-    with distributed.StopOnSignal() as stop, bar:
+    with distributed.StopOnSignal() as stop, bar, distributed.agreed_failure(f"--sample-dir {str(folder.root)!r}"):
         for first in range(0, len(mine), args.per_proc_batch_size):
             if stop.received:
                 break
@@ -171,7 +184,11 @@ def write_results(folder: SampleFolder, trained: checkpoint.Trained, config: Sam
     captions = [pictures.class_name(labels[index], trained.classes) for index in shown]
     grid = pictures.draw_grid([folder.read(index) for index in shown], captions, columns=10, title=folder.name)
     pictures.save_png(grid, folder.grid)
-    write_npz(folder, labels, trained.image_size)
+    try:
+        write_npz(folder, labels, trained.image_size)
+    except OSError:
+        folder.npz.with_name(folder.npz.name + ".partial").unlink(missing_ok=True)  # it may fill the disk
+        raise
 
 
 def is_packed(folder: SampleFolder, total: int) -> bool:
@@ -218,7 +235,9 @@ def main(argv: list[str] | None = None) -> None:
     if distributed.on_main(is_packed, folder, args.num_fid_samples):
         logger.info(f"nothing to do: all {args.num_fid_samples:,} samples are there")
     else:
-        distributed.on_main(write_results, folder, trained, config, args.num_fid_samples)
+        with distributed.agreed_failure(f"--sample-dir {str(folder.root)!r}"):
+            if distributed.is_main():
+                write_results(folder, trained, config, args.num_fid_samples)
     logger.info(f"images: {folder.images}\ngrid: {folder.grid}\nsamples: {folder.npz}")
 
 

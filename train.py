@@ -320,7 +320,7 @@ class Trainer:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Optimizer step from the gradients, unless they are not finite, and a step of the average to the weights."""
+        """Optimizer step from the gradients and a step of the average to the weights; neither if one is not finite."""
         gradients = [parameter.grad for parameter in self.parameters]
         norm = torch.nn.utils.get_total_norm(gradients)
         finite = torch.isfinite(norm)
@@ -328,7 +328,9 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.args.grad_clip, norm)
         self.optimizer.found_inf = (~finite).float()  # the fused optimizer then leaves everything as it is
         self.optimizer.step()
-        torch._foreach_lerp_(self.ema_parameters, self.parameters, 1 - self.args.ema_decay)
+        # A weight on the device, 0 for a skipped step: the average then stays too, and nothing waits for the device.
+        weight = finite * (1 - self.args.ema_decay)
+        torch._foreach_lerp_(self.ema_parameters, self.parameters, [weight] * len(self.parameters))
         one, zero = torch.ones_like(norm), torch.zeros_like(norm)
         values = torch.stack([self.loss, norm, one, zero])
         self.sums += torch.where(finite, values, torch.stack([zero, zero, zero, one]))
@@ -361,23 +363,31 @@ class Trainer:
             "log": {"sums": sums, "streak": int(self.watch.streak)},
         }
 
-    def load(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises UserError when it is of another model, data set or recipe."""
+    def load(self, path: Path) -> dict:
+        """Go on from a checkpoint; its args. Raises UserError when it is of another model, data set or recipe."""
         state = checkpoint.load(path)
-        check_same(state.get("config"), self.job.config, path)
         try:
+            check_same(state.get("config"), self.job.config, path)
+            checkpoint.check_training_state(state, self.model, path)
             self.model.load_state_dict(state["model"])
             self.ema.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(copy.deepcopy(state["opt"]))
+            moments, groups = copy.deepcopy(state["opt"]["state"]), self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})  # settings are the command's
             self.step, log = int(state["step"]), state["log"]
             sums = log["sums"]
             if len(sums) != distributed.world_size():  # sum them up where the number of processes changed
                 loss = sum(row[0] for row in sums) * distributed.world_size() / len(sums)
                 sums = [[loss if rank == 0 else 0.0, *sums[0][1:]] for rank in range(distributed.world_size())]
-            self.sums = torch.tensor(sums[distributed.rank()], device=self.device)
-            self.watch = NonFiniteWatch(self.device, int(log["streak"]))
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise UserError(f"checkpoint {str(path)!r} cannot be resumed: {error}") from error
+            self.sums = torch.tensor(sums[distributed.rank()], dtype=torch.float32, device=self.device).view(4)
+            # A run that a streak has ended gets the whole number of tries again.
+            streak = int(log["streak"])
+            self.watch = NonFiniteWatch(self.device, streak if streak < self.args.max_bad_steps else 0)
+            return dict(state["args"])
+        except UserError:
+            raise
+        except Exception as error:  # whatever a hostile file makes these raise
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"checkpoint {str(path)!r} cannot be resumed ({reason}); use another") from error
 
 
 def plain(value):
@@ -468,9 +478,8 @@ def resume(trainer: Trainer, folder: RunFolder, logger) -> None:
     """Load the newest checkpoint of the run, if there is one."""
     newest = distributed.on_main(checkpoint.latest, folder.checkpoints, logger.info)
     if newest is not None:
-        trainer.load(newest)
+        old = trainer.load(newest)
         logger.info(f"resumed from {newest} at step {trainer.step:,}")
-        old = checkpoint.load(newest)["args"]
         if trainer.args.lr_schedule == "linear" and trainer.step < trainer.job.total_steps:
             changed = [k for k in ("max_steps", "epochs") if old.get(k) != getattr(trainer.args, k)]
             if changed:
@@ -492,7 +501,7 @@ def save(trainer: Trainer, folder: RunFolder, logger, required: bool) -> bool:
             return False
         logger.info(f"saved {path}")
         try:
-            checkpoint.prune(folder.checkpoints, trainer.args.keep_checkpoints)
+            checkpoint.prune(path, trainer.args.keep_checkpoints)
             monitor.plot_loss(folder.path)
         except OSError as error:
             logger.info(f"warning: {folder.path / 'loss.png'} and old checkpoints are left as they were: {error}")
@@ -576,7 +585,8 @@ def end_early(status: int, batches: list, trainer: Trainer, folder: RunFolder, l
         raise UserError(
             f"loss or gradient not finite in {trainer.watch.seen} steps in a row, the last at step {trainer.step:,} "
             f"(loss {float(trainer.loss):g}); no such step changed the weights, and the newest checkpoint is {newest}: "
-            "go on with a lower --lr, --grad-clip 1 or --precision fp32 in another --results-dir"
+            "repeat the command with --precision fp32 to go on from it, or start again with a lower --lr or "
+            "--grad-clip 1 in another --results-dir"
         )
     if trainer.step != saved:
         save(trainer, folder, logger, required=True)
@@ -628,7 +638,9 @@ def train(job: Job, trainer: Trainer, folder: RunFolder, logger) -> None:
     batches = data.EpochBatches(
         len(job.dataset), args.global_batch_size, args.global_seed, trainer.step, args.grad_accum_steps
     )
-    metrics, saved = open_metrics(job, folder, trainer.step, logger), trainer.step
+    with distributed.agreed_failure(f"--results-dir {str(folder.path)!r}"):
+        metrics = open_metrics(job, folder, trainer.step, logger)
+    saved = trainer.step
     if trainer.step:  # a kill may have come between the checkpoint and its samples
         draw_samples(trainer, folder, metrics, logger, remake=False)
     pace = Pace()
@@ -663,8 +675,9 @@ def train(job: Job, trainer: Trainer, folder: RunFolder, logger) -> None:
 
 def finish(trainer: Trainer, folder: RunFolder, logger) -> None:
     """Mark the run as finished and say where its results are."""
-    if distributed.is_main():
-        monitor.write_json(folder.finished, {"step": trainer.step})
+    with distributed.agreed_failure(f"--results-dir {str(folder.path)!r}"):
+        if distributed.is_main():
+            monitor.write_json(folder.finished, {"step": trainer.step})
     newest = checkpoint.step_path(folder.checkpoints, trainer.step)
     logger.info(f"finished at step {trainer.step:,}: {newest}, loss curve {folder.path / 'loss.png'}")
 
@@ -683,9 +696,10 @@ def main(argv: list[str] | None = None) -> None:
             logger.info(f"nothing to do: the run has {trainer.step:,} of {job.total_steps:,} steps")
             return finish(trainer, folder, logger)
         folder.begin()
-        if distributed.is_main():
-            settings = {"args": {k: plain(v) for k, v in vars(args).items()}, **job.config}
-            monitor.write_json(folder.path / "config.json", settings | monitor.describe_environment(device))
+        with distributed.agreed_failure(f"--results-dir {str(folder.path)!r}"):
+            if distributed.is_main():
+                settings = {"args": {k: plain(v) for k, v in vars(args).items()}, **job.config}
+                monitor.write_json(folder.path / "config.json", settings | monitor.describe_environment(device))
         announce(job, trainer, logger)
         train(job, trainer, folder, logger)
     finally:

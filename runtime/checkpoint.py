@@ -103,10 +103,14 @@ def latest(folder: Path, report: Callable[[str], None]) -> Path | None:
     return None
 
 
-def prune(folder: Path, keep: int | None) -> None:
-    """Delete all but the newest keep checkpoints; None keeps all. The caller has just written the newest."""
+def prune(newest: Path, keep: int | None) -> None:
+    """Delete all but keep checkpoints of a run, ending with newest, which was just written; None keeps all.
+
+    Those of later steps were damaged when the run resumed. They count for nothing and are left for their owner.
+    """
     if keep is not None:
-        for path in training_checkpoints(folder)[:-keep]:
+        paths = training_checkpoints(newest.parent)
+        for path in paths[: paths.index(newest) + 1][:-keep]:
             path.unlink()
 
 
@@ -142,15 +146,41 @@ def load(path: str | Path, verify: bool = False) -> dict:
         ) from error
     if not isinstance(state, dict):
         raise UserError(f"checkpoint {str(path)!r} holds a {type(state).__name__}; expected a dict of weights")
+    for name, tensor in _tensors(state):
+        _check_stored(name, tensor, path)
     return state
+
+
+def _tensors(state, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors anywhere in nested containers, each with its keys joined by dots."""
+    if isinstance(state, Tensor):
+        yield name, state
+    if isinstance(state, argparse.Namespace):
+        state = vars(state)
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    for key, value in items:
+        yield from _tensors(value, f"{name}.{key}" if name else str(key))
+
+
+def _check_stored(name: str, value: Tensor, path: Path) -> None:
+    """Raise UserError unless every number that a tensor claims is in the file."""
+    if value.layout != torch.strided or value.device.type != "cpu":
+        kind = f"{value.layout} on {value.device.type}".removeprefix("torch.")
+        raise UserError(f"checkpoint {str(path)!r}: {name} is {kind}; expected numbers stored in full")
+    if value.untyped_storage().nbytes() < value.nbytes:
+        raise UserError(f"checkpoint {str(path)!r}: {name} claims {value.nbytes} bytes, more than the file holds of it")
 
 
 def _check_archive(path: Path, verify: bool) -> None:
     """Refuse archives that torch.save does not write: compressed entries can claim any size."""
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
+            if entry.compress_type != zipfile.ZIP_STORED:
                 raise UserError(f"checkpoint {str(path)!r} is refused: entry {entry.filename!r} is compressed")
+            if entry.file_size > path.stat().st_size:
+                raise UserError(
+                    f"checkpoint {str(path)!r} is refused: entry {entry.filename!r} is larger than the file"
+                )
         damaged = archive.testzip() if verify else None
         if damaged is not None:
             raise UserError(f"checkpoint {str(path)!r} is damaged: checksum of {damaged!r} differs; copy it again")
@@ -199,7 +229,7 @@ def load_trained(path: str | Path, weights: str = "ema", given: dict | None = No
     """
     source, given = hub.find(path), {key: value for key, value in (given or {}).items() if value is not None}
     path = source.path
-    state = load(path)
+    state = load(path, verify=True)
     tensors = _weights(state, weights, path)
     stored = state.get("config") if isinstance(state.get("config"), dict) else None
     try:
@@ -301,18 +331,45 @@ def _weights(state: dict, which: str, path: Path) -> dict[str, Tensor]:
             f"checkpoint {str(path)!r} holds no DiT weights (no x_embedder.proj.weight); expected a state dict, or a "
             "dict with 'ema' or 'model'"
         )
-    bad = [name for name, value in tensors.items() if not _is_finite(value)]
-    if bad:
-        raise UserError(
-            f"checkpoint {str(path)!r} has values in {bad[0]} that are not finite numbers; use an earlier one"
-        )
+    for name, value in tensors.items():
+        _check_tensor(name, value, path)
     return tensors
 
 
-def _is_finite(value: Tensor) -> bool:
-    """Whether a tensor holds floating-point numbers, as many as it claims, and all of them finite."""
-    plain = value.layout == torch.strided and value.device.type == "cpu" and value.dtype in FLOATS
-    return plain and value.untyped_storage().nbytes() >= value.nbytes and bool(torch.isfinite(value).all())
+def _check_tensor(name: str, value: Tensor, path: Path) -> None:
+    """Raise UserError unless a tensor holds floating-point numbers, all of them finite."""
+    if value.dtype not in FLOATS:
+        kind = str(value.dtype).removeprefix("torch.")
+        raise UserError(f"checkpoint {str(path)!r}: {name} is of type {kind}; expected floating-point numbers")
+    if not bool(torch.isfinite(value).all()):
+        raise UserError(
+            f"checkpoint {str(path)!r} has values in {name} that are not finite numbers; use an earlier one"
+        )
+
+
+def check_training_state(state: dict, model: DiT, path: Path) -> None:
+    """Raise UserError unless weights, averages and optimizer moments are finite and of the model's shapes.
+
+    A file in the run's folder need not be ours, and torch checks no shapes when it loads an optimizer.
+    """
+    if not (isinstance(state["step"], int) and state["step"] >= 0):
+        raise UserError(f"checkpoint {str(path)!r} has a step that is no whole number >= 0; use another")
+    for which in ("model", "ema"):
+        for name, value in state[which].items():
+            _check_tensor(f"{which} {name}", value, path)
+        _check_weights(model.state_dict(), state[which], path)
+    moments, parameters = state["opt"]["state"], list(model.named_parameters())
+    if sorted(moments) != list(range(len(parameters))):
+        raise UserError(f"checkpoint {str(path)!r} has optimizer states of {len(moments)} of {len(parameters)} weights")
+    for index, (name, parameter) in enumerate(parameters):
+        for key, shape in {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}.items():
+            value = moments[index][key]
+            _check_tensor(f"optimizer {key} of {name}", value, path)
+            if value.shape != shape:
+                raise UserError(
+                    f"checkpoint {str(path)!r}: optimizer {key} of {name} has shape {tuple(value.shape)}, expected "
+                    f"{tuple(shape)}"
+                )
 
 
 def _from_config(stored: dict) -> dict:

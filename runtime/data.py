@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from runtime.distributed import hash_seed, ignore_stop_signals, rank, world_size
-from runtime.options import Parser, UserError, command, count
+from runtime.options import Parser, UserError, command, count, is_utf8
 
 PREPARATION = "box-halving, bicubic, centre crop; EXIF orientation applied"  # named in every latent cache
 
@@ -53,6 +53,11 @@ class ImageList:
             raise UserError(f"{option} {str(root)!r} has no class folders; expected one sub-folder for each class")
         paths, labels = [], []
         for label, name in enumerate(self.classes):
+            if not is_utf8(name):
+                raise UserError(
+                    f"class folder {os.fsencode(self.root / name)!r} has a name that is not UTF-8; rename it, since "
+                    "the name goes into checkpoints and config.json"
+                )
             found = images_below(self.root, name)
             if not found:
                 raise UserError(

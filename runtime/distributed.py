@@ -8,8 +8,8 @@ import datetime
 import os
 import signal
 import zlib
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -60,10 +60,17 @@ def setup(tf32: bool = True) -> torch.device:
 
 def _join(device: torch.device, processes: int) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(minutes=30)  # long enough to write the largest checkpoint
     try:
+        store, own_rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun keeps its store over restarts: under the old names, processes would look for those that died.
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             backend,
-            timeout=datetime.timedelta(minutes=30),  # long enough to write the largest checkpoint
+            store=dist.PrefixStore(f"start-{start}", store),
+            rank=own_rank,
+            world_size=size,
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
     except (ValueError, RuntimeError) as error:
@@ -154,6 +161,19 @@ def on_main(function: Callable, *args):
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+@contextmanager
+def agreed_failure(what: str) -> Iterator[None]:
+    """Context whose OSError on any process, such as a full disk, becomes one UserError about what, on all of them."""
+    failure = None
+    try:
+        yield
+    except OSError as error:
+        failure = str(error)
+    failures = [text for text in gather(failure) if text is not None]
+    if failures:
+        raise UserError(f"{what} cannot be written ({failures[0]}); free space there and repeat the command to go on")
 
 
 class StopOnSignal:

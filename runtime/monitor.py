@@ -27,6 +27,13 @@ class TqdmHandler(logging.StreamHandler):
         sys.stdout.flush()
 
 
+class LogFile(logging.FileHandler):
+    """log.txt: a line that the disk does not take is a warning in the terminal, which shows it anyway."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        tqdm.write(f"warning: {self.baseFilename} lacks a line: {sys.exc_info()[1]}", file=sys.stdout)
+
+
 def make_logger(folder: Path | None = None) -> logging.Logger:
     """A logger to the terminal and, with a folder, to its log.txt; silent on ranks other than 0."""
     logger = logging.getLogger("spiral_rope_dit")
@@ -40,7 +47,7 @@ def make_logger(folder: Path | None = None) -> logging.Logger:
         return logger
     handlers: list[logging.Handler] = [TqdmHandler()]
     if folder is not None:
-        handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8", delay=True))
+        handlers.append(LogFile(folder / "log.txt", encoding="utf-8", delay=True))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
@@ -56,7 +63,7 @@ def progress_bar(total: int, initial: int = 0, unit: str = "step", description: 
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", errors="surrogateescape")  # names of files can be any bytes
     os.replace(partial, path)
 
 

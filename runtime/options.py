@@ -63,6 +63,15 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def is_utf8(text: str) -> bool:
+    """Whether text can be written as UTF-8: names of files and arguments can hold other bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def differences(stored: dict, current: dict, ignored: tuple[str, ...] = (), show: Callable = repr) -> str:
     """The settings of current that stored has otherwise, as "lr 0.1 (now 0.2), ..."; empty where they agree."""
     differing = [key for key in current if key not in ignored and stored.get(key) != current[key]]
@@ -76,6 +85,15 @@ class Parser(argparse.ArgumentParser):
         formatter = argparse.ArgumentDefaultsHelpFormatter
         super().__init__(description=description, allow_abbrev=False, formatter_class=formatter, **kwargs)
         self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # -1e-4 is a value too, not an option
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for text in args:
+            if not is_utf8(text):
+                raise UserError(
+                    f"argument {os.fsencode(text)!r} is not UTF-8; rename what it names, or pass a link to it"
+                )
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         unknown = message.removeprefix("unrecognized arguments: ")

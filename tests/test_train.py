@@ -392,6 +392,24 @@ def test_only_so_many_checkpoints_are_kept(train_arguments, tmp_path):
     assert sorted(file.name for file in (tmp_path / "run" / "checkpoints").iterdir()) == ["0000006.pt", "0000007.pt"]
 
 
+def test_keeping_few_checkpoints_keeps_the_newest_valid_one(train_arguments, stop_after_step, tmp_path, capsys):
+    """A damaged checkpoint of a later step counts for nothing: it must not push out what the run goes on to write."""
+    stop_after_step(6)
+    arguments = train_arguments(tmp_path / "run", ckpt_every=4, keep_checkpoints=2)
+    train.main(arguments)  # checkpoints of steps 4 and 6
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "0000006.pt").write_bytes((folder / "0000006.pt").read_bytes()[:1000])
+    stop_after_step(1)
+    train.main(train_arguments(tmp_path / "run", ckpt_every=4, keep_checkpoints=1))
+    assert sorted(path.name for path in folder.iterdir()) == ["0000005.pt", "0000006.pt"]
+    capsys.readouterr()
+    train.main(arguments)
+    output = capsys.readouterr().out
+    assert "warning: skipped a checkpoint: checkpoint" in output and "0000005.pt at step 5" in output
+    train.main(train_arguments(tmp_path / "whole"))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 def test_resume_skips_a_damaged_checkpoint_and_says_so(train_arguments, stop_after_step, tmp_path, capsys):
     train.main(train_arguments(tmp_path / "whole"))
     stop_after_step(6)
@@ -523,6 +541,10 @@ def test_a_non_finite_step_changes_nothing(train_arguments, tmp_path, monkeypatc
     for step, (before, after) in enumerate(states):
         equal = all(torch.equal(before[0][name], after[0][name]) for name in before[0])
         assert equal == (step in (0, 3))
+        if equal:
+            assert_equal_bits(dict(before[2]), dict(after[2]))
+        else:
+            assert not torch.equal(before[2]["final_layer.linear.bias"], after[2]["final_layer.linear.bias"])
         if step == 3:  # in step 0 the optimizer's state appears, as zeros
             assert_equal_bits(before[1]["state"], after[1]["state"])
         assert all(torch.isfinite(value).all() for value in after[2].values())
@@ -537,8 +559,8 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run(train_arguments, refused
     path = tmp_path / "run" / "checkpoints" / "0000004.pt"
     assert refused(train.main, arguments) == (
         "loss or gradient not finite in 3 steps in a row, the last at step 7 (loss inf); no such step changed the "
-        f"weights, and the newest checkpoint is {path}: go on with a lower --lr, --grad-clip 1 or --precision fp32 in "
-        "another --results-dir"
+        f"weights, and the newest checkpoint is {path}: repeat the command with --precision fp32 to go on from it, or "
+        "start again with a lower --lr or --grad-clip 1 in another --results-dir"
     )
     stored = checkpoint.load(path, verify=True)
     assert_equal_bits(dict(stored["model"]), dict(trainers[-1].model.state_dict()))
@@ -555,6 +577,16 @@ def test_a_streak_of_non_finite_steps_lasts_over_a_resume(
     train.main(train_arguments(tmp_path / "run", max_bad_steps=4))  # two bad steps of four
     message = refused(train.main, train_arguments(tmp_path / "run", max_bad_steps=4))
     assert message.startswith("loss or gradient not finite in 4 steps in a row, the last at step 6 (loss inf)")
+
+
+def test_a_run_that_bad_steps_ended_gets_all_its_tries_again(train_arguments, refused, tmp_path, monkeypatch):
+    """A checkpoint may fall on the very step that ended the run: repeating the command must not end at once."""
+    poison(monkeypatch, {2, 3, 4})
+    arguments = train_arguments(tmp_path / "run", max_bad_steps=2)  # ended after step 4, which has a checkpoint
+    assert "not finite in 2 steps in a row, the last at step 4" in refused(train.main, arguments)
+    assert newest(tmp_path / "run")["log"]["streak"] == 2
+    train.main(arguments)
+    assert newest(tmp_path / "run")["step"] == 7
 
 
 def test_good_steps_between_bad_ones_keep_the_run_alive(train_arguments, tmp_path, monkeypatch):
