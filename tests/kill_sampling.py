@@ -115,11 +115,21 @@ def fork(arguments: list[str], noise: Path, rank: int, processes: int, port: int
     return pid
 
 
-def kill_one(arguments: list[str], noise: Path, processes: int, moment: str, seconds: float) -> bool:
-    """Start a run and kill its first process; the others are ended as torchrun would. Whether it came to that."""
+def drawn(noise: Path) -> int:
+    """Draws of noise so far, counted once each."""
+    return len(set(noise.read_text().splitlines())) if noise.exists() else 0
+
+
+def kill_one(arguments: list[str], noise: Path, processes: int, moment: str, draws: int) -> bool:
+    """Start a run and kill its first process; the others are ended as torchrun would. Whether it came to that.
+
+    A random moment comes after some of the first half of the draws of noise that are left of all the draws.
+    """
+    enough = drawn(noise) + random.randrange(max(1, (draws - drawn(noise)) // 2))
     first, *others = start(arguments, noise, processes, moment)
     if moment == "random":
-        time.sleep(random.uniform(0, seconds))
+        while drawn(noise) < enough:
+            time.sleep(0.001)
         os.kill(first, signal.SIGKILL)
     killed = ended_by(first) == -signal.SIGKILL
     for pid in others:
@@ -172,17 +182,15 @@ def main() -> None:
     random.seed(args.seed)
     args.folder.mkdir(parents=True, exist_ok=True)
     shared = [f"--ckpt={args.ckpt or train_small_model(args.folder)}", *(args.arguments or SMALL_SAMPLES.split())]
-    began = time.perf_counter()
     for name, batch, processes in (("one", 32, 1), ("two", 8, 2)):
         arguments = [*shared, f"--sample-dir={args.folder / name}", f"--per-proc-batch-size={batch}"]
         assert [ended_by(pid) for pid in start(arguments, args.folder / f"{name}.noise", processes)] == [0] * processes
-    seconds = (time.perf_counter() - began) / 2
     killed, noise, survived = args.folder / "killed", args.folder / "killed.noise", Counter()
     arguments = [*shared, f"--sample-dir={killed}", "--per-proc-batch-size=7"]
     for number in range(args.kills):
         # Packing comes when all images are there, so those kills are the last ones.
         moment = MOMENTS[2] if number >= args.kills * 2 // 3 else MOMENTS[number % 2]
-        survived[moment] += kill_one(arguments, noise, 1 + number // 2 % 2, moment, seconds / 2)
+        survived[moment] += kill_one(arguments, noise, 1 + number // 2 % 2, moment, drawn(args.folder / "one.noise"))
         assert not list(killed.glob("*.npz"))
     assert [ended_by(pid) for pid in start(arguments, noise)] == [0]
     assert not list(killed.rglob("*.partial"))
