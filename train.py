@@ -328,9 +328,7 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.args.grad_clip, norm)
         self.optimizer.found_inf = (~finite).float()  # the fused optimizer then leaves everything as it is
         self.optimizer.step()
-        # A weight on the device, 0 for a skipped step: the average then stays too, and nothing waits for the device.
-        weight = finite * (1 - self.args.ema_decay)
-        torch._foreach_lerp_(self.ema_parameters, self.parameters, [weight] * len(self.parameters))
+        torch._foreach_lerp_(self.ema_parameters, self.parameters, 1 - self.args.ema_decay)
         one, zero = torch.ones_like(norm), torch.zeros_like(norm)
         values = torch.stack([self.loss, norm, one, zero])
         self.sums += torch.where(finite, values, torch.stack([zero, zero, zero, one]))
