@@ -70,7 +70,7 @@ else # the demo: the same pipeline at a size that a laptop trains in minutes
   VAE=${VAE:-$ROOT/assets/demo_vae}
   NUM_WORKERS=${NUM_WORKERS:-0}
   LOG_EVERY=${LOG_EVERY:-100}
-  CKPT_EVERY=${CKPT_EVERY:-1000}
+  CKPT_EVERY=${CKPT_EVERY:-500}
   NUM_FID_SAMPLES=${NUM_FID_SAMPLES:-200}
   CFG_SCALE=${CFG_SCALE:-3.0}
   CFG_CHANNELS=${CFG_CHANNELS:-all}         # its autoencoder spreads a digit over all four

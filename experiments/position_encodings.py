@@ -78,6 +78,7 @@ def training_job(run: Run, study: Study, args) -> Job:
         lr=run.lr,
         lr_schedule=study.lr_schedule,
         warmup_steps=study.warmup_steps,
+        grad_clip=study.grad_clip,
         ema_decay=study.ema_decay,
         precision="fp32",
         num_workers=0,
