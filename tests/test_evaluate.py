@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tracemalloc
 import urllib.error
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,15 @@ def sets(tmp_path_factory):
     return folder
 
 
+@contextmanager
+def one_thread():
+    """The same sums in the same order at every call: several threads may share them out otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def command(sets, inception_file):
     """All metrics of the samples against the reference by the command and the real network, and the features."""
@@ -91,7 +101,8 @@ def command(sets, inception_file):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "_device", lambda *_: torch.device("cpu"))
         patch.setattr(inception, "extract", remember)
-        evaluate.main(command_line(options | KID | {"cache_dir": sets / "cache"}))
+        with one_thread():
+            evaluate.main(command_line(options | KID | {"cache_dir": sets / "cache"}))
     return json.loads((sets / "samples.metrics.json").read_text()), features
 
 
@@ -151,7 +162,8 @@ def test_metrics_equal_those_of_torch_fidelitys_command(measured, sets, inceptio
     options |= {"feature_extractor_weights_path": inception_file, "save_cpu_ram": True, "no_cache": True}
     monkeypatch.setattr(sys, "argv", ["fidelity", *command_line(options | KID)])
     capsys.readouterr()
-    torch_fidelity_command.main()
+    with one_thread():
+        torch_fidelity_command.main()
     theirs = json.loads(capsys.readouterr().out)
     names = {
         "fid": "frechet_inception_distance",

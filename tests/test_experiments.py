@@ -30,6 +30,7 @@ SMALL = plan.Study(
     seeds=3,
     steps=300,
     batch=32,
+    lr=0.001,
     warmup_steps=50,
     sweep_lrs=(0.001, 0.003),
     sweep_seeds=1,
@@ -255,7 +256,7 @@ def test_a_study_goes_on_with_the_runs_that_are_missing(tmp_path, monkeypatch):
         folder = args.work_dir / "runs" / run.key
         return runs.Job(run.key, folder, [sys.executable, "-c", FAKE_TRAINING, str(folder)])
 
-    study = dataclasses.replace(plan.QUICK, variants={"digits": ("sincos", "axial")}, seeds=2)
+    study = dataclasses.replace(plan.QUICK, lr=0.001, variants={"digits": ("sincos", "axial")}, seeds=2)
     monkeypatch.setattr(position_encodings, "QUICK", study)
     monkeypatch.setattr(position_encodings, "prepare_data", lambda *_: None)
     monkeypatch.setattr(position_encodings, "training_job", fake_job)
@@ -279,7 +280,7 @@ def test_a_study_goes_on_with_the_runs_that_are_missing(tmp_path, monkeypatch):
 
 
 def test_recorded_runs_without_weights_are_named(tmp_path, monkeypatch, refused):
-    study = dataclasses.replace(plan.QUICK, variants={"digits": ("axial",)}, seeds=2)
+    study = dataclasses.replace(plan.QUICK, lr=0.001, variants={"digits": ("axial",)}, seeds=2)
     monkeypatch.setattr(position_encodings, "QUICK", study)
     line = refused(position_encodings.main, ["--quick", "--work-dir", tmp_path, "--stage", "measurements"])
     folder = tmp_path / "quick"

@@ -30,7 +30,7 @@ with open(os.environ["STUB_LOG"], "a") as log:
 def value(flag):
     return pathlib.Path(arguments[arguments.index(flag) + 1])
 
-stage = next(a for a in arguments if a.endswith(".py") or a == "runtime.data")
+stage = next(a for a in arguments if a.endswith(".py") or a in ("runtime.data", "runtime.report"))
 if stage == os.environ.get("STUB_WAIT") and "--print-name" not in arguments:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(os.environ.get("STUB_WAIT_STATUS", 0))))
     pathlib.Path(os.environ["STUB_LOG"] + ".ready").touch()
@@ -119,6 +119,11 @@ class Repository:
 @pytest.fixture
 def repository(tmp_path):
     return Repository(tmp_path)
+
+
+def scripts(calls: list[list[str]]) -> list[str]:
+    """The script or module of each call."""
+    return [next(a for a in call if a.endswith(".py") or a in ("runtime.data", "runtime.report")) for call in calls]
 
 
 def stage(calls: list[list[str]], script: str) -> list[str]:
@@ -304,7 +309,7 @@ def test_mistakes_are_found_before_the_environment_is_looked_for(repository):
 def test_batch_that_the_gpus_found_do_not_divide_is_refused(repository):
     (Path(repository.environment["PATH"].split(":")[0]) / "nvidia-smi").symlink_to("/bin/true")
     _, errors, calls = repository.run(status=2, STUB_GPUS="3")
-    assert "GLOBAL_BATCH_SIZE is '64', expected a multiple of 3" in errors and calls == []
+    assert "GLOBAL_BATCH_SIZE is '32', expected a multiple of 3" in errors and calls == []
     _, _, calls = repository.run(STUB_GPUS="4")
     assert flags(stage(calls, "train.py"))["--nproc_per_node"] == "4"
 
@@ -336,9 +341,9 @@ def test_help_tells_arguments_settings_and_examples(repository):
 def test_demo_runs_the_stages_of_the_full_recipe(repository):
     output, errors, calls = repository.run("True", "2", NPROC_PER_NODE="1")
     assert errors == "" and output.startswith("DATA_PATH is not set: this is the built-in demo")
-    scripts = [next(a for a in call if a.endswith(".py") or a == "runtime.data") for call in calls]
     expected = ["runtime.data", "cache_latents.py", "train.py", "sample_ddp.py", "sample_ddp.py", "evaluate.py"]
-    assert scripts == expected
+    expected.append("runtime.report")
+    assert scripts(calls) == expected
     run = "results/demo/DiT-XS-2/" + DEFAULT_RUN.replace("rotate0", "rotate2")
     train = stage(calls, "train.py")
     assert train[0] == "train.py"  # one process needs no torchrun
@@ -349,17 +354,18 @@ def test_demo_runs_the_stages_of_the_full_recipe(repository):
         "--vae": "assets/demo_vae",
         "--latents-dir": "results/demo/latents/digits-64-vae-demo_vae-noflip",
         "--max-steps": re.search(r"MAX_STEPS:-(\d+)", (ROOT / "run_all.sh").read_text())[1],
-        "--global-batch-size": "64",
+        "--global-batch-size": "32",
         "--global-seed": "0",
-        "--lr": "2e-3",
+        "--lr": "1e-2",
         "--lr-schedule": "linear",
         "--warmup-steps": "100",
-        "--ema-decay": "0.998",
+        "--ema-decay": "0.995",
+        "--grad-clip": "1",
         "--weight-decay": "0",
         "--no-flip": True,
-        "--num-workers": "1",
+        "--num-workers": "0",
         "--log-every": "100",
-        "--ckpt-every": "1000",
+        "--ckpt-every": "500",
         "--precision": "auto",
         "--use-rope": True,
         "--rope-rotate": "2",
@@ -378,10 +384,10 @@ def test_demo_runs_the_stages_of_the_full_recipe(repository):
         "--vae": "assets/demo_vae",
         "--num-fid-samples": "200",
         "--per-proc-batch-size": "100",
-        "--cfg-scale": "2.0",
+        "--cfg-scale": "3.0",
         "--cfg-channels": "all",
-        "--sampler": "ddpm",
-        "--num-sampling-steps": "50",
+        "--sampler": "dpm++",
+        "--num-sampling-steps": "20",
         "--global-seed": "100",
         "--precision": "auto",
         "--class-balanced": True,
@@ -401,7 +407,7 @@ def test_demo_runs_the_stages_of_the_full_recipe(repository):
 
 
 @pytest.mark.parametrize(
-    "settings, warmup", [({"MAX_STEPS": "60"}, "6"), ({"EPOCHS": "1"}, "2"), ({"EPOCHS": "99"}, "100")]
+    "settings, warmup", [({"MAX_STEPS": "60"}, "6"), ({"EPOCHS": "1"}, "5"), ({"EPOCHS": "99"}, "100")]
 )
 def test_short_trials_of_the_demo_have_a_shorter_warmup(repository, settings, warmup):
     _, _, calls = repository.run(**settings)
@@ -631,18 +637,19 @@ def test_finished_runs_do_nothing_twice_and_changes_do_what_they_need(repository
     output, _, calls = repository.run("True", "2")
     assert calls == [] and "Everything was finished already; nothing was done again. Results:\n" in output
     assert "step-0003000.npz\n" in output and output.endswith("  label accuracy  98.5 %\n")
-    _, _, calls = repository.run("True", "2", CFG_SCALE="3.0")
-    assert [call[0] for call in calls] == ["sample_ddp.py", "sample_ddp.py", "evaluate.py"]
+    _, _, calls = repository.run("True", "2", CFG_SCALE="2.5")
+    assert scripts(calls) == ["sample_ddp.py", "sample_ddp.py", "evaluate.py", "runtime.report"]
     _, _, calls = repository.run("True", "2", MAX_STEPS="6000")
     assert [call[0] for call in calls[:2]] == ["cache_latents.py", "train.py"]
     shutil.rmtree(repository.root / flags(stage(calls, "train.py"))["--results-dir"])
     _, _, calls = repository.run("True", "2")
-    assert [call[0] for call in calls] == [
+    assert scripts(calls) == [
         "cache_latents.py",
         "train.py",
         "sample_ddp.py",
         "sample_ddp.py",
         "evaluate.py",
+        "runtime.report",
     ]
 
 
@@ -668,10 +675,10 @@ def test_fid_is_measured_where_there_is_a_reference(repository, tmp_path):
     output, _, calls = repository.run(**settings, cwd=tmp_path, INCEPTION_WEIGHTS="weights.pth")
     assert calls == [] and "Stage 3 (evaluation): finished already\n" in output and measured in output
     _, _, calls = repository.run(**settings, cwd=tmp_path, FID_METRICS="fid,is")
-    assert flags(stage(calls, "evaluate.py"))["--metrics"] == "fid,is" and len(calls) == 1
+    assert flags(stage(calls, "evaluate.py"))["--metrics"] == "fid,is" and len(calls) == 2
     os.utime(reference, (time.time() + 9, time.time() + 9))  # another file under the same name
     _, _, calls = repository.run(**settings, cwd=tmp_path, FID_METRICS="fid,is")
-    assert len(calls) == 1
+    assert len(calls) == 2
 
 
 def test_one_of_several_machines_measures_fid(repository, tmp_path):

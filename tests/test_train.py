@@ -269,7 +269,8 @@ def test_every_step_and_micro_batch_has_noise_of_its_own(train_arguments, tmp_pa
 
 def test_killed_again_and_again(image_folder, vae_folder, tmp_path):
     """kill_training.py in its short form: a random moment, half a checkpoint written, one written and not renamed."""
-    options = TINY_RUN | {"data_path": image_folder, "vae": vae_folder, "log_every": 1, "ckpt_every": 2}
+    options = TINY_RUN | {"data_path": image_folder, "vae": vae_folder, "log_every": 1, "ckpt_every": 5}
+    options |= {"max_steps": 60}
     command = [sys.executable, TESTS / "kill_training.py", "--kills", "3", "--folder", tmp_path, "--"]
     process = subprocess.run(
         [*command, *command_line(options)],
