@@ -38,7 +38,7 @@ def demo_recipe() -> dict[str, str]:
     """Options of train.py with the values of the demo's settings in run_all.sh. Raises UserError for one not found."""
     script = (REPOSITORY / "run_all.sh").read_text(encoding="utf-8")
     block = re.search(r"^else # the demo.*?^fi$", script, re.MULTILINE | re.DOTALL)
-    found = dict(re.findall(r"^ +(\w+)=\$\{\w+:-(.*?)\}", block[0] if block else "", re.MULTILINE))
+    found = dict(re.findall(r"^ +(\w+)=\$\{\w+:?-(.*?)\}", block[0] if block else "", re.MULTILINE))
     names = {
         "model": "DEFAULT_MODEL",
         "max_steps": "MAX_STEPS",
@@ -47,6 +47,7 @@ def demo_recipe() -> dict[str, str]:
         "lr": "LR",
         "lr_schedule": "LR_SCHEDULE",
         "warmup_steps": "WARMUP_STEPS",
+        "grad_clip": "GRAD_CLIP",
         "ema_decay": "EMA_DECAY",
         "log_every": "LOG_EVERY",
     }
