@@ -64,6 +64,17 @@ def record_noise(path: Path) -> None:
     sampling.IndexedNoise.__init__, sampling.IndexedNoise.__call__ = created, drawn
 
 
+def linger() -> None:
+    """Wait a little at every draw, so that a fast machine is not done before it is killed."""
+    draw = sampling.IndexedNoise.__call__
+
+    def waiting(self, like):
+        time.sleep(0.03)
+        return draw(self, like)
+
+    sampling.IndexedNoise.__call__ = waiting
+
+
 def kill_half_an_image(countdown: int) -> None:
     """Be killed when half of the countdown-th image is on disk: under its name, as after a power failure."""
     save, left = pictures.save_png, [countdown]
@@ -104,7 +115,9 @@ def fork(arguments: list[str], noise: Path, rank: int, processes: int, port: int
             group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
             os.environ |= {name: str(value) for name, value in group.items()} | {"MASTER_ADDR": "127.0.0.1"}
             record_noise(noise)
-            if moment == "half an image":
+            if moment == "random":
+                linger()
+            elif moment == "half an image":
                 kill_half_an_image(random.randint(1, 10))
             elif moment == "half the .npz":
                 kill_half_the_npz()
