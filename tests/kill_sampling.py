@@ -12,6 +12,7 @@ imported and has computed nothing.
 
 import argparse
 import hashlib
+import itertools
 import os
 import random
 import signal
@@ -77,12 +78,12 @@ def linger() -> None:
 
 def kill_half_an_image(countdown: int) -> None:
     """Be killed when half of the countdown-th image is on disk: under its name, as after a power failure."""
-    save, left = pictures.save_png, [countdown]
+    save, numbers = pictures.save_png, itertools.count(1)
 
     def half(image, path):
-        left[0] -= 1
+        number = next(numbers)  # of this call: several threads write at a time
         save(image, path)
-        if left[0] == 0:
+        if number == countdown:
             os.truncate(path, path.stat().st_size // 2)
             die()
 
@@ -118,7 +119,7 @@ def fork(arguments: list[str], noise: Path, rank: int, processes: int, port: int
             if moment == "random":
                 linger()
             elif moment == "half an image":
-                kill_half_an_image(random.randint(1, 10))
+                kill_half_an_image(random.randint(1, 3))
             elif moment == "half the .npz":
                 kill_half_the_npz()
             sample_ddp.main(arguments)
@@ -204,7 +205,7 @@ def main() -> None:
         # Packing comes when all images are there, so those kills are the last ones.
         moment = MOMENTS[2] if number >= args.kills * 2 // 3 else MOMENTS[number % 2]
         survived[moment] += kill_one(arguments, noise, 1 + number // 2 % 2, moment, drawn(args.folder / "one.noise"))
-        assert not list(killed.glob("*.npz"))
+        assert not list(killed.glob("*.npz")), f"kill {number} ({moment}): {dict(survived)}, {drawn(noise)} draws"
     assert [ended_by(pid) for pid in start(arguments, noise)] == [0]
     assert not list(killed.rglob("*.partial"))
     for name in ("two", "killed"):
