@@ -82,13 +82,7 @@ def held_out_part(images: data.ImageList, trained: checkpoint.Trained) -> data.I
 def describe(trained: checkpoint.Trained, images: data.ImageList, vae: VAE, precision: str, args) -> dict:
     """What decides the loss."""
     return {
-        "checkpoint": args.ckpt,
-        "weights_sha256": trained.sha256,
-        "step": trained.step,
-        "weights": args.weights,
-        "model": trained.config.to_dict(),
-        "image_size": list(trained.image_size),
-        "rope_extend": trained.rope_extend,
+        **trained.describe(args.ckpt, args.weights),
         "vae": vae.source,
         "vae_sha256": vae.describe()["sha256"],
         "data_path": str(args.data_path),

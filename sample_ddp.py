@@ -214,13 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     device = distributed.setup(args.tf32)
     vae = load_vae(vae_source, trained, device, args.vae_precision)
     settings = {
-        "checkpoint": args.ckpt,
-        "weights_sha256": trained.sha256,
-        "step": trained.step,
-        "weights": args.weights,
-        "model": trained.config.to_dict(),
-        "image_size": list(trained.image_size),
-        "rope_extend": trained.rope_extend,
+        **trained.describe(args.ckpt, args.weights),
         "vae": vae_source,
         "vae_sha256": vae.describe()["sha256"],
         "precision": sampling.resolve_precision(args.precision, device),

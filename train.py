@@ -138,7 +138,7 @@ def plan(args: argparse.Namespace, device: torch.device) -> Job:
         source, vae = data.ImageList(args.data_path), VAE(args.vae or "ema", device)
         decoder = vae
         vae_config = {"source": vae.source, **vae.describe()}
-    training, held_out = holdout.hold_out(source, vae, vae_config, args, device)
+    training, held_out = holdout.hold_out(source, vae, decoder, vae_config, args, device)
     if vae is None:
         dataset = data.LatentData(training, args.flip, args.global_seed)
     else:
@@ -320,7 +320,7 @@ class Trainer:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Optimizer step from the gradients and a step of the average to the weights; neither if one is not finite."""
+        """Optimizer step from the gradients, left out unless they are finite; then a step of the average to the weights."""
         gradients = [parameter.grad for parameter in self.parameters]
         norm = torch.nn.utils.get_total_norm(gradients)
         finite = torch.isfinite(norm)

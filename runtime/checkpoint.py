@@ -213,9 +213,21 @@ class Trained:
     classes: list[str] | None  # names of the class folders, None when unknown
     step: int | None  # None when unknown
     sha256: str  # of the weights
+    latent_size: tuple[int, int]  # latent height and width of image_size
+    validation: dict | None  # what the run held out: "fraction", "fingerprint", "images"; None = nothing
     rope_extend: str | None = None  # how positions reach beyond the trained size; None = at the trained size
-    latent_size: tuple[int, int] = (0, 0)  # latent height and width of image_size
-    validation: dict | None = None  # what the run held out: "fraction", "fingerprint", "images"; None = nothing
+
+    def describe(self, name: str, weights: str) -> dict:
+        """What decides a result, as plain types, for a checkpoint asked for by name and "ema" or "model" of it."""
+        return {
+            "checkpoint": name,
+            "weights_sha256": self.sha256,
+            "step": self.step,
+            "weights": weights,
+            "model": self.config.to_dict(),
+            "image_size": list(self.image_size),
+            "rope_extend": self.rope_extend,
+        }
 
 
 def load_trained(path: str | Path, weights: str = "ema", given: dict | None = None) -> Trained:

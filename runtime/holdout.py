@@ -61,9 +61,16 @@ class HeldOut:
 
 
 def hold_out(
-    source: ImageList | LatentCache, vae: VAE | None, vae_config: dict, args: argparse.Namespace, device: torch.device
+    source: ImageList | LatentCache,
+    vae: VAE | None,
+    decoder: VAE | None,
+    vae_config: dict,
+    args: argparse.Namespace,
+    device: torch.device,
 ) -> tuple[ImageList | LatentCache, HeldOut | None]:
-    """The images to train on, and those held out, None without validation. vae is None for a cache.
+    """The images to train on, and those held out, None without validation.
+
+    vae is None for a cache; decoder is the autoencoder of its latents where this process has loaded it already.
 
     Raises UserError for a held-out set that is empty, has other classes, or overlaps the training data.
     """
@@ -76,7 +83,7 @@ def hold_out(
     check_classes(images, source.classes)
     if not checkpoint.training_checkpoints(args.results_dir / "checkpoints"):  # it was checked when the run began
         distributed.on_main(check_overlap, images, source)
-    return source, HeldOut(images, vae or cache_vae(args, vae_config, device))
+    return source, HeldOut(images, vae or decoder or cache_vae(args, vae_config, device))
 
 
 def split(paths: np.ndarray, labels: np.ndarray, classes: list[str], fraction: float) -> np.ndarray:

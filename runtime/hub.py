@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import torch
 
 from rope import RopeConfig
-from runtime.options import UserError, first_line
+from runtime.options import UserError, root_cause
 
 SPIRAL_ROPE = "hf://haoyuliu00/Spiral_RoPE"
 DIT = "https://dl.fbaipublicfiles.com/DiT/models"
@@ -148,10 +148,3 @@ def _failed(name: str, reason: str, url: str) -> UserError:
     return UserError(
         f"checkpoint {name!r} cannot be fetched: {reason}; otherwise download {url} by hand and pass its path"
     )
-
-
-def root_cause(error: BaseException) -> str:
-    """What the network or the disk said first, in one line."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
-    return first_line(error)

@@ -63,6 +63,13 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def root_cause(error: BaseException) -> str:
+    """What the network or the disk said first, in one line."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return first_line(error)
+
+
 def is_utf8(text: str) -> bool:
     """Whether text can be written as UTF-8: names of files and arguments can hold other bytes."""
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from runtime.checkpoint import Trained
-from runtime.options import UserError, first_line
+from runtime.options import UserError, first_line, root_cause
 from runtime.sampling import autocast
 
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -111,11 +111,9 @@ def _load(source: str):
             raise UserError(
                 f"--vae folder {source!r} cannot be loaded as an AutoencoderKL: {first_line(error)}"
             ) from error
-        while error.__cause__ or error.__context__:  # down to what the network said
-            error = error.__cause__ or error.__context__
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true") else ""
         raise UserError(
-            f"--vae {source!r}: {hub_id} cannot be fetched from the Hugging Face hub{offline}: {first_line(error)}; "
+            f"--vae {source!r}: {hub_id} cannot be fetched from the Hugging Face hub{offline}: {root_cause(error)}; "
             "check the name and the network, or pass a local folder that holds the autoencoder"
         ) from error
     return model

@@ -27,14 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from conftest import TINY_XS
-from kill_training import die, ended_by
+from kill_training import ROOT, die, ended_by
 
 import models
 import sample_ddp
 import train
 from runtime import data, monitor, pictures, sampling
 
-ROOT = Path(__file__).resolve().parent.parent
 MOMENTS = ("random", "half an image", "half the .npz")
 SMALL_RUN = (
     "--model=DiT-XS/2 --image-size=32 --use-rope --rope-rotate=2 --global-batch-size=16 --max-steps=150 --lr=0.003 "
