@@ -320,7 +320,7 @@ class Trainer:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Optimizer step from the gradients, left out unless they are finite; then a step of the average to the weights."""
+        """Optimizer step, skipped unless the gradients are finite, then a step of the average to the weights."""
         gradients = [parameter.grad for parameter in self.parameters]
         norm = torch.nn.utils.get_total_norm(gradients)
         finite = torch.isfinite(norm)
