@@ -31,11 +31,11 @@ class Study:
 
     variants: dict[str, tuple[str, ...]]  # by data set
     seeds: int = 5  # 0 to seeds - 1
-    steps: int = 400
+    steps: int = 500
     batch: int = 16
     lr: float = 3e-3
     lr_schedule: str = "constant"
-    warmup_steps: int = 40
+    warmup_steps: int = 50
     grad_clip: float = 1.0
     ema_decay: float = 0.99
     val_every: int = 100  # steps
