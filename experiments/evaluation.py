@@ -1,5 +1,6 @@
 """What a trained run does beyond its grid, when its content moves, and where its queries look."""
 
+import dataclasses
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from runtime.vae import VAE
 
 CPU = torch.device("cpu")
 EXTENSIONS = ("extrapolate", "interpolate")
+BEYOND_GRID_IMAGES = 30  # a larger grid costs up to four times as much
 TIMESTEPS = (100, 300, 500, 700, 900)  # of the translation test
 TRANSLATED_IMAGES = 40
 MARGIN = 2  # tokens at each edge that the translation test on a whole grid leaves out
@@ -47,11 +49,18 @@ def held_out(folder: Path, size: int, vae: Path) -> validation.EncodedImages:
     return validation.encode(data.ImageList(folder), (size, size), VAE(str(vae), CPU), num_workers=0)
 
 
-def latents_of(images: validation.EncodedImages, count: int) -> tuple[Tensor, Tensor]:
-    """Scaled posterior means (count, C, h, w) of images spread over the list, and their labels (count,)."""
+def spread(images: validation.EncodedImages, count: int) -> validation.EncodedImages:
+    """count of the images, evenly spread over the list, numbered anew."""
     rows = torch.linspace(0, len(images.labels) - 1, count).round().long()
-    mean = images.moments[rows].float().chunk(2, dim=1)[0]
-    return (mean - images.shift_factor) * images.scaling_factor, images.labels[rows]
+    return dataclasses.replace(
+        images, indices=list(range(count)), total=count, moments=images.moments[rows], labels=images.labels[rows]
+    )
+
+
+def posterior_means(images: validation.EncodedImages) -> Tensor:
+    """Scaled latents (n, C, h, w) without the posterior's noise."""
+    mean = images.moments.float().chunk(2, dim=1)[0]
+    return (mean - images.shift_factor) * images.scaling_factor
 
 
 def beyond_grid_losses(weights: Path, data_root: Path, vae: Path) -> dict[str, float]:
@@ -73,7 +82,8 @@ def beyond_grid_losses(weights: Path, data_root: Path, vae: Path) -> dict[str, f
 
 
 def loss(model: DiT, images: validation.EncodedImages) -> float:
-    return float(validation.image_losses([model], images, CPU, "fp32").mean())
+    """Mean over some of the images, the same for every model."""
+    return float(validation.image_losses([model], spread(images, BEYOND_GRID_IMAGES), CPU, "fp32").mean())
 
 
 class Placed(nn.Module):
@@ -124,7 +134,8 @@ def translation(weights: Path, data_root: Path, vae: Path) -> dict[str, float]:
     round the edge still act through attention. Each is a mean over a move down and a move to the right.
     """
     model = checkpoint.load_trained(weights).model
-    x_start, y = latents_of(held_out(data_root / "val", SIZE, vae), TRANSLATED_IMAGES)
+    images = spread(held_out(data_root / "val", SIZE, vae), TRANSLATED_IMAGES)
+    x_start, y = posterior_means(images), images.labels
     patch, inner = model.patch_size, slice(MARGIN * model.patch_size, -MARGIN * model.patch_size)
     generator, diffusion = torch.Generator().manual_seed(0), create_diffusion(None)
     changes = {"moved": [], "rolled": []}
@@ -149,8 +160,7 @@ def attention_maps(weights: Path, data_root: Path, vae: Path, label: str) -> dic
     trained = checkpoint.load_trained(weights)
     images = held_out(data_root / "val", SIZE, vae)
     row = int((images.labels == trained.classes.index(label)).nonzero()[0])
-    mean = images.moments[row : row + 1].float().chunk(2, dim=1)[0]
-    x_start = (mean - images.shift_factor) * images.scaling_factor
+    x_start = posterior_means(images)[row : row + 1]
     t = torch.tensor([ATTENTION_TIMESTEP])
     noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(0))
     x = create_diffusion(None).q_sample(x_start, t, noise)

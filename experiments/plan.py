@@ -31,15 +31,15 @@ class Study:
 
     variants: dict[str, tuple[str, ...]]  # by data set
     seeds: int = 5  # 0 to seeds - 1
-    steps: int = 500
+    steps: int = 400
     batch: int = 16
     lr: float = 3e-3
     lr_schedule: str = "constant"
-    warmup_steps: int = 50
+    warmup_steps: int = 40
     grad_clip: float = 1.0
     ema_decay: float = 0.99
     val_every: int = 100  # steps
-    sweep_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    sweep_lrs: tuple[float, ...] = (1e-2, 3e-3, 1e-3)
     sweep_variants: tuple[str, ...] = ("sincos", "axial")
     sweep_data: str = "digits"
     sweep_seeds: int = 2

@@ -8,7 +8,7 @@ import numpy as np
 from experiments import comparisons, figures
 from experiments.comparisons import Comparison
 from experiments.data import CANVASES, HEIGHT, HELD_OUT_WIDTH, SIZE, STRIDE
-from experiments.evaluation import CANVAS, EXTENSIONS, TIMESTEPS
+from experiments.evaluation import BEYOND_GRID_IMAGES, CANVAS, EXTENSIONS, TIMESTEPS
 from experiments.plan import BASELINES, LABELS, MODEL, Study, compared_runs, sweep_runs
 from experiments.results import Results
 from runtime import monitor
@@ -257,9 +257,10 @@ def beyond_grid(measured: Measured) -> str:
     heads = ["data", "images", "tokens", "positions", *(LABELS[variant] for variant in variants)]
     return (
         "### Beyond the training grid\n\nHeld-out loss (EMA weights, mean ± standard deviation over seeds) of the same "
-        "checkpoints on larger grids. Enlarged: the held-out image resized to 192 or 256 pixels. Canvas: held-out "
-        "content at the trained scale on 192 or 256 pixels, a digit at a random place on black, or a larger crop of "
-        "the photograph's held-out part. sin-cos has a table for the trained grid alone.\n\n"
+        f"checkpoints on larger grids, over {BEYOND_GRID_IMAGES} of the held-out images. Enlarged: the held-out image "
+        "resized to 192 or 256 pixels. Canvas: held-out content at the trained scale on 192 or 256 pixels, a digit at "
+        "a random place on black, or a larger crop of the photograph's held-out part. sin-cos has a table for the "
+        "trained grid alone.\n\n"
         f"{table(heads, rows)}"
     )
 
