@@ -48,9 +48,7 @@ class Study:
 
 
 FULL = Study(variants={"digits": tuple(VARIANTS), "photographs": MAIN_VARIANTS})
-QUICK = Study(
-    variants={"digits": MAIN_VARIANTS, "photographs": MAIN_VARIANTS}, seeds=2, steps=150, val_every=50, sweep_lrs=()
-)
+QUICK = Study(variants={"digits": MAIN_VARIANTS}, seeds=2, steps=150, warmup_steps=15, val_every=50, sweep_lrs=())
 
 
 @dataclass(frozen=True)

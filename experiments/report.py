@@ -32,7 +32,8 @@ Both go on after an interruption when they are repeated, and only write their pa
 measured. Results are kept in `experiments/position_encodings.json` and `tests/reference_curves.json`.
 """
 GFLOP_PER_IMAGE = {"DiT-B/4": 33, "DiT-B/2": 138, "DiT-XL/2": 712}  # forward and backward, at 256 x 256 pixels
-SHARE_OF_PEAK = 0.4  # assumed
+SHARE_OF_PEAK = 0.4  # assumed of a GPU
+CPU_SHARE_OF_PEAK = 0.72  # measured: docs/benchmark.md
 
 
 def write_block(path: Path, program: str, text: str) -> None:
@@ -323,7 +324,9 @@ def cost() -> str:
     return (
         "### What the ImageNet comparison would cost\n\nAn estimate, not a measurement: 400,000 steps of batch 256 at "
         f"256 × 256 pixels on H100 GPUs (989 TFLOP/s in bfloat16) that reach an assumed {100 * SHARE_OF_PEAK:g} % of "
-        "that peak; the FLOPs of forward and backward pass only. Sampling 50,000 images for FID comes on top.\n\n"
+        "that peak; the FLOPs of forward and backward pass only. No GPU was measured: on a CPU in float32 a training "
+        f"step reaches {100 * CPU_SHARE_OF_PEAK:g} % ([benchmark](benchmark.md)), and with that share the hours would "
+        f"be {SHARE_OF_PEAK / CPU_SHARE_OF_PEAK:.2f} of these. Sampling 50,000 images for FID comes on top.\n\n"
         f"{table(heads, rows)}"
     )
 

@@ -18,7 +18,8 @@ from runtime.distributed import StopOnSignal
 from runtime.monitor import REPOSITORY
 from runtime.options import UserError
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # results are the CPU's
+ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}  # the same results with and without a GPU
+ONE_THREAD = ON_CPU | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 CPU_SECONDS = "cpu_seconds.json"  # in a run's folder, summed over interruptions
 
 
@@ -87,7 +88,7 @@ def make_latents(images: Path, latents: Path, vae: Path, image_size: int) -> Non
         no_flip=True,
         num_workers=0,
     )
-    subprocess.run(command, cwd=REPOSITORY, env=os.environ | ONE_THREAD)
+    subprocess.run(command, cwd=REPOSITORY, env=os.environ | ON_CPU)
     if not (latents / "meta.json").exists():
         raise UserError(f"the latents in {str(latents)!r} are not finished; see above, then repeat the command")
 
