@@ -22,6 +22,14 @@ HELD_OUT_PER_CLASS = {"digits": 6, "photographs": 5}
 HEIGHT = 512  # pixels to which each photograph is scaled
 HELD_OUT_WIDTH = 256  # right-most columns of a scaled photograph that are never trained on
 STRIDE = 24  # pixels between training tiles, which overlap
+SETTINGS = {  # stored with results, which are of these data alone
+    "image_size": SIZE,
+    "canvases": CANVASES,
+    "held_out_per_class": HELD_OUT_PER_CLASS,
+    "photograph_height": HEIGHT,
+    "held_out_width": HELD_OUT_WIDTH,
+    "stride": STRIDE,
+}
 
 Item = tuple[str, str, str, Image.Image]  # part ("train"), class, file name, image
 

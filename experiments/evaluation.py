@@ -1,6 +1,7 @@
 """What a trained run does beyond its grid, when its content moves, and where its queries look."""
 
 import dataclasses
+import time
 from functools import cache
 from pathlib import Path
 
@@ -25,6 +26,16 @@ CANVAS = 10  # tokens a side of the canvas on which 8 x 8 tokens are moved
 ATTENTION_TIMESTEP = 200
 QUERIES = ((2, 2), (3, 5), (6, 3))  # (row, column) of the tokens whose attention is drawn
 ATTENTION_IMAGES = {"digits": "7", "photographs": "coffee"}  # the first held-out image of this class
+SETTINGS = {  # stored with results, which were measured with these
+    "beyond_grid_images": BEYOND_GRID_IMAGES,
+    "translated_images": TRANSLATED_IMAGES,
+    "translation_timesteps": TIMESTEPS,
+    "margin": MARGIN,
+    "canvas": CANVAS,
+    "attention_timestep": ATTENTION_TIMESTEP,
+    "queries": QUERIES,
+    "attention_images": ATTENTION_IMAGES,
+}
 
 
 def start_worker() -> None:
@@ -35,11 +46,13 @@ def start_worker() -> None:
 
 def measure(weights: Path, data_root: Path, vae: Path, beyond_grid: bool, attention: str | None) -> dict:
     """All measurements of one run's averaged weights, by section of the results. attention names a class, or None."""
+    began = time.process_time()
     found = {"translation": translation(weights, data_root, vae)}
     if beyond_grid:
         found["beyond_grid"] = beyond_grid_losses(weights, data_root, vae)
     if attention is not None:
         found["attention"] = attention_maps(weights, data_root, vae, attention)
+    found["measurements"] = {"cpu_seconds": time.process_time() - began}
     return found
 
 

@@ -85,6 +85,7 @@ def training_job(run: Run, study: Study, args) -> Job:
         log_every=study.val_every,
         ckpt_every=3 * study.val_every,
         keep_checkpoints=1,
+        sample_every=0,
         **VARIANTS[run.variant],
     )
     return Job(run.key, folder, command)
@@ -176,7 +177,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     study = QUICK if args.quick else FULL
     logger = monitor.make_logger()
-    results = Results(args.out, {"model": MODEL, **dataclasses.asdict(study)})
+    settings = {
+        "model": MODEL,
+        **dataclasses.asdict(study),
+        "options": VARIANTS,
+        **data.SETTINGS,
+        **evaluation.SETTINGS,
+    }
+    results = Results(args.out, settings)
     for name, stage in (("runs", train_all), ("measurements", measure_all)):
         if args.stage in (None, name) and not stage(args, study, results, logger):
             logger.info("stopped on request; repeat the same command to go on")
