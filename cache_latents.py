@@ -201,7 +201,7 @@ def describe(args, images: data.ImageList, vae: VAE, shape: tuple[int, ...]) -> 
         "fingerprint": images.fingerprint,
         "shape": list(shape),
         "classes": images.classes,
-        "data_path": str(args.data_path),
+        "data_path": str(args.data_path.resolve()),  # read again from whatever folder training starts in
         "quick": quick_identity(args),
     }
 

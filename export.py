@@ -55,6 +55,7 @@ def describe(trained: checkpoint.Trained, tensors: dict[str, Tensor], weights: s
             "image_size": list(trained.image_size),
             "vae": trained.vae,
             "data": {"classes": trained.classes},
+            "validation": trained.validation,
         },
     }
 

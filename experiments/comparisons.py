@@ -96,11 +96,6 @@ def steps_to_reach(steps: np.ndarray, curve: np.ndarray, target: float) -> float
     return float(steps[first - 1] + share * (steps[first] - steps[first - 1]))
 
 
-def gpu_hours(
-    gflop_per_image: float, steps: int = 400_000, batch: int = 256, peak_tflops: float = 989.0, share: float = 0.4
-) -> float:
-    """Hours of one GPU for a training run: GFLOP of a training step by image, and the share of peak that is reached.
-
-    The default peak is an H100's in bfloat16 without sparsity.
-    """
+def gpu_hours(gflop_per_image: float, steps: int, batch: int, peak_tflops: float, share: float) -> float:
+    """Hours of one GPU for a training run: GFLOP of a training step by image, and the share of peak that is reached."""
     return gflop_per_image * 1e9 * steps * batch / (peak_tflops * 1e12 * share) / 3600

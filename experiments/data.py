@@ -4,6 +4,7 @@ root/train and root/val hold 128 x 128 images; root/canvas192 and root/canvas256
 on a larger canvas.
 """
 
+import json
 import shutil
 import tempfile
 from collections import Counter
@@ -35,8 +36,14 @@ Item = tuple[str, str, str, Image.Image]  # part ("train"), class, file name, im
 
 
 def write_data_set(name: str, root: Path) -> dict[str, int]:
-    """Make root unless it is there; returns the number of images of each part. root appears once it is whole."""
-    if not root.is_dir():
+    """Make root unless it is there; returns the number of images of each part. root appears once it is whole.
+
+    Raises UserError for a root that was made with other settings.
+    """
+    settings = json.dumps(SETTINGS)
+    if root.is_dir():
+        check_made_with(settings, root)
+    else:
         root.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
         try:
@@ -44,11 +51,18 @@ def write_data_set(name: str, root: Path) -> dict[str, int]:
                 folder = partial / part / label
                 folder.mkdir(parents=True, exist_ok=True)
                 image.save(folder / file)
+            (partial / "settings.json").write_text(settings)
             partial.chmod(0o755)
             partial.rename(root)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return dict(sorted(Counter(path.relative_to(root).parts[0] for path in root.rglob("*.png")).items()))
+
+
+def check_made_with(settings: str, root: Path) -> None:
+    path = root / "settings.json"
+    if not path.exists() or path.read_text() != settings:
+        raise UserError(f"{str(root)!r} was made with other settings than those of experiments/data.py; remove it")
 
 
 def digits() -> Iterator[Item]:

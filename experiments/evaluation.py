@@ -1,11 +1,14 @@
 """What a trained run does beyond its grid, when its content moves, and where its queries look."""
 
 import dataclasses
+import math
 import time
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from diffusion import create_diffusion
@@ -74,6 +77,18 @@ def posterior_means(images: validation.EncodedImages) -> Tensor:
     """Scaled latents (n, C, h, w) without the posterior's noise."""
     mean = images.moments.float().chunk(2, dim=1)[0]
     return (mean - images.shift_factor) * images.scaling_factor
+
+
+def reconstruction_psnr(data_root: Path, vae: Path) -> float:
+    """Peak signal-to-noise ratio (dB) of the held-out images after the autoencoder, of the error over all of them."""
+    images, autoencoder = data.ImageList(data_root / "val"), VAE(str(vae), CPU)
+    latents = posterior_means(held_out(data_root / "val", SIZE, vae))
+    error = 0.0
+    for index in range(len(images)):
+        original = np.asarray(Image.open(images.path(index)).convert("RGB"), dtype=float)
+        decoded = autoencoder.decode(latents[index : index + 1])[0].numpy()
+        error += np.square(decoded - original).mean() / len(images)
+    return 10 * math.log10(255**2 / error)
 
 
 def beyond_grid_losses(weights: Path, data_root: Path, vae: Path) -> dict[str, float]:

@@ -20,7 +20,6 @@ STYLES = {  # colour by position encoding, dashes by border
     "spiral4_exact": ("C3", "-"),
     "same_theta2": ("C1", "--"),
 }
-QUERY_COLOURS = ("C1", "C2", "C4")
 
 
 def draw_curves(steps: np.ndarray, curves: dict[str, dict[str, np.ndarray]], path: Path) -> None:
@@ -79,33 +78,33 @@ def draw_lines(axes, x: np.ndarray, by_variant: dict[str, np.ndarray]) -> None:
 
 
 def draw_attention(found: dict[str, dict[str, dict]], data_folders: dict[str, Path], path: Path) -> None:
-    """A row for each data set and variant: the image with its query tokens, then the attention map of each query."""
-    rows = [(data_set, variant) for data_set, by_variant in found.items() for variant in by_variant]
-    figure = Figure(figsize=(2.9 * (1 + len(QUERIES)), 2.9 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), 1 + len(QUERIES), squeeze=False)
-    for cells, (data_set, variant) in zip(grid, rows, strict=True):
-        entry = found[data_set][variant]
-        maps = np.array(entry["maps"])
-        most = np.max([other["maps"] for other in found[data_set].values()], axis=(0, 2))  # one scale for each query
-        side = int(maps.shape[1] ** 0.5)
-        image = Image.open(data_folders[data_set] / entry["image"])
-        unit = image.width / side  # pixels of a token
-        cells[0].imshow(image)
-        cells[0].set_ylabel(f"{data_set}\n{LABELS[variant]}")
-        for (i, j), colour in zip(QUERIES, QUERY_COLOURS, strict=True):
-            mark_token(cells[0], i, j, unit, colour)
-        for axes, values, top, (i, j), colour in zip(cells[1:], maps, most, QUERIES, QUERY_COLOURS, strict=True):
-            picture = axes.imshow(100 * values.reshape(side, side), cmap="viridis", vmin=0, vmax=100 * top)
-            mark_token(axes, i, j, 1, colour, offset=0.5)
-            axes.set_title(f"query (row {i}, column {j})", fontsize="medium")
-            figure.colorbar(picture, ax=axes, label="attention (%)", shrink=0.8)
-        for axes in cells:
+    """A row for each query token: for each data set the image with the token, and the attention map of each variant."""
+    columns = sum(1 + len(by_variant) for by_variant in found.values())
+    figure = Figure(figsize=(2.6 * columns, 2.7 * len(QUERIES)), layout="constrained")
+    grid = figure.subplots(len(QUERIES), columns, squeeze=False)
+    for row, ((i, j), cells) in enumerate(zip(QUERIES, grid, strict=True)):
+        cells = iter(cells)
+        for data_set, by_variant in found.items():
+            maps = {variant: 100 * np.array(entry["maps"][row]) for variant, entry in by_variant.items()}
+            side, most = int(len(next(iter(maps.values()))) ** 0.5), max(values.max() for values in maps.values())
+            image = Image.open(data_folders[data_set] / next(iter(by_variant.values()))["image"])
+            axes = next(cells)
+            axes.imshow(image)
+            mark_token(axes, i, j, image.width / side)
+            axes.set_title(f"{data_set}: row {i}, column {j}", fontsize="medium")
             axes.set(xticks=[], yticks=[])
-    figure.suptitle("Attention of three query tokens after training, mean over heads and blocks, seed 0")
+            for variant, values in maps.items():
+                axes = next(cells)
+                picture = axes.imshow(values.reshape(side, side), cmap="viridis", vmin=0, vmax=most)
+                mark_token(axes, i, j, 1, offset=0.5)
+                axes.set_title(LABELS[variant], fontsize="medium")
+                axes.set(xticks=[], yticks=[])
+            figure.colorbar(picture, ax=axes, label="attention (%)", shrink=0.8)  # one scale for all variants
+    figure.suptitle("Attention of query tokens (framed) after training, mean over heads and blocks, seed 0")
     save_figure(figure, path)
 
 
-def mark_token(axes, row: int, column: int, unit: float, colour: str, offset: float = 0) -> None:
+def mark_token(axes, row: int, column: int, unit: float, offset: float = 0) -> None:
     """A frame round the token at (row, column); unit is its side in the picture's pixels."""
     x, y = column * unit - offset, row * unit - offset
-    axes.plot([x, x + unit, x + unit, x, x], [y, y, y + unit, y + unit, y], color=colour, linewidth=2)
+    axes.plot([x, x + unit, x + unit, x, x], [y, y, y + unit, y + unit, y], color="C1", linewidth=2)

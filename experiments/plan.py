@@ -19,7 +19,7 @@ LABELS = {
     "spiral2_exact": "Spiral R = 2, exact",
     "spiral4_clamp": "Spiral R = 4, clamp",
     "spiral4_exact": "Spiral R = 4, exact",
-    "same_theta2": "Spiral R = 2, same_theta",
+    "same_theta2": "Spiral R = 2, clamp, same_theta",
 }
 BASELINES = ("axial", "sincos")
 MAIN_VARIANTS = ("sincos", "axial", "spiral4_clamp", "spiral4_exact")

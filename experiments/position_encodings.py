@@ -130,6 +130,10 @@ def measure_all(args, study: Study, results: Results, logger) -> bool:
             f"the weights of run {lost[0]} are not in {str(args.work_dir / 'weights')!r}, {len(lost)} in all; remove "
             f"their lines from {str(args.out)!r} to train them again"
         )
+    for data_set in study.variants:
+        if data_set not in results.section("reconstruction"):
+            psnr = evaluation.reconstruction_psnr(data_folder(args, data_set), VAE)
+            results.add("reconstruction", data_set, {"psnr": psnr})
     if not missing:
         return True
     logger.info(f"{len(missing)} trained runs to measure at other sizes and under translation")

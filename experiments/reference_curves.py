@@ -117,7 +117,7 @@ def outside(curves: dict[str, dict], reference: dict[str, dict]) -> list[str]:
         found += [
             f"{name} at step {step}: {value:.4g}, expected {mean:.4g} ± {half:.2g}"
             for step, value, mean, half in rows
-            if abs(value - mean) > half
+            if not abs(value - mean) <= half  # true of NaN
         ]
     return found
 

@@ -78,8 +78,6 @@ def python(script: str, **options) -> list[str]:
 
 def make_latents(images: Path, latents: Path, vae: Path, image_size: int) -> None:
     """Encode a folder of images, unmirrored, unless that is done. Raises UserError when it does not succeed."""
-    if (latents / "meta.json").exists():
-        return
     command = python(
         "cache_latents.py",
         data_path=images,
@@ -89,8 +87,7 @@ def make_latents(images: Path, latents: Path, vae: Path, image_size: int) -> Non
         no_flip=True,
         num_workers=0,
     )
-    subprocess.run(command, cwd=REPOSITORY, env=os.environ | ON_CPU)
-    if not (latents / "meta.json").exists():
+    if subprocess.run(command, cwd=REPOSITORY, env=os.environ | ON_CPU).returncode:
         raise UserError(f"the latents in {str(latents)!r} are not finished; see above, then repeat the command")
 
 
@@ -134,7 +131,8 @@ def check_finished(job: Job) -> None:
 def end(running: list[Job]) -> None:
     """Ask runs to stop, which leaves a checkpoint each, and wait for them."""
     for job in running:
-        os.kill(job.process.pid, signal.SIGTERM)  # Popen's own way would collect the process, and its times with it
+        if job.process.returncode is None:  # else it is gone, and its number may be another's
+            os.kill(job.process.pid, signal.SIGTERM)  # Popen's own way would collect it, and its times with it
     while any(job.process.returncode is None and job.poll() is None for job in running):
         time.sleep(0.1)
 

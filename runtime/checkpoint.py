@@ -247,6 +247,7 @@ def load_trained(path: str | Path, weights: str = "ema", given: dict | None = No
     try:
         known = _from_config(stored) if stored else _from_foreign(state, tensors, given, source)
         config: ModelConfig = known["config"]
+        validation = _validation(stored.get("validation")) if stored else None
         _check_agreement(config, given, path)
         check_rope(config.rope, config.head_dim, config.model)
         with torch.device("meta"):  # nothing is allocated before the shapes are those of the file
@@ -270,13 +271,23 @@ def load_trained(path: str | Path, weights: str = "ema", given: dict | None = No
         step=step if isinstance(step, int) else None,
         sha256=weights_hash(tensors),
         latent_size=config.input_size,
-        validation=stored.get("validation") if stored else None,
+        validation=validation,
     )
     if state.get("weights_sha256") not in (None, trained.sha256):
         raise UserError(f"checkpoint {str(path)!r} is damaged: its weights are not the exported ones; copy it again")
     if source.name is not None:
         _announce(trained, source.name)
     return extend(trained, given["image_size"], given.get("rope_extend")) if "image_size" in given else trained
+
+
+def _validation(stored: dict | None) -> dict | None:
+    """What a config says of held-out images. Raises KeyError, TypeError or ValueError for what train.py never wrote."""
+    if stored is None:
+        return None
+    fraction, images = stored["fraction"], int(stored["images"])
+    if fraction is not None and not 0 < fraction < 1:
+        raise ValueError(f"validation.fraction is {fraction!r}")
+    return {"fraction": fraction, "fingerprint": str(stored["fingerprint"]), "images": images}
 
 
 def _announce(trained: Trained, name: str) -> None:

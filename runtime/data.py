@@ -251,7 +251,7 @@ class LatentCache:
             ) from error
 
     def subset(self, chosen: np.ndarray) -> "LatentCache":
-        """The images whose entry of chosen (N,) is true, with all classes."""
+        """The images whose entry of chosen (N,) is true, with all classes; fingerprint stays the whole cache's."""
         part = copy.copy(self)
         part.rows, part.labels = self.rows[chosen], self.labels[chosen]
         return part

@@ -33,8 +33,8 @@ def add_options(parser: options.Parser) -> None:
         "--val-every",
         type=options.count,
         default=None,
-        help="steps between validations, beside the one after the last step (None: --ckpt-every); N images cost as "
-        "much as training on about 7 N",
+        help="steps between validations, beside the one after the last step (None: at every checkpoint, or at every "
+        "so many that it costs less than 5 %% of the training); N images cost as much as training on about 7 N",
     )
 
 
@@ -81,8 +81,7 @@ def hold_out(
         return source, None
     images = ImageList(args.val_data_path, "--val-data-path")
     check_classes(images, source.classes)
-    if not checkpoint.training_checkpoints(args.results_dir / "checkpoints"):  # it was checked when the run began
-        distributed.on_main(check_overlap, images, source)
+    distributed.on_main(check_overlap, images, source, args.results_dir)
     return source, HeldOut(images, vae or decoder or cache_vae(args, vae_config, device))
 
 
@@ -125,20 +124,34 @@ def list_names(names: list[str]) -> str:
     return ", ".join(repr(name) for name in names[:SHOWN]) + more
 
 
-def check_overlap(images: ImageList, source: ImageList | LatentCache) -> None:
-    """Raise UserError when a file of the validation set, or a copy of it, is among the training images."""
+def check_overlap(images: ImageList, source: ImageList | LatentCache, results_dir: Path) -> None:
+    """Raise UserError when a file of the validation set, or a copy of it, is among the training images.
+
+    A run that is gone on with was checked when it began.
+    """
+    if checkpoint.training_checkpoints(results_dir / "checkpoints"):
+        return
     if isinstance(source, LatentCache):
         try:
-            source = ImageList(source.meta["data_path"], "their folder")
+            source = images_of(source)
         except UserError as error:
             message = f"the validation set was not compared with the images of the cache: {error}"
-            return warnings.warn(message, stacklevel=2)
+            warnings.warn(message, stacklevel=2)
+            return
     pairs = same_files(images, source)
     if pairs:
         raise UserError(
             f"--val-data-path {str(images.root)!r} overlaps the training data: {str(pairs[0][0])!r} is the same image "
             f"as {str(pairs[0][1])!r}, {len(pairs)} in all; remove them from one of the two"
         )
+
+
+def images_of(cache: LatentCache) -> ImageList:
+    """The images that a cache was made of. Raises UserError where they are gone or others."""
+    images = ImageList(cache.meta["data_path"], "their folder")
+    if images.fingerprint != cache.fingerprint:
+        raise UserError(f"their folder {str(images.root)!r} holds other files by now")
+    return images
 
 
 def same_files(images: ImageList, others: ImageList) -> list[tuple[Path, Path]]:

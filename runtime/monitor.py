@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -176,10 +177,12 @@ def plot_loss(folder: Path) -> None:
         steps, [record["loss"] for record in records], color="C0", label="training: noise MSE + variational term"
     )
     for key, weights, color in (("val_loss", "raw", "C2"), ("val_loss_ema", "EMA", "C3")):
-        points = [(record["step"], record[key]) for record in found if key in record]
+        points = [(record["step"], record[key], record.get(f"{key}_se") or 0) for record in found if key in record]
         if points:
-            label = f"validation: noise MSE, {weights} weights"
-            lines += left.plot(*zip(*points, strict=True), color=color, marker=".", label=label)
+            at, loss, error = map(np.array, zip(*points, strict=True))
+            label = f"validation: noise MSE ± standard error, {weights} weights"
+            lines += left.plot(at, loss, color=color, marker=".", label=label)
+            left.fill_between(at, loss - error, loss + error, color=color, alpha=0.25, linewidth=0)
     lines += right.plot(
         steps, [record["grad_norm"] for record in records], color="C1", alpha=0.5, label="gradient norm"
     )

@@ -111,7 +111,8 @@ def summary(config: dict, records: list[dict], finished: bool) -> dict[str, str]
         ("val_loss", "validation loss"),
     ):
         if (value := last(records, key)) is not None:
-            values[label] = f"{value:.4f}"
+            error = last(records, f"{key}_se")
+            values[label] = f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
     timed = [record for record in records if record.get("images_per_second")]
     if timed:
         before = [0, *(record["step"] for record in timed)]
@@ -150,10 +151,22 @@ def curves(records: list[dict]) -> str:
         lines = {label: points for label, points in lines.items() if points}
         if lines:
             charts.append(f"<figure>{image_tag(chart(title, unit, logarithmic, lines), 'png', title)}</figure>\n")
+    tenths = {label: last(records, f"{key}_tenths") for key, label in (("val_loss", "raw"), ("val_loss_ema", "EMA"))}
+    lines = {label: [(100 * k + 50, x) for k, x in enumerate(values)] for label, values in tenths.items() if values}
+    if lines:
+        title = "Validation loss by timestep"
+        content = chart(title, "noise MSE", True, lines, "timestep (middle of its tenth of the schedule)")
+        charts.append(f"<figure>{image_tag(content, 'png', title)}</figure>\n")
     return f'<div class="charts">\n{"".join(charts)}</div>\n' if charts else ""
 
 
-def chart(title: str, unit: str, logarithmic: bool, lines: dict[str, list[tuple[int, float]]]) -> bytes:
+def chart(
+    title: str,
+    unit: str,
+    logarithmic: bool,
+    lines: dict[str, list[tuple[int, float]]],
+    x_label: str = "training step",
+) -> bytes:
     """A PNG of curves, drawn so that it can be read on light and on dark ground."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -165,7 +178,7 @@ def chart(title: str, unit: str, logarithmic: bool, lines: dict[str, list[tuple[
         points = points[:: -(-len(points) // POINTS)]
         axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2, marker="." if len(points) < 20 else None)
     axes.set_title(title, color=grey, fontsize=11)
-    axes.set_xlabel("training step", color=grey)
+    axes.set_xlabel(x_label, color=grey)
     axes.set_ylabel(unit, color=grey, fontsize=9)
     if logarithmic and all(value > 0 for points in lines.values() for _, value in points):
         axes.set_yscale("log")

@@ -19,6 +19,7 @@ from runtime.options import UserError
 from runtime.sampling import autocast
 from runtime.vae import VAE, sample_latents
 
+AFFORDABLE = 0.05  # of a training's computation, which validation at the default interval stays below
 SEED = 0  # not the run's: runs with other seeds are compared on the same noise
 TENTHS = 10
 DIFFUSION = create_diffusion(None)
@@ -152,19 +153,32 @@ def open_validator(held_out: HeldOut | None, args, device: torch.device, precisi
     return validator
 
 
+def cost_in_steps(images: int, global_batch: int) -> float:
+    """Training steps that cost as much as a validation.
+
+    A step takes three evaluations of the model an image, a validation twenty: ten for raw and averaged weights each.
+    """
+    return 2 * TENTHS * images / (3 * global_batch)
+
+
+def default_interval(images: int, global_batch: int, ckpt_every: int) -> int:
+    """Steps between validations: every checkpoint, or every so many that it stays below AFFORDABLE."""
+    return ckpt_every * (int(cost_in_steps(images, global_batch) / (AFFORDABLE * ckpt_every)) + 1)
+
+
 class Validator:
     """Validates a run's raw and averaged weights every so many steps and after the last one."""
 
     def __init__(self, held_out: HeldOut, args, device: torch.device, precision: str):
-        self.every, self.device, self.precision = args.val_every or args.ckpt_every, device, precision
+        self.device, self.precision = device, precision
         source, vae = held_out.source, held_out.vae
         self.images = from_cache(source) if vae is None else encode(source, args.image_size, vae, args.num_workers)
         micro_batch = args.global_batch_size // distributed.world_size() // args.grad_accum_steps
         self.batch = max(1, micro_batch // TENTHS)  # takes no more memory than training
-        self.share = 2 * TENTHS * self.images.total / (3 * args.global_batch_size * self.every)
+        self.every = args.val_every or default_interval(self.images.total, args.global_batch_size, args.ckpt_every)
+        self.share = cost_in_steps(self.images.total, args.global_batch_size) / self.every
 
     def announce(self, logger) -> None:
-        """A step costs three evaluations of the model an image, a validation twenty: ten for raw and averaged each."""
         logger.info(
             f"validation: {self.images.total:,} held-out images every {self.every:,} steps and after the last, about "
             f"{100 * self.share:.1f} % of the training's computation"
@@ -183,3 +197,5 @@ class Validator:
             f"step {step:07d}: validation loss {describe(scores, 'val_loss')}, EMA {describe(scores, 'val_loss_ema')} "
             f"(noise MSE of {self.images.total:,} images)"
         )
+        tenths = ", ".join(f"{loss:.4f}" for loss in scores["val_loss_ema_tenths"])
+        logger.info(f"step {step:07d}: validation loss, EMA, by tenth of the schedule: {tenths}")

@@ -191,7 +191,13 @@ def test_a_run_leaves_a_report_that_needs_nothing_else(run):
 def test_a_report_shows_samples_validation_and_metrics(finished, tmp_path, capsys):
     (finished / "finished.json").unlink()
     with open(finished / "metrics.jsonl", "a") as file:
-        file.write('{"step": 7, "epoch": 2, "val_loss": 0.51, "val_loss_ema": 0.4321}\n')
+        scores = {
+            "val_loss": 0.51,
+            "val_loss_ema": 0.4321,
+            "val_loss_ema_se": 0.0625,
+            "val_loss_ema_tenths": [0.4] * 10,
+        }
+        file.write(json.dumps({"step": 7, "epoch": 2, **scores}) + "\n")
     images = [np.full((32, 32, 3), 100, np.uint8)] * previews.COUNT
     previews.folder_of(finished).mkdir()
     for step in (4, 7):
@@ -204,9 +210,17 @@ def test_a_report_shows_samples_validation_and_metrics(finished, tmp_path, capsy
     assert capsys.readouterr().out == f"report: {finished / 'report.html'}\n"
     seen = Balanced((finished / "report.html").read_text())
     text = " ".join(seen.text)
-    for part in ("step, not finished", "0.4321", "validation loss, EMA", "newest samples", "step 7", "label_accuracy"):
+    for part in (
+        "step, not finished",
+        "0.4321 ± 0.0625",
+        "validation loss, EMA",
+        "newest samples",
+        "step 7",
+        "label_accuracy",
+    ):
         assert part in text
     assert "the same noise and classes over the run" in text and "0.97" in text
+    assert "Validation loss by timestep" in (finished / "report.html").read_text()
     assert sum(link.startswith("data:image/jpeg;base64,") for link in seen.resources) == 2
 
 

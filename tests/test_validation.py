@@ -11,11 +11,13 @@ from conftest import TINY_RUN, command_line, tiny
 
 import cache_latents
 import evaluate_loss
+import export
 import train
 from diffusion import create_diffusion
 from models import ModelConfig
 from runtime import checkpoint, data, holdout, monitor, validation
 from runtime.distributed import hash_seed
+from runtime.options import UserError
 from runtime.vae import VAE
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
@@ -203,13 +205,19 @@ def test_a_cache_takes_a_separate_validation_set(held_out_validation, make_vae, 
     train.main(train_arguments(tmp_path / "run", vae=moved, **changes))
     assert "val_loss_ema" in metrics(tmp_path / "run")[-1]
     assert capsys.readouterr().err == ""
-    shutil.move(training, tmp_path / "gone")
-    with pytest.warns(UserWarning) as warned:
-        train.main(train_arguments(tmp_path / "other", vae=moved, **changes))
-    assert str(warned[0].message) == (
-        f"the validation set was not compared with the images of the cache: their folder {str(training)!r} is not a "
-        "folder; expected one with a sub-folder for each class"
-    )
+    meta = json.loads((cache / "meta.json").read_text())
+    assert meta["data_path"] == str(training.resolve())
+    gone = shutil.move(training, tmp_path / "gone")
+    reasons = {"is not a folder; expected one with a sub-folder for each class": None, "holds other files by now": gone}
+    for number, (reason, images) in enumerate(reasons.items()):
+        if images is not None:
+            shutil.copytree(images, training)
+            next((training / "bee").iterdir()).unlink()
+        with pytest.warns(UserWarning) as warned:
+            train.main(train_arguments(tmp_path / f"other{number}", vae=moved, **changes))
+        assert str(warned[0].message) == (
+            f"the validation set was not compared with the images of the cache: their folder {str(training)!r} {reason}"
+        )
 
 
 # In training
@@ -225,15 +233,30 @@ def test_when_a_run_validates(validated):
     log = (validated / "log.txt").read_text()
     raw, ema = (f"{records[0][name]:.4f} ± {records[0][name + '_se']:.4f}" for name in ("val_loss", "val_loss_ema"))
     assert f"step 0000002: validation loss {raw}, EMA {ema} (noise MSE of 6 images)\n" in log
+    tenths = ", ".join(f"{loss:.4f}" for loss in records[0]["val_loss_ema_tenths"])
+    assert f"step 0000002: validation loss, EMA, by tenth of the schedule: {tenths}\n" in log
     assert records[-1]["val_loss"] < records[0]["val_loss"]
     share = 20 * 6 / (3 * 8 * 2)
     assert f"6 held-out images every 2 steps and after the last, about {100 * share:.1f} % of the training's" in log
 
 
-def test_by_default_a_run_validates_at_its_checkpoints(held_out_validation, train_arguments, tmp_path):
+@pytest.mark.parametrize("affordable, steps", [(10, [4, 8, 10]), (1, [8, 10])])
+def test_by_default_a_run_validates_at_as_many_checkpoints_as_cost_little(
+    affordable, steps, held_out_validation, train_arguments, tmp_path, monkeypatch
+):
     training, held_out = held_out_validation
-    train.main(train_arguments(tmp_path / "run", data_path=training, val_data_path=held_out, max_steps=5))
-    assert [record["step"] for record in metrics(tmp_path / "run") if "val_loss" in record] == [4, 5]
+    monkeypatch.setattr(validation, "AFFORDABLE", affordable)  # 9 images cost as much as 7.5 steps
+    train.main(train_arguments(tmp_path / "run", data_path=training, val_data_path=held_out, max_steps=10))
+    assert [record["step"] for record in metrics(tmp_path / "run") if "val_loss" in record] == steps
+
+
+def test_the_default_interval_keeps_validation_below_five_percent():
+    assert validation.default_interval(50_000, 256, 50_000) == 50_000  # 2.6 %
+    assert validation.default_interval(128_117, 256, 50_000) == 100_000  # 6.7 % at every checkpoint
+    for images in (1, 60, 480, 481, 10_000):
+        every = validation.default_interval(images, 32, 200)
+        assert every % 200 == 0 and 20 * images / (3 * 32 * every) < 0.05
+        assert every == 200 or 20 * images / (3 * 32 * (every - 200)) >= 0.05
 
 
 def test_a_resumed_run_has_the_same_curves(validated, train_arguments, signal_after, tmp_path):
@@ -273,9 +296,15 @@ def test_the_plot_has_both_curves(validated, tmp_path, monkeypatch):
     lines = {line.get_label(): line.get_xdata().tolist() for line in figures[0].axes[0].lines}
     assert lines == {
         "training: noise MSE + variational term": [3, 6, 7],
-        "validation: noise MSE, raw weights": [2, 4, 6, 7],
-        "validation: noise MSE, EMA weights": [2, 4, 6, 7],
+        "validation: noise MSE ± standard error, raw weights": [2, 4, 6, 7],
+        "validation: noise MSE ± standard error, EMA weights": [2, 4, 6, 7],
     }
+    bands = [band.get_paths()[0].vertices for band in figures[0].axes[0].collections]
+    for band, key in zip(bands, ("val_loss", "val_loss_ema"), strict=True):
+        for record in (record for record in metrics(tmp_path) if key in record):
+            at = band[band[:, 0] == record["step"], 1]
+            assert at.min() == pytest.approx(record[key] - record[f"{key}_se"])
+            assert at.max() == pytest.approx(record[key] + record[f"{key}_se"])
 
 
 # evaluate_loss.py
@@ -469,6 +498,22 @@ def test_a_split_that_cannot_be_told_is_refused(validated, run, image_folder, ma
         f"--out {str(tmp_path / 'none' / 'loss.json')!r} cannot be written: {str(tmp_path / 'none')!r} is not a folder"
     )
     assert message(split, image_size=48).endswith("or leave the option out")
+
+
+def test_an_exported_checkpoint_knows_its_split(validated, loss_of, tmp_path):
+    ckpt, exported = validated / "checkpoints" / "0000007.pt", tmp_path / "run.safetensors"
+    export.main(["--ckpt", str(ckpt), "--out", str(exported)])
+    assert checkpoint.load_trained(exported).validation == checkpoint.load_trained(ckpt).validation
+    assert loss_of(validated, ckpt=exported, split="val")["loss"] == loss_of(validated, split="val")["loss"]
+
+
+@pytest.mark.parametrize("stored", ["split", {"fraction": 0.1}, {"fraction": 7, "fingerprint": "", "images": 1}])
+def test_a_split_that_no_run_writes_is_refused(validated, tmp_path, stored):
+    state = checkpoint.load(validated / "checkpoints" / "0000007.pt")
+    state["config"]["validation"] = stored
+    checkpoint.save(tmp_path / "hostile.pt", state)
+    with pytest.raises(UserError, match=r"has a config that cannot be read \(\w+Error"):
+        checkpoint.load_trained(tmp_path / "hostile.pt")
 
 
 def test_a_file_without_class_names_needs_all_classes(run, image_folder, refused, tmp_path):
