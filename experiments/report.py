@@ -26,6 +26,10 @@ DATA = {
     f"scaling, so that no pixel is shared). Training tiles overlap ({STRIDE} pixels from one to the next), held-out "
     "crops lie at random places.",
 }
+CANVAS_CONTENT = {
+    "digits": "a digit at a random place on black",
+    "photographs": "a larger crop of the held-out part, which is as wide as the largest",
+}
 PAGE = """# Evidence: what the position encoding does
 
 Position encodings are compared by their denoising loss on held-out images, with the same noise for every model: a
@@ -157,7 +161,7 @@ def how_measured(measured: Measured, data_folders: dict[str, Path]) -> str:
         "same seed all variants have the same initial weights, batches, noise and timesteps. The loss is the mean "
         f"squared error of the noise on held-out images at {TENTHS} timesteps each, the same noise for every model, "
         f"every {study.val_every} steps.\n\n{described}\n\n"
-        f"Both go through the demo's autoencoder. What it makes of held-out images, by peak signal-to-noise ratio: "
+        "The images go through the demo's autoencoder. Peak signal-to-noise ratio of held-out ones behind it: "
         f"{quality}.\n\n"
         f"{len(runs)} runs took {core_hours(runs)} and their measurements {core_hours(measurements)} of one core "
         f"(machine: {machine['processor']}, {machine['cores']} cores; Python {versions['python']}, torch "
@@ -288,9 +292,8 @@ def beyond_grid(measured: Measured) -> str:
         f"{BEYOND_GRID_IMAGES} of the held-out images) of {LABELS[baseline]}, and paired differences to it in percent; "
         "mean ± standard deviation over seeds. Compare along a row only: other images have other losses. Enlarged: the "
         f"held-out image resized to {canvases} pixels. Canvas: held-out content at the trained scale on {canvases} "
-        "pixels, a digit at a random place on black, or a larger crop of the photograph's held-out part, which is as "
-        "wide as the largest. sin-cos, whose table is of the trained grid alone, is left out, and so are the variants "
-        f"with R = 2.\n\n{table(heads, rows)}"
+        f"pixels: {' or '.join(CANVAS_CONTENT[data_set] for data_set in measured.keys)}. sin-cos has a table for the "
+        f"trained grid alone, and the variants with R = 2 were not measured here.\n\n{table(heads, rows)}"
     )
 
 
@@ -417,7 +420,7 @@ def plus_minus(values: np.ndarray) -> str:
 def percentage(values: np.ndarray) -> str:
     """Mean ± standard deviation; the mean alone where it would be written 0.00."""
     if values.mean() < 0.005:
-        return f"{values.mean():.0e} %"
+        return f"{values.mean():.0e} %" if values.any() else "0 %"
     return f"{values.mean():.2f} ± {values.std(ddof=1):.2f} %"
 
 

@@ -532,7 +532,13 @@ def test_the_study_runs_from_nothing_to_its_page_and_repeats_nothing(tmp_path, m
             yield from [item for item in items if item[0] == part and item[1] in "37"][:20]
 
     study = plan.Study(
-        variants={"digits": ("sincos", "axial", "spiral4_exact")}, seeds=2, steps=2, batch=4, val_every=1, sweep_lrs=()
+        variants={"digits": ("sincos", "axial", "spiral4_exact")},
+        seeds=2,
+        steps=2,
+        batch=4,
+        warmup_steps=1,
+        val_every=1,
+        sweep_lrs=(),
     )
     monkeypatch.setitem(data.DATA_SETS, "digits", few)
     monkeypatch.setattr(position_encodings, "QUICK", study)
