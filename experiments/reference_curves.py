@@ -159,7 +159,8 @@ def write_page(page: Path, results: Results) -> None:
         f"{recipe['global_batch_size']}, learning rate {recipe['lr']}, {recipe['lr_schedule']}) with "
         f"{100 * VAL_FRACTION:g} % of the images held out, seeds 0 to {SEEDS - 1}: mean ± half-width of the interval "
         f"in which one more run falls with a probability of {100 * CONFIDENCE:g} % (Student's t, at each step by "
-        f"itself). The training loss is the mean of the {recipe['log_every']} steps before. Made by `python -m "
+        f"itself, so that one of many points may well lie outside). The demo itself trains on all images and does not "
+        f"validate. The training loss is the mean of the {recipe['log_every']} steps before. Made by `python -m "
         f"experiments.reference_curves` (torch {machine['versions']['torch']}, {machine['processor']}); `bash "
         f"run_tests.sh -m slow` checks that a fresh run falls in the band.\n\n{report.table(heads, rows)}"
     )

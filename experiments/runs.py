@@ -19,7 +19,7 @@ from runtime.distributed import StopOnSignal
 from runtime.monitor import REPOSITORY
 from runtime.options import UserError
 
-ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}  # the same results with and without a GPU
+ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}  # the same results with and without CUDA
 ONE_THREAD = ON_CPU | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 CPU_SECONDS = "cpu_seconds.json"  # in a run's folder, summed over interruptions
 
