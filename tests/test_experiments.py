@@ -675,9 +675,6 @@ def test_a_run_outside_the_band_is_named():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not reference_curves.REFERENCE.exists(), reason="python -m experiments.reference_curves measures the bands"
-)
 def test_a_fresh_demo_run_falls_in_the_reference_band(tmp_path, logger):
     reference = json.loads(reference_curves.REFERENCE.read_text())
     recipe = reference_curves.demo_recipe()
