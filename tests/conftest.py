@@ -27,6 +27,9 @@ TINY_RUN = {
 }
 TINY_XS = {"depth": 2, "hidden_size": 64}  # head dimension 32; a checkpoint of 3 MB in place of 30
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, whose children would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture
 def golden():
