@@ -150,13 +150,12 @@ def curves(records: list[dict]) -> str:
         lines = {label: [(r["step"], r[key]) for r in records if r.get(key) is not None] for key, label in keys.items()}
         lines = {label: points for label, points in lines.items() if points}
         if lines:
-            charts.append(f"<figure>{image_tag(chart(title, unit, logarithmic, lines), 'png', title)}</figure>\n")
+            charts.append(chart(title, unit, logarithmic, lines))
     tenths = {label: last(records, f"{key}_tenths") for key, label in (("val_loss", "raw"), ("val_loss_ema", "EMA"))}
     lines = {label: [(100 * k + 50, x) for k, x in enumerate(values)] for label, values in tenths.items() if values}
     if lines:
-        title = "Validation loss by timestep"
-        content = chart(title, "noise MSE", True, lines, "timestep (middle of its tenth of the schedule)")
-        charts.append(f"<figure>{image_tag(content, 'png', title)}</figure>\n")
+        x_label = "timestep (middle of its tenth of the schedule)"
+        charts.append(chart("Validation loss by timestep", "noise MSE", True, lines, x_label))
     return f'<div class="charts">\n{"".join(charts)}</div>\n' if charts else ""
 
 
@@ -166,8 +165,8 @@ def chart(
     logarithmic: bool,
     lines: dict[str, list[tuple[int, float]]],
     x_label: str = "training step",
-) -> bytes:
-    """A PNG of curves, drawn so that it can be read on light and on dark ground."""
+) -> str:
+    """A figure with a PNG of curves, drawn so that it can be read on light and on dark ground."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
@@ -192,7 +191,7 @@ def chart(
         axes.legend(labelcolor=grey, framealpha=0)
     file = io.BytesIO()
     figure.savefig(file, dpi=200, format="png", transparent=True)
-    return file.getvalue()
+    return f"<figure>{image_tag(file.getvalue(), 'png', title)}</figure>\n"
 
 
 def samples(folder: Path) -> str:
