@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -159,21 +158,13 @@ def remove_run(folder: Path) -> None:
 def environment() -> dict:
     """Versions, with those of the packages that data and statistics come from, processor and git commit."""
     described = monitor.describe_environment(torch.device("cpu"))
-    installed = {name: version_of(name) for name in ("scikit-learn", "scikit-image", "scipy")}
+    installed = {name: monitor.version_of(name) for name in ("scikit-learn", "scikit-image", "scipy")}
     return {
         **described,
         "versions": described["versions"] | installed,
         "processor": processor_name(),
         "cores": os.cpu_count(),
     }
-
-
-def version_of(package: str) -> str | None:
-    """The installed version, None without one."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def processor_name() -> str:

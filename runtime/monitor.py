@@ -133,13 +133,17 @@ def read_metrics(path: Path) -> list[dict]:
 def describe_environment(device: torch.device) -> dict:
     """Versions, device and git commit, for config.json."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("torchvision", "timm", "diffusers", "numpy", "pillow"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
+    versions |= {name: version_of(name) for name in ("torchvision", "timm", "diffusers", "numpy", "pillow")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"versions": versions, "device": f"{device.type}: {name}", "git_commit": git_commit()}
+
+
+def version_of(package: str) -> str | None:
+    """The installed version, None without one."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def git_commit() -> str | None:
