@@ -62,12 +62,15 @@ def test_a_list_becomes_a_number_for_each_entry():
 
 def test_wandb_offline(train_arguments, tmp_path, monkeypatch):
     """W&B itself, without a network: what it would send is read back from its file."""
+    import wandb
+
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, value)
     results = tmp_path / "run"
     same = dict(use_wandb=True, wandb_project="digits", **ROPE)
     train.main(train_arguments(results, max_steps=3, **same))
     train.main(train_arguments(results, **same))
+    wandb.teardown()  # finish() returns before W&B's own process has written its file to the end
     stored = json.loads((results / "wandb.json").read_text())["id"]
     files = sorted((results / "wandb").glob("offline-run-*/*.wandb"))
     assert [file.stem for file in files] == [f"run-{stored}"] * 2
