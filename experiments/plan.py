@@ -40,8 +40,7 @@ class Study:
     ema_decay: float = 0.98  # 0.98 ** steps of the initial weights are left in the average
     val_every: int = 80  # steps
     sweep_lrs: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
-    sweep_variants: tuple[str, ...] = ("sincos", "axial")
-    sweep_data: str = "digits"
+    sweep_variants: tuple[str, ...] = ("sincos", "axial")  # on every data set
     sweep_seeds: int = 2
     beyond_grid_variants: tuple[str, ...] = ("axial", "spiral4_clamp", "spiral4_exact")
     attention_variants: tuple[str, ...] = ("axial", "spiral4_exact")
@@ -68,7 +67,8 @@ class Run:
 def sweep_runs(study: Study) -> list[Run]:
     """The sweep over learning rates; its runs at the study's own rate belong to the comparison too."""
     return [
-        Run(study.sweep_data, variant, lr, seed)
+        Run(data_set, variant, lr, seed)
+        for data_set in study.variants
         for lr in study.sweep_lrs
         for variant in study.sweep_variants
         for seed in range(study.sweep_seeds)

@@ -102,8 +102,7 @@ def train_all(args, study: Study, results: Results, logger) -> bool:
     if not missing:
         return True
     prepare_data(args, study, results, logger)
-    results.add("environment", "runs", runs.environment())
-    commit = monitor.git_commit()
+    origin = {"git_commit": monitor.git_commit(), "environment": results.environment(runs.environment())}
 
     def record(job: Job) -> None:
         run = by_key[job.key]
@@ -114,7 +113,7 @@ def train_all(args, study: Study, results: Results, logger) -> bool:
         curve = runs.validation_curve(job.folder)
         last = {name: curve.pop(name)[-1] for name in ("val_loss_tenths", "val_loss_ema_tenths")}
         seconds = monitor.read_json(job.folder / runs.CPU_SECONDS)["cpu_seconds"]
-        results.add("runs", run.key, {"cpu_seconds": seconds, "git_commit": commit, **curve, **last})
+        results.add("runs", run.key, {"cpu_seconds": seconds, **origin, **curve, **last})
         runs.remove_run(job.folder)
 
     logger.info(f"{len(missing)} of {len(by_key)} runs to train, {args.jobs} at a time")

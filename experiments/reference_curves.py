@@ -151,7 +151,6 @@ def write_page(page: Path, results: Results) -> None:
         places = ((band, band["step"].index(step)) for band in reference.values())
         rows.append([f"{step:,}", *(f"{band['mean'][k]:.4f} ± {band['half'][k]:.4f}" for band, k in places)])
     heads = ["step", "training loss", "held-out loss, raw weights", "held-out loss, EMA weights"]
-    machine = results.section("environment")["runs"]
     text = (
         "## Reference curves of the demo\n\n![Training and held-out loss of the demo by step]"
         "(images/evidence_reference.png)\n\n"
@@ -161,7 +160,7 @@ def write_page(page: Path, results: Results) -> None:
         f"in which one more run falls with a probability of {100 * CONFIDENCE:g} % (Student's t, at each step by "
         f"itself, so that one of many points may well lie outside). The demo itself trains on all images and does not "
         f"validate. The training loss is the mean of the {recipe['log_every']} steps before. Made by `python -m "
-        f"experiments.reference_curves` (torch {machine['versions']['torch']}, {machine['processor']}); `bash "
+        f"experiments.reference_curves` ({report.machines(results)}); `bash "
         f"run_tests.sh -m slow` checks that a run with another seed falls in the band, at the last step always and at "
         f"nine of ten points at least.\n\n{report.table(heads, rows)}"
     )
@@ -188,12 +187,12 @@ def main(argv: list[str] | None = None) -> None:
     results = Results(args.out, settings)
     missing = [seed for seed in range(SEEDS) if f"seed{seed}" not in results.section("runs")]
     if missing:
-        results.add("environment", "runs", runs.environment())
+        origin = {"git_commit": monitor.git_commit(), "environment": results.environment(runs.environment())}
         latents = prepare_latents(args.work_dir, recipe["image_size"])
         jobs = [training_job(seed, args.work_dir / "runs" / f"seed{seed}", latents, recipe) for seed in missing]
 
         def record(job: Job) -> None:
-            results.add("runs", job.key, curves_of(job.folder))
+            results.add("runs", job.key, {**origin, **curves_of(job.folder)})
             runs.remove_run(job.folder)
 
         if not runs.run_all(jobs, args.jobs, record, logger):

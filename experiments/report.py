@@ -150,8 +150,6 @@ def how_measured(measured: Measured, data_folders: dict[str, Path]) -> str:
         described += f" A photograph has {min(tiles)} to {max(tiles)} training tiles."
     quality = "; ".join(f"{name} {results.section('reconstruction')[name]['psnr']:.1f} dB" for name in data_folders)
     runs, measurements = results.section("runs"), results.section("measurements")
-    machine = results.section("environment")["runs"]
-    versions = machine["versions"]
     commits = sorted({short(run["git_commit"]) for run in runs.values()})
     return (
         f"## Position encodings compared\n\nEvery run: {MODEL} on {SIZE} × {SIZE} images, {tokens} × {tokens} tokens; "
@@ -164,9 +162,20 @@ def how_measured(measured: Measured, data_folders: dict[str, Path]) -> str:
         "The images go through the demo's autoencoder. Peak signal-to-noise ratio of held-out ones behind it: "
         f"{quality}.\n\n"
         f"{len(runs)} runs took {core_hours(runs)} and their measurements {core_hours(measurements)} of one core "
-        f"(machine: {machine['processor']}, {machine['cores']} cores; Python {versions['python']}, torch "
-        f"{versions['torch']}; commit {', '.join(commits)})."
+        f"({machines(results)}; commit {', '.join(commits)})."
     )
+
+
+def machines(results: Results) -> str:
+    """Where the runs were trained, and with which versions."""
+    found = []
+    for number in sorted({run["environment"] for run in results.section("runs").values()}, key=int):
+        machine = results.section("environment")[number]
+        versions = machine["versions"]
+        found.append(
+            f"{machine['processor']}, {machine['cores']} cores; Python {versions['python']}, torch {versions['torch']}"
+        )
+    return "; ".join(dict.fromkeys(found))
 
 
 def core_hours(entries: dict[str, dict]) -> str:
@@ -335,42 +344,33 @@ def attention_maps() -> str:
 
 def sweep(measured: Measured) -> str:
     study, runs = measured.study, measured.results.section("runs")
-    planned = sweep_runs(study)
-    if not planned:
+    if not study.sweep_lrs:
         return ""
-    finals = {
-        (lr, variant, name): [runs[run.key][name][-1] for run in planned if (run.lr, run.variant) == (lr, variant)]
-        for lr in study.sweep_lrs
-        for variant in study.sweep_variants
-        for name in ("val_loss_ema", "val_loss")
-    }
-    rows = [
-        [
-            f"{lr:g}",
-            *(
-                ", ".join(f"{loss:.4f}" for loss in finals[lr, variant, name])
-                for variant in study.sweep_variants
-                for name in ("val_loss_ema", "val_loss")
-            ),
-        ]
-        for lr in study.sweep_lrs
-    ]
+    finals: dict[tuple, list[float]] = {}
+    for run in sweep_runs(study):
+        for name in ("val_loss_ema", "val_loss"):
+            finals.setdefault((run.data_set, run.lr, run.variant, name), []).append(runs[run.key][name][-1])
+    rows, starved = [], []
+    for data_set in study.variants:
+        for lr in study.sweep_lrs:
+            cells = [losses for key, losses in finals.items() if key[:2] == (data_set, lr)]
+            rows.append([data_set, f"{lr:g}", *(", ".join(f"{loss:.4f}" for loss in losses) for losses in cells)])
+        for variant in study.sweep_variants:
+            means = {lr: np.mean(finals[data_set, lr, variant, "val_loss_ema"]) for lr in study.sweep_lrs}
+            best = min(means, key=means.get)
+            behind = 100 * (1 - means[best] / means[study.lr])
+            edge = "" if min(study.sweep_lrs) < best < max(study.sweep_lrs) else ", an end of the sweep"
+            starved.append(
+                f"on {data_set} {LABELS[variant]} is best at {best:g}{edge}"
+                + (f", {behind:.1f} % below its loss at {study.lr:g}" if best != study.lr else "")
+            )
     kinds = ("EMA", "raw")
-    heads = ["learning rate", *(f"{LABELS[variant]}, {kind}" for variant in study.sweep_variants for kind in kinds)]
-    starved = []
-    for variant in study.sweep_variants:
-        means = {lr: np.mean(finals[lr, variant, "val_loss_ema"]) for lr in study.sweep_lrs}
-        best = min(means, key=means.get)
-        behind = 100 * (means[study.lr] / means[best] - 1)
-        edge = "" if min(study.sweep_lrs) < best < max(study.sweep_lrs) else ", an end of the sweep"
-        starved.append(
-            f"{LABELS[variant]} is best at {best:g}{edge}"
-            + (f", {behind:.1f} % below its loss at {study.lr:g}" if best != study.lr else "")
-        )
+    heads = ["data", "learning rate"]
+    heads += [f"{LABELS[variant]}, {kind}" for variant in study.sweep_variants for kind in kinds]
     return (
-        f"### Learning rate\n\nFinal held-out loss on {study.sweep_data} at other learning rates, seeds 0 to "
-        f"{study.sweep_seeds - 1}; the study uses {study.lr:g} for every variant. By the mean of the EMA weights, "
-        f"{'; '.join(starved)}.\n\n{table(heads, rows)}"
+        f"### Learning rate\n\nFinal held-out loss at other learning rates, seeds 0 to {study.sweep_seeds - 1}; the "
+        f"study uses {study.lr:g} for every variant. By the mean of the EMA weights, {'; '.join(starved)}.\n\n"
+        f"{table(heads, rows)}"
     )
 
 

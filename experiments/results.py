@@ -34,6 +34,15 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         monitor.write_text(self.path, dumps(self.values))
 
+    def environment(self, described: dict) -> str:
+        """Number of an environment, under which it is in the section of that name, added where it is new."""
+        known = self.section("environment")
+        for number, other in known.items():
+            if other == described:
+                return number
+        self.add("environment", str(len(known) + 1), described)
+        return str(len(known) + 1)
+
 
 def rounded(value):
     """Floats to seven significant digits, which is what float32 losses have."""

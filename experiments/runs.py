@@ -156,8 +156,9 @@ def remove_run(folder: Path) -> None:
 
 
 def environment() -> dict:
-    """Versions, with those of the packages that data and statistics come from, processor and git commit."""
+    """Versions, with those of the packages that data and statistics come from, and processor."""
     described = monitor.describe_environment(torch.device("cpu"))
+    del described["git_commit"]  # each run has its own
     installed = {name: monitor.version_of(name) for name in ("scikit-learn", "scikit-image", "scipy")}
     return {
         **described,

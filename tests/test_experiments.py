@@ -1,6 +1,7 @@
 """The studies: data sets, runner, statistics and report."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -240,7 +241,7 @@ def test_a_run_of_the_study_is_the_command_that_its_variant_and_settings_say(var
 
 def test_the_study_has_every_run_once():
     full = plan.planned(plan.FULL)
-    assert len(full) == len({run.key for run in full}) == 7 * 5 + 4 * 5 + 2 * 2 * 2
+    assert len(full) == len({run.key for run in full}) == 7 * 5 + 4 * 5 + 2 * 2 * 2 * 2
     assert {run.variant for run in full} == set(plan.VARIANTS) == set(plan.LABELS)
     assert len(plan.planned(plan.QUICK)) == 8
 
@@ -565,7 +566,7 @@ def made_up(tmp_path):
     """Results of a small study in which axial RoPE is better than sin-cos by 0.01 and the rest is noise."""
     results, random = Results(tmp_path / "results.json", {"made": "up"}), np.random.default_rng(0)
     versions = {"versions": {"python": "3.11", "torch": "2.15"}, "processor": "a processor", "cores": 2}
-    results.add("environment", "runs", versions)
+    assert results.environment(versions) == results.environment(versions) == "1"
     for data_set in SMALL.variants:
         results.add("data", data_set, {"train": 1677, "val": 120})
         results.add("reconstruction", data_set, {"psnr": 25.25})
@@ -574,6 +575,7 @@ def made_up(tmp_path):
         curve = [level + 0.02, level + 0.005, level]
         values = {"step": [100, 200, 300], "val_loss": curve, "val_loss_ema": curve, "cpu_seconds": 60.0}
         values |= {"val_loss_tenths": [level] * 10, "val_loss_ema_tenths": [level] * 10, "git_commit": "0123456789ab"}
+        values["environment"] = "1"
         results.add("runs", run.key, values)
     for run in plan.compared_runs(SMALL):
         results.add("translation", run.key, {"moved": 3e-8 if run.variant == "axial" else 0.25, "rolled": 0.5})
@@ -609,7 +611,7 @@ def test_the_page_says_what_was_measured(page, made_up):
     assert images == ["evidence_attention.png", "evidence_curves.png", "evidence_tenths.png"]
     assert all(f"(images/{name})" in text for name in images)
     assert "8 × 8 tokens; 300 steps of batch 32, AdamW at 0.001 without weight decay (linear after 50 steps" in text
-    assert "20 runs took 0.3 hours and their measurements 0.1 hours of one core" in text and "0123456789)" in text
+    assert "22 runs took 0.4 hours and their measurements 0.1 hours of one core" in text and "0123456789)" in text
     assert "A photograph has 3 to 5 training tiles." in text and "digits 25.2 dB; photographs 25.2 dB" in text
     assert re.search(r"- digits, against sin-cos: axial RoPE \(-(19\.9|20\.0)\d %\).* better\.", text)
     assert re.search(r"- digits, against axial RoPE: .* not distinguishable from it\.", text)
@@ -621,10 +623,12 @@ def test_the_page_says_what_was_measured(page, made_up):
     assert "| DiT-B/4 | 33 | 2.4 | 28 |" in text
     # at 0.001 and 0.003 the made-up losses of one seed are those of two runs that differ by noise
     finals = {run.key: made_up.section("runs")[run.key]["val_loss_ema"][-1] for run in plan.sweep_runs(SMALL)}
-    for variant in ("sincos", "axial"):
-        low, high = (finals[f"digits/{variant}/lr{lr}/seed0"] for lr in ("0.001", "0.003"))
-        best = "0.001" if low < high else f"0.003, an end of the sweep, {100 * (low / high - 1):.1f} % below"
-        assert f"{plan.LABELS[variant]} is best at {best}" in text
+    for data_set, variant in itertools.product(("digits", "photographs"), ("sincos", "axial")):
+        low, high = (finals[f"{data_set}/{variant}/lr{lr}/seed0"] for lr in ("0.001", "0.003"))
+        lower = f"0.003, an end of the sweep, {100 * (1 - high / low):.1f} % below its loss at 0.001"
+        best = "0.001, an end of the sweep" if low < high else lower
+        assert re.search(rf"on {data_set} {re.escape(plan.LABELS[variant])} is best at {re.escape(best)}[;.]", text)
+        assert f"| {low:.4f} |" in text and f"| {high:.4f} |" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({(line.count("|"), line) for line in rows}) > 30
     reached = next(line for line in rows if line.startswith("| digits | axial RoPE | 0.04"))
