@@ -3,43 +3,70 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
+
+from experiments.plan import pairs
 
 CONFIDENCE = 0.95
+POWER = 0.8
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant against a baseline over paired seeds: mean of (variant - baseline) and what is known about it."""
+    """A variant against another over paired seeds: mean of (variant - other) and what is known about it."""
 
     data_set: str
     variant: str
-    baseline: str
+    other: str
+    baseline: str  # what the other stands for: a key of plan.BASELINES
     difference: float
     low: float  # of the 95 % bootstrap interval
     high: float
-    relative: float  # difference over the baseline's mean
+    relative: float  # difference over the other's mean
+    deviation: float  # standard deviation of the paired differences over the other's mean
+    seeds: int
     p: float  # paired t-test, two-sided
-    p_holm: float = np.nan  # corrected for all comparisons of the study
+    p_holm: float = np.nan  # corrected for all comparisons of its family
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        return self.variant, self.other
+
+    def detectable(self, level: float) -> float:
+        """The true difference, over the other's mean, that a t-test at this level finds with a probability of POWER."""
+        return self.deviation * standardized_difference(self.seeds, level)
 
 
-def compare(values: np.ndarray, baseline: np.ndarray, data_set: str, names: tuple[str, str]) -> Comparison:
-    """Compare final losses (seeds,) with those of a baseline (seeds,) at the same seeds, at least two of them."""
-    differences = values - baseline
+def compare(values: np.ndarray, others: np.ndarray, data_set: str, names: tuple[str, str, str]) -> Comparison:
+    """Compare losses (seeds,) with others (seeds,) at the same seeds, at least two of them."""
+    differences, mean = values - others, float(others.mean())
     interval = stats.bootstrap(
         (differences,), np.mean, confidence_level=CONFIDENCE, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
-    mean = float(differences.mean())
     return Comparison(
-        data_set=data_set,
-        variant=names[0],
-        baseline=names[1],
-        difference=mean,
+        data_set,
+        *names,
+        difference=float(differences.mean()),
         low=float(interval.low),
         high=float(interval.high),
-        relative=mean / float(baseline.mean()),
-        p=float(stats.ttest_rel(values, baseline).pvalue),
+        relative=float(differences.mean()) / mean,
+        deviation=float(differences.std(ddof=1)) / mean,
+        seeds=len(differences),
+        p=float(stats.ttest_rel(values, others).pvalue),
     )
+
+
+def standardized_difference(n: int, level: float) -> float:
+    """True mean of n paired differences, in their standard deviations, that a two-sided t-test finds with POWER."""
+    critical = stats.t.ppf(1 - level / 2, n - 1)
+    quantiles = (np.arange(20_000) + 0.5) / 20_000  # of the estimated standard deviation, over the true one
+    threshold = critical * np.sqrt(stats.chi2.ppf(quantiles, n - 1) / (n - 1))
+
+    def missed(effect: float) -> float:
+        found = stats.norm.sf(threshold - effect * n**0.5) + stats.norm.cdf(-threshold - effect * n**0.5)
+        return POWER - found.mean()
+
+    return float(optimize.brentq(missed, 0, 10 * critical))
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
@@ -51,20 +78,36 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     return corrected
 
 
-def compare_all(finals: dict[str, dict[str, np.ndarray]], baselines: tuple[str, ...]) -> list[Comparison]:
-    """Every variant against every baseline, a pair of baselines once, with Holm's correction over all of them.
+def compare_all(losses: dict[str, dict[str, np.ndarray]]) -> list[Comparison]:
+    """Every pair of the plan, with Holm's correction over all; losses holds (seeds,) by data set and variant."""
+    found = [
+        compare(by_variant[names[0]], by_variant[names[1]], data_set, names)
+        for data_set, by_variant in losses.items()
+        for names in pairs(by_variant)
+    ]
+    return corrected(found)
 
-    finals holds losses (seeds,) by data set and variant. A later baseline is compared with the earlier ones.
+
+def compare_points(losses: dict[str, dict[str, np.ndarray]]) -> list[list[Comparison]]:
+    """Every pair at each point of losses (seeds, points), by data set and variant: a list of points for each pair.
+
+    Holm's correction goes over all points and data sets of a baseline.
     """
-    found = []
-    for data_set, by_variant in finals.items():
-        for position, baseline in enumerate(baselines):
-            skipped = baselines[position:]  # itself, and those that it is compared with from the other side
-            for variant in (name for name in by_variant if name not in skipped):
-                names = (variant, baseline)
-                found.append(compare(by_variant[variant], by_variant[baseline], data_set, names))
-    corrected = holm(np.array([comparison.p for comparison in found]))
-    return [replace(item, p_holm=float(p)) for item, p in zip(found, corrected, strict=True)]
+    found: dict[str, list[Comparison]] = {}
+    for data_set, by_variant in losses.items():
+        for names in pairs(by_variant):
+            columns = zip(by_variant[names[0]].T, by_variant[names[1]].T, strict=True)
+            found.setdefault(names[2], []).extend(compare(*column, data_set, names) for column in columns)
+    by_pair: dict[tuple, list[Comparison]] = {}
+    for item in (item for family in found.values() for item in corrected(family)):
+        by_pair.setdefault((item.data_set, item.pair), []).append(item)
+    return list(by_pair.values())
+
+
+def corrected(family: list[Comparison]) -> list[Comparison]:
+    """The same with Holm's correction over them."""
+    p_values = holm(np.array([item.p for item in family]))
+    return [replace(item, p_holm=float(p)) for item, p in zip(family, p_values, strict=True)]
 
 
 def confidence_band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,6 @@
 """What the study of position encodings trains: variants, settings, and the list of runs."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 MODEL = "DiT-XS/2"
@@ -21,7 +22,7 @@ LABELS = {
     "spiral4_exact": "Spiral R = 4, exact",
     "same_theta2": "Spiral R = 2, clamp, same_theta",
 }
-BASELINES = ("axial", "sincos")
+BASELINES = {"axial": "axial RoPE", "sincos": "sin-cos", "exact": "the exact border"}  # what variants are compared with
 MAIN_VARIANTS = ("sincos", "axial", "spiral4_clamp", "spiral4_exact")
 
 
@@ -62,6 +63,15 @@ class Run:
     @property
     def key(self) -> str:
         return f"{self.data_set}/{self.variant}/lr{self.lr:g}/seed{self.seed}"
+
+
+def pairs(variants: Iterable[str]) -> list[tuple[str, str, str]]:
+    """What is compared: a variant, the one it is compared with, and the baseline that this stands for."""
+    rope = [name for name in variants if name != "sincos"]
+    found = [(name, "axial", "axial") for name in rope if name != "axial"]
+    found += [(name, "sincos", "sincos") for name in rope]
+    found += [(name, name.replace("clamp", "exact"), "exact") for name in rope if "clamp" in name]
+    return [pair for pair in found if pair[1] in variants]
 
 
 def sweep_runs(study: Study) -> list[Run]:

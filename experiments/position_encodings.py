@@ -15,7 +15,7 @@ from pathlib import Path
 
 from experiments import data, evaluation, report, runs
 from experiments.plan import FULL, MODEL, QUICK, VARIANTS, Run, Study, compared_runs, planned
-from experiments.results import Results
+from experiments.results import Results, resolve_places
 from experiments.runs import Job, python
 from runtime import monitor, options
 from runtime.distributed import StopOnSignal
@@ -30,15 +30,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--work-dir", type=Path, default=Path("results/position_encodings"), help="data, latents, runs and weights")
     add("--out", type=Path, default=None, help="JSON of the results (None: beside this file; quick: in --work-dir)")
-    add("--report", type=Path, default=None, help="page to write (None: docs/evidence.md; quick: in --work-dir)")
+    add("--report", type=Path, default=None, help="page (None: docs/evidence.md, --out with .md; quick: in --work-dir)")
     add("--jobs", type=options.count, default=None, help="runs at a time, one thread each (None: one per core)")
     add("--stage", choices=["runs", "measurements", "report"], default=None, help="do one part (None: all)")
     add("--quick", action="store_true", help="digits alone, four variants, two seeds, 150 steps: ten minutes")
     args = parser.parse_args(argv)
     args.work_dir = args.work_dir.resolve() / ("quick" if args.quick else "full")
-    places = args.work_dir if args.quick else None
-    args.out = args.out or (places or REPOSITORY / "experiments") / "position_encodings.json"
-    args.report = args.report or (places or REPOSITORY / "docs") / "evidence.md"
+    folders = (args.work_dir, args.work_dir) if args.quick else (REPOSITORY / "experiments", REPOSITORY / "docs")
+    resolve_places(args, folders[0] / "position_encodings.json", folders[1] / "evidence.md")
     args.jobs = args.jobs or os.cpu_count()
     return args
 
@@ -100,6 +99,9 @@ def train_all(args, study: Study, results: Results, logger) -> bool:
     by_key = {run.key: run for run in planned(study)}
     missing = [run for run in by_key.values() if run.key not in results.section("runs")]
     if not missing:
+        logger.info(
+            f"all {len(by_key)} runs are recorded in {str(args.out)!r}, nothing is trained; --out elsewhere repeats"
+        )
         return True
     prepare_data(args, study, results, logger)
     origin = {"git_commit": monitor.git_commit(), "environment": results.environment(runs.environment())}

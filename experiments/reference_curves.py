@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from experiments import report, runs
 from experiments.comparisons import prediction_band
-from experiments.results import Results
+from experiments.results import Results, resolve_places
 from experiments.runs import Job, python
 from runtime import data, monitor, options
 from runtime.monitor import REPOSITORY
@@ -171,11 +171,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--work-dir", type=Path, default=Path("results/reference_curves"), help="data, latents and runs")
-    add("--out", type=Path, default=REFERENCE, help="JSON of the curves and their bands")
-    add("--report", type=Path, default=REPOSITORY / "docs" / "evidence.md", help="page to write")
+    add("--out", type=Path, default=None, help="JSON of the curves and their bands (None: tests/reference_curves.json)")
+    add("--report", type=Path, default=None, help="page to write (None: docs/evidence.md, --out with .md)")
     add("--jobs", type=options.count, default=None, help="runs at a time, one thread each (None: one per core)")
     args = parser.parse_args(argv)
     args.work_dir = args.work_dir.resolve()
+    resolve_places(args, REFERENCE, REPOSITORY / "docs" / "evidence.md")
     args.jobs = args.jobs or os.cpu_count()
     return args
 
@@ -198,6 +199,8 @@ def main(argv: list[str] | None = None) -> None:
         if not runs.run_all(jobs, args.jobs, record, logger):
             logger.info("stopped on request; repeat the same command to go on")
             sys.exit(130)
+    else:
+        logger.info(f"all {SEEDS} runs are recorded in {str(args.out)!r}, nothing is trained; --out elsewhere repeats")
     for name, band in bands(results.section("runs")).items():
         results.add("bands", name, band)
     write_page(args.report, results)

@@ -114,10 +114,11 @@ def write_page(path: Path, program: str, measured: Measured, data_folders: dict[
     figures.draw_curves(measured.steps, measured.of_runs("val_loss_ema"), images / "evidence_curves.png")
     figures.draw_tenths(measured.of_runs("val_loss_ema_tenths"), images / "evidence_tenths.png")
     figures.draw_attention(attention(measured), data_folders, images / "evidence_attention.png")
-    compared = comparisons.compare_all(measured.finals(), BASELINES)
+    compared = comparisons.compare_all(measured.finals())
     sections = [
         how_measured(measured, data_folders),
         final_losses(measured, compared),
+        by_step(measured),
         tenths(measured),
         beyond_grid(measured),
         translation(measured),
@@ -218,32 +219,41 @@ def steps_to_sincos(steps: np.ndarray, curves: dict[str, np.ndarray], variant: s
 
 
 def comparison_table(compared: list[Comparison]) -> str:
+    level = SIGNIFICANT / len(compared)
     rows = [
         [
             item.data_set,
-            f"{LABELS[item.variant]} − {LABELS[item.baseline]}",
+            pair_name(item),
             f"{item.difference:+.5f}",
             f"[{item.low:+.5f}, {item.high:+.5f}]",
             f"{100 * item.relative:+.2f} %",
             p_value(item.p),
             p_value(item.p_holm),
+            f"{100 * item.detectable(SIGNIFICANT):.1f} % ({100 * item.detectable(level):.1f} %)",
         ]
         for item in compared
     ]
     heads = ["data", "pair", "difference", "95 % bootstrap interval", "relative", "p", f"p, Holm over {len(compared)}"]
+    heads.append("would be found")
     note = (
         "Paired differences of the final loss (EMA weights; negative: the first of the pair is better). Intervals: "
-        "percentile bootstrap over the seeds, too narrow for so few (of five normal differences, about 84 % of such "
-        "intervals hold the true mean); p: two-sided paired t-test, which has no such defect. Judge by p."
+        "percentile bootstrap over the seeds, which for so few are too narrow; p: two-sided paired t-test, which has "
+        f"no such defect. Judge by p. Would be found: the true difference that the t-test finds at {SIGNIFICANT:g} "
+        f"with a probability of {100 * comparisons.POWER:g} %, were the seeds to vary as they do (in brackets: at "
+        f"{SIGNIFICANT:g} / {len(compared)}, where Holm's correction begins)."
     )
     return f"{note}\n\n{table(heads, rows)}"
+
+
+def pair_name(item: Comparison) -> str:
+    return f"{LABELS[item.variant]} − {LABELS[item.other]}"
 
 
 def findings(compared: list[Comparison]) -> str:
     """Sentences on what the comparisons say, for each data set and baseline."""
     lines = []
     for data_set in dict.fromkeys(item.data_set for item in compared):
-        for baseline in BASELINES:
+        for baseline, name in BASELINES.items():
             items = [item for item in compared if (item.data_set, item.baseline) == (data_set, baseline)]
             better, worse = (
                 [x for x in items if x.p_holm < SIGNIFICANT and sign * x.difference > 0] for sign in (-1, 1)
@@ -254,7 +264,7 @@ def findings(compared: list[Comparison]) -> str:
                 for group, what in ((better, "better"), (worse, "worse"), (open_, "not distinguishable from it"))
                 if group
             ]
-            lines.append(f"- {data_set}, against {LABELS[baseline]}: {'; '.join(parts)}.")
+            lines += [f"- {data_set}, against {name}: {'; '.join(parts)}."] if parts else []
     return f"At a corrected p below {SIGNIFICANT:g}:\n\n" + "\n".join(lines)
 
 
@@ -262,47 +272,100 @@ def named(items: Iterable[Comparison]) -> str:
     return ", ".join(f"{LABELS[item.variant]} ({100 * item.relative:+.2f} %)" for item in items)
 
 
+def point_table(compared: list[list[Comparison]], points: list[str]) -> str:
+    """A line for each pair with its relative difference at each point, marked by p, and below it what the marks say."""
+    rows = [[items[0].data_set, pair_name(items[0]), *map(marked, items)] for items in compared]
+    return f"{table(['data', 'pair', *points], rows)}\n\n{tally(compared)}"
+
+
+def marked(item: Comparison) -> str:
+    return f"{100 * item.relative:+.1f} %{mark(item)}"
+
+
+def mark(item: Comparison) -> str:
+    """Two daggers at a corrected p below 0.05, one at a p below 0.05 that is not."""
+    return " ‡" if item.p_holm < SIGNIFICANT else " †" if item.p < SIGNIFICANT else ""
+
+
+def tally(compared: list[list[Comparison]]) -> str:
+    """How many differences the marks stand for, by baseline."""
+    items = [item for points in compared for item in points]
+    parts = []
+    for baseline, name in BASELINES.items():
+        family = [item for item in items if item.baseline == baseline]
+        if family:
+            single, held = (sum(getattr(item, p) < SIGNIFICANT for item in family) for p in ("p", "p_holm"))
+            parts.append(f"against {name} {single} of {len(family)}, {held} after correction")
+    return (
+        f"†: p below {SIGNIFICANT:g} (paired t-test); ‡: also after Holm's correction over everything in this table "
+        f"with the same baseline. At p below {SIGNIFICANT:g}: {'; '.join(parts)}."
+    )
+
+
+def by_step(measured: Measured) -> str:
+    compared = comparisons.compare_points(measured.of_runs("val_loss_ema"))
+    return (
+        "### Differences by training step\n\nRelative differences of the held-out loss (EMA weights; negative: the "
+        f"first of the pair is better) at every validation.\n\n"
+        f"{point_table(compared, [f'step {step:,}' for step in measured.steps])}"
+    )
+
+
 def tenths(measured: Measured) -> str:
+    losses = measured.of_runs("val_loss_ema_tenths")
     rows = [
         [data_set, LABELS[variant], *(f"{loss:.4f}" for loss in values.mean(0))]
-        for data_set, by_variant in measured.of_runs("val_loss_ema_tenths").items()
+        for data_set, by_variant in losses.items()
         for variant, values in by_variant.items()
     ]
-    heads = ["data", "position encoding", *(f"{100 * k}–{100 * k + 99}" for k in range(10))]
+    parts = [f"{100 * k}–{100 * k + 99}" for k in range(TENTHS)]
     return (
         "### Loss by timestep\n\n![Held-out loss by tenth of the schedule, relative to sin-cos]"
         "(images/evidence_tenths.png)\n\nFinal held-out loss (EMA weights) in each tenth of the schedule, mean over "
-        f"seeds.\n\n{table(heads, rows)}"
+        f"seeds.\n\n{table(['data', 'position encoding', *parts], rows)}\n\n"
+        "Paired differences, relative to the second of the pair (negative: the first is better).\n\n"
+        f"{point_table(comparisons.compare_points(losses), parts)}"
     )
 
 
 def beyond_grid(measured: Measured) -> str:
-    baseline, *others = measured.study.beyond_grid_variants
+    baseline = measured.study.beyond_grid_variants[0]
     places = [(kind, size, ext) for kind in ("enlarged", "canvas") for size in CANVASES for ext in EXTENSIONS]
-    columns = [("trained", "as trained", SIZE, "–")]
-    columns += [(f"{kind}{size}/{extension}", kind, size, extension) for kind, size, extension in places]
+    losses = {
+        data_set: {
+            variant: np.stack([measured.of_section("beyond_grid", data_set, variant, name) for name in names], axis=1)
+            for variant in measured.study.beyond_grid_variants
+            if variant in by_variant
+        }
+        for data_set, by_variant in measured.keys.items()
+        for names in [[f"{kind}{size}/{extension}" for kind, size, extension in places]]
+    }
+    compared = comparisons.compare_points(losses)
+    heads = list(dict.fromkeys(pair_name(items[0]) for items in compared))
     rows = []
-    for data_set, by_variant in measured.keys.items():
-        for name, kind, size, extension in columns:
+    for data_set, by_variant in losses.items():
+        cells = {
+            pair_name(items[0]): [
+                f"{change(*(by_variant[name][:, k] for name in item.pair))}{mark(item)}" for k, item in enumerate(items)
+            ]
+            for items in compared
+            if items[0].data_set == data_set
+        }
+        for k, (kind, size, extension) in enumerate(places):
             tokens = f"{size // TOKEN} × {size // TOKEN}"
-            losses = {
-                variant: measured.of_section("beyond_grid", data_set, variant, name)
-                for variant in (baseline, *others)
-                if variant in by_variant
-            }
-            cells = [plus_minus(losses[baseline])]
-            cells += [change(losses[other], losses[baseline]) if other in losses else "–" for other in others]
-            rows.append([data_set, kind, tokens, extension, *cells])
-    heads = ["data", "images", "tokens", "positions", f"{LABELS[baseline]}: loss"]
-    heads += [f"{LABELS[other]}: difference" for other in others]
+            found = [cells[head][k] if head in cells else "–" for head in heads]
+            rows.append([data_set, kind, tokens, extension, plus_minus(by_variant[baseline][:, k]), *found])
     canvases = " or ".join(map(str, CANVASES))
     return (
         "### Beyond the training grid\n\nThe same checkpoints on larger grids: held-out loss (EMA weights, "
-        f"{BEYOND_GRID_IMAGES} of the held-out images) of {LABELS[baseline]}, and paired differences to it in percent; "
-        "mean ± standard deviation over seeds. Compare along a row only: other images have other losses. Enlarged: the "
-        f"held-out image resized to {canvases} pixels. Canvas: held-out content at the trained scale on {canvases} "
-        f"pixels: {' or '.join(CANVAS_CONTENT[data_set] for data_set in measured.keys)}. sin-cos has a table for the "
-        f"trained grid alone, and the variants with R = 2 were not measured here.\n\n{table(heads, rows)}"
+        f"{BEYOND_GRID_IMAGES} of the held-out images) of {LABELS[baseline]}, and paired differences in percent "
+        "(negative: the first of the pair is better); mean ± standard deviation over seeds. Compare along a row only: "
+        f"other images have other losses. Enlarged: the held-out image resized to {canvases} pixels. Canvas: held-out "
+        f"content at the trained scale on {canvases} pixels: "
+        f"{' or '.join(CANVAS_CONTENT[data_set] for data_set in measured.keys)}. sin-cos has a table for the trained "
+        "grid alone, and the variants with R = 2 were not measured here.\n\n"
+        f"{table(['data', 'images', 'tokens', 'positions', f'{LABELS[baseline]}: loss', *heads], rows)}\n\n"
+        f"{tally(compared)}"
     )
 
 

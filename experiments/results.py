@@ -1,5 +1,6 @@
 """The file that keeps what a study measured: one JSON, replaced whole after every finished part."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -18,6 +19,8 @@ class Results:
         self.values = {"settings": json.loads(json.dumps(settings))}
         if path.exists():
             stored = monitor.read_json(path)
+            if not isinstance(stored, dict) or not all(isinstance(part, dict) for part in stored.values()):
+                raise UserError(f"{str(path)!r} holds no results of a study; use another --out")
             listed = differences(stored.get("settings", {}), self.values["settings"])
             if listed:
                 raise UserError(
@@ -42,6 +45,23 @@ class Results:
                 return number
         self.add("environment", str(len(known) + 1), described)
         return str(len(known) + 1)
+
+
+def resolve_places(args: argparse.Namespace, out: Path, report: Path) -> None:
+    """Set what the command leaves out: --out, and --report, which goes beside an --out that is given.
+
+    Raises UserError for a place that cannot be written.
+    """
+    args.report = args.report or (report if args.out is None else args.out.with_suffix(".md"))
+    args.out = args.out or out
+    for option, path in (("--out", args.out), ("--report", args.report)):
+        if path.is_dir():
+            raise UserError(f"{option} {str(path)!r} is a folder; expected the name of a file")
+    for option, folder in (("--work-dir", args.work_dir), ("--out", args.out.parent), ("--report", args.report.parent)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{option}: {str(folder)!r} cannot be made ({error.strerror}); choose another") from error
 
 
 def rounded(value):

@@ -27,8 +27,10 @@ TINY_RUN = {
 }
 TINY_XS = {"depth": 2, "hidden_size": 64}  # head dimension 32; a checkpoint of 3 MB in place of 30
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, whose children would ignore it too
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell's background job ignores SIGINT, and one under nohup SIGHUP; the processes that the tests start would too.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 @pytest.fixture

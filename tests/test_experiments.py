@@ -135,6 +135,29 @@ def test_results_are_one_line_a_run_and_belong_to_their_settings(tmp_path):
     assert str(error.value) == (
         f"{str(path)!r} holds results of other settings: steps 3 (now 4); remove it or use another --out"
     )
+    for text in ("[]", "3", '{"settings": []}', '{"settings": null}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match="holds no results of a study; use another --out$"):
+            Results(path, {"steps": 3})
+
+
+def test_environments_are_numbered_and_each_kept_once(tmp_path):
+    results = Results(tmp_path / "results.json", {})
+    assert [results.environment({"torch": version}) for version in ("1", "2", "1")] == ["1", "2", "1"]
+    assert results.section("environment") == {"1": {"torch": "1"}, "2": {"torch": "2"}}
+
+
+@pytest.mark.parametrize("program", [position_encodings, reference_curves])
+def test_places_that_cannot_be_written_are_refused_at_once(program, tmp_path, refused):
+    file = tmp_path / "file"
+    file.touch()
+    for option in ("--out", "--report"):
+        expected = f"{option} {str(tmp_path)!r} is a folder; expected the name of a file"
+        assert refused(program.main, ["--work-dir", tmp_path / "work", option, tmp_path]) == expected
+    line = refused(program.main, ["--work-dir", file / "below"])
+    assert line.startswith("--work-dir: ") and line.endswith("cannot be made (Not a directory); choose another")
+    args = program.parse_args(["--work-dir", str(tmp_path / "work"), "--out", str(tmp_path / "again.json")])
+    assert args.report == tmp_path / "again.md"  # another run of the study leaves the published page alone
 
 
 # Data sets
@@ -338,7 +361,7 @@ def test_recorded_runs_without_weights_are_named(tmp_path, monkeypatch, refused)
 
 def test_comparison_is_the_paired_t_test_with_a_bootstrap_interval_of_the_mean_difference():
     values, baseline = np.array([1.0, 2.1, 3.2, 3.9, 5.3]), np.array([1.2, 2.0, 3.6, 4.4, 5.3])
-    found = comparisons.compare(values, baseline, "digits", ("a", "b"))
+    found = comparisons.compare(values, baseline, "digits", ("a", "b", "b"))
     differences = values - baseline
     t = differences.mean() / (differences.std(ddof=1) / np.sqrt(5))
     assert found.difference == pytest.approx(-0.2) and found.relative == pytest.approx(-0.2 / 3.3)
@@ -353,18 +376,50 @@ def test_holm_multiplies_the_smallest_p_by_the_number_of_comparisons_and_keeps_t
     assert comparisons.holm(np.array([0.9, 0.8])) == pytest.approx([1, 1])
 
 
-def test_every_variant_is_compared_with_both_baselines_and_each_pair_once():
+def random_losses(*shape: int) -> dict:
     random = np.random.default_rng(0)
-    finals = {"digits": {name: random.random(5) for name in ("sincos", "axial", "spiral4_clamp", "spiral4_exact")}}
-    compared = comparisons.compare_all(finals, plan.BASELINES)
-    assert [(item.variant, item.baseline) for item in compared] == [
-        ("spiral4_clamp", "axial"),
-        ("spiral4_exact", "axial"),
-        ("axial", "sincos"),
-        ("spiral4_clamp", "sincos"),
-        ("spiral4_exact", "sincos"),
-    ]
+    variants = ("sincos", "axial", "spiral4_clamp", "spiral4_exact")
+    return {data_set: {name: random.random(shape) for name in variants} for data_set in ("digits", "photographs")}
+
+
+PAIRS = [
+    ("spiral4_clamp", "axial"),
+    ("spiral4_exact", "axial"),
+    ("axial", "sincos"),
+    ("spiral4_clamp", "sincos"),
+    ("spiral4_exact", "sincos"),
+    ("spiral4_clamp", "spiral4_exact"),
+]
+
+
+def test_every_variant_is_compared_with_both_baselines_and_the_borders_with_each_other():
+    compared = comparisons.compare_all(random_losses(5))
+    assert [item.pair for item in compared] == 2 * PAIRS
     assert [item.p_holm for item in compared] == list(comparisons.holm(np.array([item.p for item in compared])))
+    assert len([pair for pair in plan.pairs(plan.VARIANTS) if pair[2] == "exact"]) == 2
+    assert plan.pairs(("sincos", "spiral4_clamp")) == [("spiral4_clamp", "sincos", "sincos")]
+
+
+def test_points_are_compared_each_by_itself_and_corrected_over_all_of_their_baseline():
+    losses = random_losses(5, 3)
+    compared = comparisons.compare_points(losses)
+    assert [items[0].pair for items in compared if items[0].data_set == "photographs"] == PAIRS
+    family = [item for items in compared for item in items if item.baseline == "axial"]
+    assert len(family) == 2 * 2 * 3
+    assert [item.p_holm for item in family] == list(comparisons.holm(np.array([item.p for item in family])))
+    second = next(items for items in compared if (items[0].data_set, items[0].pair) == ("photographs", PAIRS[0]))[1]
+    values, others = (losses["photographs"][name][:, 1] for name in PAIRS[0])
+    assert second.p == pytest.approx(stats.ttest_1samp(values - others, 0).pvalue)
+    assert second.relative == pytest.approx(values.mean() / others.mean() - 1)
+
+
+def test_the_difference_that_would_be_found_is_found_in_four_of_five_simulated_studies():
+    for n, level in ((5, 0.05), (5, 0.005), (3, 0.05)):
+        effect = comparisons.standardized_difference(n, level)
+        samples = np.random.default_rng(0).normal(effect, 1, (20000, n))
+        found = (stats.ttest_1samp(samples, 0, axis=1).pvalue < level).mean()
+        assert found == pytest.approx(0.8, abs=0.01)
+    assert comparisons.standardized_difference(2, 0.05 / 9) > 50  # two seeds find next to nothing
 
 
 def test_bands_are_students_intervals_for_the_mean_and_for_one_more_run():
@@ -583,7 +638,9 @@ def made_up(tmp_path):
         if run.variant in SMALL.beyond_grid_variants:
             names = [f"{kind}{size}/{extension}" for kind in ("enlarged", "canvas") for size in (192, 256)
                      for extension in evaluation.EXTENSIONS]  # fmt: skip
-            results.add("beyond_grid", run.key, dict.fromkeys(["trained", *names], LOSSES[run.variant]))
+            results.add(
+                "beyond_grid", run.key, dict.fromkeys(["trained", *names], LOSSES[run.variant] * (1 + run.seed / 100))
+            )
         if run.seed == 0 and run.variant in SMALL.attention_variants:
             results.add("attention", run.key, {"image": "val/a.png", "maps": random.random((3, 64)).tolist()})
     return results
@@ -617,9 +674,12 @@ def test_the_page_says_what_was_measured(page, made_up):
     assert re.search(r"- digits, against axial RoPE: .* not distinguishable from it\.", text)
     assert "| digits | axial RoPE | 3e-06 % | 50.00 ± 0.00 % |" in text
     assert "| digits | sin-cos | 25.00 ± 0.00 % | 50.00 ± 0.00 % |" in text
-    losses = "0.0625 ± 0.0000 | +100.00 ± 0.00 % | -50.00 ± 0.00 % |"
+    losses = "0.0631 ± 0.0006 | +100.00 ± 0.00 % ‡ | -50.00 ± 0.00 % ‡ | +300.00 ± 0.00 % ‡ |"
     assert f"| digits | enlarged | 12 × 12 | extrapolate | {losses}" in text
-    assert "| photographs | canvas | 16 × 16 | interpolate | 0.0625 ± 0.0000 | – | – |" in text
+    assert "against axial RoPE 16 of 16, 16 after correction; against the exact border 8 of 8, 8 after" in text
+    assert re.search(r"\| digits \| axial RoPE − sin-cos( \| -\d+\.\d % ‡){3} \|", text)  # at each of three steps
+    assert re.search(r"\| photographs \| axial RoPE − sin-cos( \| -\d+\.\d % ‡){10} \|", text)  # in each tenth
+    assert "| photographs | canvas | 16 × 16 | interpolate | 0.0631 ± 0.0006 | – | – | – |" in text
     assert "| DiT-B/4 | 33 | 2.4 | 28 |" in text
     # at 0.001 and 0.003 the made-up losses of one seed are those of two runs that differ by noise
     finals = {run.key: made_up.section("runs")[run.key]["val_loss_ema"][-1] for run in plan.sweep_runs(SMALL)}
