@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import time
 from functools import cache
 from pathlib import Path
@@ -28,7 +29,7 @@ MARGIN = 2  # tokens at each edge that the translation test on a whole grid leav
 CANVAS = 10  # tokens a side of the canvas on which 8 x 8 tokens are moved
 ATTENTION_TIMESTEP = 200
 QUERIES = ((2, 2), (3, 5), (6, 3))  # (row, column) of the tokens whose attention is drawn
-ATTENTION_IMAGES = {"digits": "7", "photographs": "coffee"}  # the first held-out image of this class
+ATTENTION_IMAGES = {"digits": "7/0467.png", "photographs": "camera/01.png"}  # held out
 SETTINGS = {  # stored with results, which were measured with these
     "beyond_grid_images": BEYOND_GRID_IMAGES,
     "translated_images": TRANSLATED_IMAGES,
@@ -48,7 +49,7 @@ def start_worker() -> None:
 
 
 def measure(weights: Path, data_root: Path, vae: Path, beyond_grid: bool, attention: str | None) -> dict:
-    """All measurements of one run's averaged weights, by section of the results. attention names a class, or None."""
+    """All measurements of one run's averaged weights, by section of the results. attention: an image in val, or None."""
     began = time.process_time()
     found = {"translation": translation(weights, data_root, vae)}
     if beyond_grid:
@@ -183,11 +184,11 @@ def relative_change(changed: Tensor, original: Tensor) -> float:
 
 
 @torch.no_grad()
-def attention_maps(weights: Path, data_root: Path, vae: Path, label: str) -> dict:
-    """Attention of QUERIES to every token, averaged over heads and blocks, on the first held-out image of a class."""
+def attention_maps(weights: Path, data_root: Path, vae: Path, name: str) -> dict:
+    """Attention of QUERIES to every token, averaged over heads and blocks, on the held-out image val/name."""
     trained = checkpoint.load_trained(weights)
     images = held_out(data_root / "val", SIZE, vae)
-    row = int((images.labels == trained.classes.index(label)).nonzero()[0])
+    row = data.ImageList(data_root / "val").paths.tolist().index(os.fsencode(name))
     x_start = posterior_means(images)[row : row + 1]
     t = torch.tensor([ATTENTION_TIMESTEP])
     noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(0))
@@ -195,7 +196,7 @@ def attention_maps(weights: Path, data_root: Path, vae: Path, label: str) -> dic
     averaged = record_attention(trained.model, x, t, images.labels[row : row + 1])  # (tokens, tokens)
     width = trained.model.grid[1]
     maps = [averaged[i * width + j].tolist() for i, j in QUERIES]
-    return {"image": str(data.ImageList(data_root / "val").path(row).relative_to(data_root)), "maps": maps}
+    return {"image": f"val/{name}", "maps": maps}
 
 
 def record_attention(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

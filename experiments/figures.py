@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 from experiments.comparisons import confidence_band
-from experiments.evaluation import QUERIES
+from experiments.evaluation import ATTENTION_TIMESTEP, QUERIES
 from experiments.plan import LABELS
 from runtime.monitor import save_figure
 
@@ -27,13 +28,14 @@ def draw_curves(steps: np.ndarray, curves: dict[str, dict[str, np.ndarray]], pat
     figure, (above, below) = grid_of_panels(len(curves))
     for axes, relative, (data_set, by_variant) in zip(above, below, curves.items(), strict=True):
         draw_lines(axes, steps, by_variant)
-        axes.set(title=data_set, xlabel="training step", ylabel="held-out loss (MSE of the noise)", yscale="log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.set(title=data_set, xlabel="training step", ylabel="held-out loss (MSE of the noise)")
+        use_log_scale(axes)
         draw_relative(relative, steps, by_variant, "axial", left_out=("sincos",))
         relative.set(xlabel="training step")
     seeds = len(next(iter(next(iter(curves.values())).values())))
-    figure.suptitle(f"Held-out denoising loss of the EMA weights: mean over {seeds} seeds, 95 % confidence bands")
+    figure.suptitle(
+        f"Held-out denoising loss of the EMA weights: mean over {seeds} seeds, 95 % confidence interval at each point"
+    )
     save_figure(figure, path)
 
 
@@ -43,10 +45,11 @@ def draw_tenths(tenths: dict[str, dict[str, np.ndarray]], path: Path) -> None:
     middles = 100 * np.arange(10) + 50
     for axes, relative, (data_set, by_variant) in zip(above, below, tenths.items(), strict=True):
         draw_relative(axes, middles, by_variant, "sincos")
+        axes.legend(fontsize="small")
         axes.set(title=data_set, xlabel="timestep (middle of its tenth of the schedule)")
         draw_relative(relative, middles, by_variant, "axial", left_out=("sincos",))
         relative.set(xlabel="timestep (middle of its tenth of the schedule)")
-    figure.suptitle("Final held-out loss of the EMA weights by timestep, with 95 % confidence bands")
+    figure.suptitle("Final held-out loss of the EMA weights by timestep, 95 % confidence interval at each point")
     save_figure(figure, path)
 
 
@@ -56,14 +59,29 @@ def grid_of_panels(columns: int) -> tuple[Figure, np.ndarray]:
     return figure, figure.subplots(2, columns, squeeze=False)
 
 
+def use_log_scale(axes) -> None:
+    """A logarithmic y axis over about one decade, with numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), numticks=100))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def draw_relative(
     axes, x: np.ndarray, by_variant: dict[str, np.ndarray], baseline: str, left_out: tuple[str, ...] = ()
 ) -> None:
-    """Losses (seeds, points) relative to a baseline's at the same seed, in percent."""
+    """Losses (seeds, points) relative to a baseline's at the same seed, in percent, side by side at every point."""
     axes.axhline(0, color=STYLES[baseline][0], linewidth=1, label=LABELS[baseline])
     others = {name: values for name, values in by_variant.items() if name not in (baseline, *left_out)}
-    draw_lines(axes, x, {name: 100 * (values / by_variant[baseline] - 1) for name, values in others.items()})
+    apart = 0.1 * (x[1] - x[0])
+    for place, (variant, values) in enumerate(others.items()):
+        colour, dashes = STYLES[variant]
+        mean, half = confidence_band(100 * (values / by_variant[baseline] - 1))
+        shifted = x + (place - (len(others) - 1) / 2) * apart
+        style = {"color": colour, "linestyle": dashes, "linewidth": 1, "marker": ".", "capsize": 2}
+        axes.errorbar(shifted, mean, yerr=half, label=LABELS[variant], **style)
     axes.set_ylabel(f"loss relative to {LABELS[baseline]} (%)")
+    axes.grid(alpha=0.3)
 
 
 def draw_lines(axes, x: np.ndarray, by_variant: dict[str, np.ndarray]) -> None:
@@ -100,7 +118,10 @@ def draw_attention(found: dict[str, dict[str, dict]], data_folders: dict[str, Pa
                 axes.set_title(LABELS[variant], fontsize="medium")
                 axes.set(xticks=[], yticks=[])
             figure.colorbar(picture, ax=axes, label="attention (%)", shrink=0.8)  # one scale for all variants
-    figure.suptitle("Attention of query tokens (framed) after training, mean over heads and blocks, seed 0")
+    figure.suptitle(
+        f"Attention of query tokens (framed) at timestep {ATTENTION_TIMESTEP} after training, mean over heads and "
+        "blocks, seed 0"
+    )
     save_figure(figure, path)
 
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from experiments import report, runs
 from experiments.comparisons import prediction_band
+from experiments.figures import use_log_scale
 from experiments.results import Results, resolve_places
 from experiments.runs import Job, python
 from runtime import data, monitor, options
@@ -133,12 +134,20 @@ def draw(reference: dict[str, dict], path: Path) -> None:
         title=f"The demo's losses: mean of {SEEDS} seeds, band in which one more run falls ({100 * CONFIDENCE:g} %)",
         xlabel="training step",
         ylabel="loss",
-        yscale="log",
     )
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.grid(alpha=0.3, which="both")
+    use_log_scale(axes)
+    axes.set_ylim(0.9 * min(min(band["mean"]) for band in reference.values()) / 1.5, None)
+    axes.grid(alpha=0.3)
     axes.legend()
     monitor.save_figure(figure, path)
+
+
+def at_step(band: dict[str, list], step: int) -> str:
+    """Mean ± half-width, or a dash where the curve has no such step."""
+    if step not in band["step"]:
+        return "–"
+    place = band["step"].index(step)
+    return f"{band['mean'][place]:.4f} ± {band['half'][place]:.4f}"
 
 
 def write_page(page: Path, results: Results) -> None:
@@ -147,9 +156,8 @@ def write_page(page: Path, results: Results) -> None:
     images.mkdir(parents=True, exist_ok=True)
     draw(reference, images / "evidence_reference.png")
     rows = []
-    for step in sorted(set.intersection(*(set(band["step"]) for band in reference.values()))):
-        places = ((band, band["step"].index(step)) for band in reference.values())
-        rows.append([f"{step:,}", *(f"{band['mean'][k]:.4f} ± {band['half'][k]:.4f}" for band, k in places)])
+    for step in sorted(set.union(*(set(band["step"]) for band in reference.values()))):
+        rows.append([f"{step:,}", *(at_step(band, step) for band in reference.values())])
     heads = ["step", "training loss", "held-out loss, raw weights", "held-out loss, EMA weights"]
     text = (
         "## Reference curves of the demo\n\n![Training and held-out loss of the demo by step]"

@@ -43,7 +43,8 @@ python -m experiments.reference_curves              # the losses to expect of th
 ```
 
 Both go on after an interruption when they are repeated, and only write their part of this page when everything is
-measured. Results are kept in `experiments/position_encodings.json` and `tests/reference_curves.json`.
+measured. Results are kept in `experiments/position_encodings.json` and `tests/reference_curves.json`; what is there is
+not measured again. `--out again.json` measures everything anew, and writes its page to `again.md`.
 """
 GFLOP_PER_IMAGE = {"DiT-B/4": 33, "DiT-B/2": 138, "DiT-XL/2": 712}  # forward and backward, at 256 x 256 pixels
 STEPS, BATCH = 400_000, 256  # of the published comparison

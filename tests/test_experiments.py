@@ -555,11 +555,11 @@ def test_rolled_content_comes_back_to_its_place(trained_run, monkeypatch):
 
 
 @pytest.mark.usefixtures("tiny_commands")
-def test_attention_is_measured_on_the_first_image_of_a_class(trained_run):
-    found = evaluation.attention_maps(*trained_run, "7")
+def test_attention_is_measured_on_the_named_image(trained_run):
+    found = evaluation.attention_maps(*trained_run, "7/a.png")
     assert found["image"] == "val/7/a.png" and np.shape(found["maps"]) == (len(evaluation.QUERIES), 64)
     assert np.sum(found["maps"], axis=1) == pytest.approx([1, 1, 1])
-    assert found["maps"] != evaluation.attention_maps(*trained_run, "5")["maps"]
+    assert found["maps"] != evaluation.attention_maps(*trained_run, "5/a.png")["maps"]
 
 
 def test_reconstruction_psnr_is_that_of_the_pixels(trained_run, monkeypatch):
