@@ -49,7 +49,7 @@ def start_worker() -> None:
 
 
 def measure(weights: Path, data_root: Path, vae: Path, beyond_grid: bool, attention: str | None) -> dict:
-    """All measurements of one run's averaged weights, by section of the results. attention: an image in val, or None."""
+    """All measurements of one run's averaged weights, by section of the results; attention: an image in val or None."""
     began = time.process_time()
     found = {"translation": translation(weights, data_root, vae)}
     if beyond_grid:
