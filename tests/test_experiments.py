@@ -726,27 +726,69 @@ def test_the_demo_recipe_is_the_one_of_run_all():
     assert f"MAX_STEPS:-{args.max_steps}}}" in (position_encodings.REPOSITORY / "run_all.sh").read_text()
 
 
-def test_a_run_outside_the_band_is_named():
-    def run(value):
-        return {name: {"step": [300], "value": [value]} for name in reference_curves.CURVES}
+def curves_with(values: list[float]) -> dict:
+    return {
+        name: {"step": list(range(100, 100 * len(values) + 1, 100)), "value": values}
+        for name in reference_curves.CURVES
+    }
 
-    bands = reference_curves.bands({f"seed{seed}": run(0.1 + 0.001 * seed) for seed in range(5)})
+
+def test_a_run_outside_the_band_is_named():
+    bands = reference_curves.bands({f"seed{seed}": curves_with([0.1 + 0.001 * seed]) for seed in range(5)})
     half = stats.t.ppf(0.995, 4) * np.std([0, 1, 2, 3, 4], ddof=1) * 0.001 * np.sqrt(1.2)
     assert bands["loss"]["mean"] == pytest.approx([0.102]) and bands["loss"]["half"] == pytest.approx([half])
-    assert reference_curves.outside(run(0.102 + 0.99 * half), bands) == []
-    assert reference_curves.outside(run(0.2), bands)[0] == f"loss at step 300: 0.2, expected 0.102 ± {half:.2g}"
-    assert len(reference_curves.outside(run(float("nan")), bands)) == 3
+    assert reference_curves.outside(curves_with([0.102 + 0.99 * half]), bands) == []
+    assert reference_curves.outside(curves_with([0.2]), bands)[0] == ("loss", 100, 0.2, *map(approx, (0.102, half)))
+    assert len(reference_curves.outside(curves_with([float("nan")]), bands)) == 3
+
+
+def approx(value: float):
+    return pytest.approx(value)
+
+
+def test_a_run_may_leave_the_band_at_a_tenth_of_its_points_but_not_at_the_last_step():
+    bands = reference_curves.bands({f"seed{seed}": curves_with([0.1 + 0.001 * seed] * 10) for seed in range(5)})
+    good, bad = 0.102, 0.2
+    assert reference_curves.falls_in(curves_with([bad] + 9 * [good]), bands)
+    assert not reference_curves.falls_in(curves_with([bad] * 2 + 8 * [good]), bands)
+    assert not reference_curves.falls_in(curves_with(9 * [good] + [bad]), bands)
+    assert reference_curves.falls_in(curves_with(5 * [good]), bands)  # stopped half-way
+
+
+def test_a_run_is_checked_against_the_reference(tmp_path, refused, caplog, capsys):
+    reference = json.loads(reference_curves.REFERENCE.read_text())["bands"]["loss"]
+    arguments = ["--work-dir", tmp_path, "--check", tmp_path / "run"]
+    name = repr(str(tmp_path / "run"))
+    assert refused(reference_curves.main, arguments) == (
+        f"--check {name} holds no metrics.jsonl; give the --results-dir of a run of train.py"
+    )
+    (tmp_path / "run").mkdir()
+
+    def write(steps, factor):
+        rows = zip(steps, reference["mean"], strict=True)
+        lines = [json.dumps({"step": step, "loss": factor * mean}) for step, mean in rows]
+        (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+    write(reference["step"], 1.0)
+    reference_curves.main([str(argument) for argument in arguments])
+    assert "20 of 20 points are in the reference band" in capsys.readouterr().out
+    write(reference["step"], 2.0)
+    assert refused(reference_curves.main, arguments).startswith(f"--check {name} does not fall in the reference band;")
+    write([step + 1 for step in reference["step"]], 1.0)
+    assert refused(reference_curves.main, arguments) == (
+        f"--check {name} has no loss at a step of the reference, which has every 100 steps; give a run of the demo's "
+        "settings"
+    )
 
 
 @pytest.mark.slow
 def test_a_fresh_demo_run_falls_in_the_reference_band(tmp_path, logger):
-    reference = json.loads(reference_curves.REFERENCE.read_text())
+    reference = json.loads(reference_curves.REFERENCE.read_text())["bands"]
     recipe = reference_curves.demo_recipe()
     latents = reference_curves.prepare_latents(tmp_path, recipe["image_size"])
     fresh = reference_curves.SEEDS  # a seed that the bands were not made of
     job = reference_curves.training_job(fresh, tmp_path / "run", latents, recipe)
     assert runs.run_all([job], 1, lambda job: None, logger)
-    left = reference_curves.outside(reference_curves.curves_of(job.folder), reference["bands"])
-    points = sum(len(band["step"]) for band in reference["bands"].values())
-    assert len(left) <= points / 10, left  # a short rise of the loss may leave a band that holds for single points
-    assert not [line for line in left if f"at step {recipe['max_steps']}:" in line], left
+    curves = reference_curves.curves_of(job.folder)
+    assert len(reference_curves.points(curves, reference)) == sum(len(band["step"]) for band in reference.values())
+    assert reference_curves.falls_in(curves, reference), reference_curves.outside(curves, reference)
