@@ -135,7 +135,7 @@ def falls_in(curves: dict[str, dict], reference: dict[str, dict]) -> bool:
 
 
 def check(folder: Path, results: Results, logger) -> None:
-    """Say where a run of train.py leaves the bands. Raises UserError where it cannot be compared or does not fall in."""
+    """Say where a run of train.py leaves the bands. Raises UserError where it does not fall in."""
     if not (folder / "metrics.jsonl").exists():
         raise UserError(f"--check {str(folder)!r} holds no metrics.jsonl; give the --results-dir of a run of train.py")
     curves, reference = curves_of(folder), results.section("bands")
