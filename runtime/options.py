@@ -102,6 +102,11 @@ class Parser(argparse.ArgumentParser):
                 )
         return super().parse_known_args(args, namespace)
 
+    def _check_value(self, action: argparse.Action, value) -> None:
+        if action.choices is not None and value not in action.choices:  # Python's own words differ from 3.12.8 on
+            listed = ", ".join(map(repr, action.choices))
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r} (choose from {listed})")
+
     def error(self, message: str):
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:

@@ -69,7 +69,7 @@ def linger() -> None:
     draw = sampling.IndexedNoise.__call__
 
     def waiting(self, like):
-        time.sleep(0.03)
+        time.sleep(0.1)
         return draw(self, like)
 
     sampling.IndexedNoise.__call__ = waiting

@@ -41,11 +41,12 @@ SMALL = plan.Study(
 FAKE_RUN = """
 import pathlib, signal, sys, time
 folder, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+waits = folder.parent / sys.argv[3] if len(sys.argv) > 3 else None
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 with open(folder / "started", "a") as file:
     file.write("x")
 end = time.monotonic() + seconds
-while time.monotonic() < end:
+while time.monotonic() < end or waits and not (waits / "started").exists():
     time.sleep(0.01)
 print("last line")
 if len(sys.argv) == 3:
@@ -55,11 +56,14 @@ if len(sys.argv) == 3:
 
 @pytest.fixture
 def fake_job(tmp_path):
-    """Maker of a run that sleeps: fake_job("a", 0.1); with fails=True it ends without being finished."""
+    """Maker of a run that sleeps: fake_job("a", 0.1).
 
-    def make(key: str, seconds: float, fails: bool = False) -> runs.Job:
+    With fails_after="b" it ends without being finished, once run b, which may be itself, has started.
+    """
+
+    def make(key: str, seconds: float, fails_after: str | None = None) -> runs.Job:
         folder = tmp_path / key
-        extra = ["fails"] if fails else []
+        extra = [fails_after] if fails_after else []
         return runs.Job(key, folder, [sys.executable, "-c", FAKE_RUN, str(folder), str(seconds), *extra])
 
     return make
@@ -87,7 +91,7 @@ def test_processor_time_adds_up_over_interruptions(fake_job, logger):
 
 
 def test_a_failed_run_stops_the_others_and_names_its_output(fake_job, logger):
-    slow, failing = fake_job("slow", 600), fake_job("failing", 0.5, fails=True)
+    slow, failing = fake_job("slow", 600), fake_job("failing", 0, fails_after="slow")
     with pytest.raises(UserError) as error:
         runs.run_all([slow, failing], 2, lambda job: pytest.fail("nothing finished"), logger)
     assert str(error.value) == (
@@ -98,7 +102,7 @@ def test_a_failed_run_stops_the_others_and_names_its_output(fake_job, logger):
 
 
 def test_runs_that_fail_together_are_one_message(fake_job, logger):
-    jobs = [fake_job(key, 0, fails=True) for key in ("a", "b")]
+    jobs = [fake_job(key, 0, fails_after=key) for key in ("a", "b")]
     for job in jobs:
         job.start()
     for job in jobs:

@@ -92,7 +92,11 @@ def server(monkeypatch, tmp_path):
     server = StandIn()
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    huggingface_hub.utils.close_session()  # the next one looks at the proxies anew
     constants = huggingface_hub.constants  # the library has read the environment already
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"

@@ -3,13 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, command_line
+from conftest import TINY_RUN, TORCHRUN, command_line
 from PIL import Image
 
 import cache_latents
@@ -34,11 +33,10 @@ def on_cpu(monkeypatch):
 def torchrun(script: str, options: dict) -> str:
     """Output of a command on two gloo processes."""
     process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / script]
-        + command_line(options),
+        [*TORCHRUN, ROOT / script, *command_line(options)],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
     )
     assert process.returncode == 0, process.stdout + process.stderr

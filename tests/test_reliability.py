@@ -11,7 +11,7 @@ import fuzz_checkpoint
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, command_line
+from conftest import TINY_RUN, TORCHRUN, command_line
 from test_run_all import Repository
 
 import cache_latents
@@ -47,7 +47,7 @@ def test_sampling_killed_again_and_again(run, tmp_path):
         [*command, "--ckpt", run / "checkpoints" / "0000007.pt", "--", *command_line(options)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env=ENVIRONMENT,
     )
     assert process.returncode == 0, process.stdout + process.stderr
@@ -77,14 +77,13 @@ train.main()
 def test_torchrun_recovers_from_a_killed_process(image_folder, vae_folder, tmp_path):
     """Rank 0, which holds the lock and has a data worker that outlives it, is killed: both start again and go on."""
     (tmp_path / "dies_once.py").write_text(DIES_ONCE.format(tests=str(TESTS)))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     options = TINY_RUN | {"data_path": image_folder, "vae": vae_folder, "results_dir": tmp_path / "run"}
     options |= {"ckpt_every": 2, "num_workers": 1, "log_every": 1}
     process = subprocess.run(
-        [*torchrun, tmp_path / "dies_once.py", *command_line(options)],
+        [*TORCHRUN, "--max-restarts=1", tmp_path / "dies_once.py", *command_line(options)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env=ENVIRONMENT,
     )
     assert process.returncode == 0, process.stdout + process.stderr
@@ -395,23 +394,14 @@ def test_real_processes_end_with_one_line(image_folder, vae_folder, run, tmp_pat
          "of sample_ddp.py, with images arr_0 uint8 (N, H, W, 3) and labels arr_1 (N,)"),
         ("visualize_rope.py", ["--rope-theta", "-1"], "argument --rope-theta: '-1' is not a number > 0"),
     ]  # fmt: skip
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
-    commands = [[ROOT / script, *arguments] for script, arguments, _ in cases]
-    commands.append([*torchrun, *training, "--global-batch-size=7"])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-            env=ENVIRONMENT,
-        )
-        for command in commands
-    ]
-    results = [(*process.communicate(timeout=300), process.returncode) for process in processes]
-    for (script, _, line), result in zip(cases, results[:-1], strict=True):
+    commands = [[sys.executable, ROOT / script, *arguments] for script, arguments, _ in cases]
+    captured = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, **captured) for command in commands]
+    results = [(*process.communicate(timeout=600), process.returncode) for process in processes]
+    for (script, _, line), result in zip(cases, results, strict=True):
         assert result == ("", f"{script}: error: {line}\n", 2)
     line = "--global-batch-size 7 is not divisible by 2 processes x 1 micro-batches; use a multiple of 2"
-    assert results[-1][1].count(f"train.py: error: {line}\n") == 1  # beside torchrun's own summary
+    command = [*TORCHRUN, ROOT / "train.py", *training, "--global-batch-size=7"]
+    both = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, timeout=600, **captured)
+    assert both.stderr.count(f"train.py: error: {line}\n") == 1  # beside torchrun's own summary
     assert [path.name for path in tmp_path.iterdir()] == ["input"]

@@ -34,7 +34,7 @@ stage = next(a for a in arguments if a.endswith(".py") or a in ("runtime.data", 
 if stage == os.environ.get("STUB_WAIT") and "--print-name" not in arguments:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(os.environ.get("STUB_WAIT_STATUS", 0))))
     pathlib.Path(os.environ["STUB_LOG"] + ".ready").touch()
-    time.sleep(60)
+    time.sleep(600)
 if stage == os.environ.get("STUB_FAIL"):
     sys.exit(int(os.environ["STUB_STATUS"]))
 if stage == "runtime.data":
@@ -105,7 +105,7 @@ class Repository:
         """Run run_all.sh, check its status, and return its output, its errors and the calls of Python it made."""
         self.log.unlink(missing_ok=True)
         process = self.start(*arguments, cwd=cwd, **environment)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=120)
         assert process.returncode == status, output + errors
         return output, errors, self.calls()
 
@@ -732,7 +732,7 @@ def test_signals_reach_the_stage_and_end_the_script_cleanly(repository, script, 
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=20)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 0 and errors == ""
     assert re.search(r"\nrun_all.sh: stopped during Stage \d \(\w+\); run the same command again", output)
     _, _, calls = repository.run(NPROC_PER_NODE="2")
@@ -926,7 +926,7 @@ def test_interrupted_installation_starts_again(installation, number):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
-    process.wait(timeout=20)
+    process.wait(timeout=120)
     if number != signal.SIGKILL:
         assert process.returncode == 130
         assert sorted(p.name for p in installation.root.iterdir()) == [
@@ -955,7 +955,9 @@ def test_lock_of_a_dead_process_is_taken_over(installation):
     lock.mkdir()
     dead = subprocess.Popen(["true"])
     dead.wait()
-    host = subprocess.run(["bash", "-c", "echo $HOSTNAME"], capture_output=True, text=True).stdout.strip()
+    host = subprocess.run(
+        ["bash", "-c", "echo $HOSTNAME"], capture_output=True, text=True, env=installation.environment
+    ).stdout.strip()
     (lock / "builder").write_text(f"{host} {dead.pid}\n")
     installation.run()
     assert installation.has("alpha") and not lock.exists()

@@ -64,7 +64,7 @@ def test_wandb_offline(train_arguments, tmp_path, monkeypatch):
     """W&B itself, without a network: what it would send is read back from its file."""
     import wandb
 
-    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}.items():
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB__SERVICE_WAIT": "300"}.items():
         monkeypatch.setenv(name, value)
     results = tmp_path / "run"
     same = dict(use_wandb=True, wandb_project="digits", **ROPE)

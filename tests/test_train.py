@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import two_processes
-from conftest import TINY_RUN, command_line
+from conftest import TINY_RUN, TORCHRUN, command_line
 
 import cache_latents
 import evaluate_loss
@@ -276,7 +276,7 @@ def test_killed_again_and_again(image_folder, vae_folder, tmp_path):
         [*command, *command_line(options)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
     )
     assert process.returncode == 0, process.stdout + process.stderr
@@ -617,12 +617,11 @@ def test_an_image_that_turns_out_unreadable_loses_nothing(train_arguments, image
 def two(tmp_path_factory, image_folder, vae_folder):
     """What two gloo processes did in each scenario of two_processes.py: two("gradients") -> one dict a rank."""
     folder = tmp_path_factory.mktemp("two")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     process = subprocess.run(
-        [*torchrun, TESTS / "two_processes.py", folder, image_folder, vae_folder],
+        [*TORCHRUN, TESTS / "two_processes.py", folder, image_folder, vae_folder],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)},
     )
     assert process.returncode == 0, process.stdout + process.stderr

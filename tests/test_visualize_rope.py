@@ -136,7 +136,7 @@ def test_picture_has_all_parts(tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_uneven_directions_are_warned_about_once(tmp_path, capsys):
     main(["--rope-rotate", "2", "--head-dim", "72", "--only", "directions", "--out", str(tmp_path / "a.svg")])
     lines = capsys.readouterr().out.splitlines()
