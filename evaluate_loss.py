@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from runtime import checkpoint, data, distributed, holdout, monitor, options, sampling, validation
 from runtime.options import UserError
@@ -93,6 +94,17 @@ def describe(trained: checkpoint.Trained, images: data.ImageList, vae: VAE, prec
     }
 
 
+def check_finite(losses: Tensor, args: argparse.Namespace, precision: str) -> None:
+    """Raise UserError unless the losses of all images (images, 10) are finite."""
+    wrong = int((~losses.isfinite()).any(1).sum())
+    if wrong:
+        remedy = "--precision fp32, or " if precision != "fp32" else ""
+        raise UserError(
+            f"the loss of {wrong:,} of {len(losses):,} images is not finite: the {args.weights} weights of checkpoint "
+            f"{args.ckpt!r} overflow in {precision}; use {remedy}an earlier checkpoint"
+        )
+
+
 def format_table(scores: dict) -> str:
     lines = ["timesteps  loss"]
     for k, loss in enumerate(scores["loss_tenths"]):
@@ -110,6 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     precision = sampling.resolve_precision(args.precision, device)
     encoded = validation.encode(images, trained.image_size, vae, args.num_workers)
     losses = validation.image_losses([trained.model.to(device)], encoded, device, precision, args.batch_size)
+    check_finite(losses[0], args, precision)
     scores = validation.summarize(losses[0])
     logger.info(f"noise MSE of {len(images):,} images, {args.weights} weights: {validation.describe(scores)}")
     logger.info(format_table(scores))

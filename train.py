@@ -632,7 +632,7 @@ def validate(validator: validation.Validator | None, trainer: Trainer, pace: Pac
 def train(job: Job, trainer: Trainer, folder: RunFolder, logger) -> None:
     """Run the remaining steps, or as many as come before a reason to stop."""
     args = job.args
-    validator = validation.open_validator(job.held_out, args, job.device, trainer.precision, logger)
+    validator = validation.open_validator(job.held_out, args, job.total_steps, job.device, trainer.precision, logger)
     batches = data.EpochBatches(
         len(job.dataset), args.global_batch_size, args.global_seed, trainer.step, args.grad_accum_steps
     )
