@@ -85,6 +85,44 @@ def hold_out(
     return source, HeldOut(images, vae or decoder or cache_vae(args, vae_config, device))
 
 
+def check_same(stored: dict | None, current: dict | None, path: Path) -> None:
+    """Raise UserError where a command holds out other images than the checkpoint that it would resume.
+
+    Both are what HeldOut.describe gives, None without validation, for the same training data.
+    """
+    if _decisive(stored) == _decisive(current):
+        return
+    if stored is None:
+        remedy = f"leave {_option(current)} out"
+    elif _option(stored) != _option(current):
+        remedy = f"pass {_option(stored)}" + (" with the folder it had" if stored["fraction"] is None else "")
+    elif stored["fraction"] is None:
+        remedy = "pass the folder with the same files"
+    else:
+        remedy = "give data that leaves the same unreadable images out, as its latent cache did"
+    raise UserError(
+        f"checkpoint {str(path)!r} was trained with {_name(stored)}, the command has {_name(current)}; what is held "
+        f"out stays the same for the whole run: {remedy}, or use another --results-dir"
+    )
+
+
+def _decisive(held_out: dict | None) -> dict | None:
+    """Without the files left out, which an old checkpoint does not list and the fingerprint covers."""
+    return held_out and {key: value for key, value in held_out.items() if key != "left_out"}
+
+
+def _option(held_out: dict | None) -> str | None:
+    if held_out is None:
+        return None
+    return "--val-data-path" if held_out["fraction"] is None else f"--val-fraction {held_out['fraction']:g}"
+
+
+def _name(held_out: dict | None) -> str:
+    if held_out is None:
+        return "no validation"
+    return f"{_option(held_out)} ({held_out['images']:,} images, of fingerprint {held_out['fingerprint'][:8]})"
+
+
 def split(paths: np.ndarray, labels: np.ndarray, classes: list[str], fraction: float) -> np.ndarray:
     """Mask (N,) of the held-out images: in each class, the fraction of paths (N,) bytes with the smallest hashes.
 

@@ -536,14 +536,56 @@ def test_files_of_equal_size_or_beginning_do_not_overlap(tmp_path):
     assert len(holdout.same_files(data.ImageList(tmp_path / "one"), one)) == 1
 
 
-def test_another_split_is_refused_on_resume(validated, train_arguments, refused, tmp_path):
-    copy = shutil.copytree(validated, tmp_path / "run")
-    changes = {"lr": 0.01, "ema_decay": 0.5, "use_rope": True, "rope_rotate": 2}
-    text = refused(train.main, train_arguments(copy, val_fraction=0.4, **changes))
-    assert "was trained with other settings: data.images 18 (now 15), validation.fraction 0.25 (now 0.4), " in text
-    text = refused(train.main, train_arguments(copy, **changes))
-    assert "data.images 18 (now 24), validation.fraction 0.25 (now None), validation.fingerprint " in text
-    assert "validation.images 6 (now None)" in text
+def test_another_split_is_refused_on_resume(
+    validated, run, held_out_validation, image_folder, vae_folder, train_arguments, refused, tmp_path
+):
+    """What is held out stays the same for the whole run: the message says what it was, what it is now, and a remedy."""
+    training, other = held_out_validation
+    recipe = {"lr": 0.01, "ema_decay": 0.5, "use_rope": True, "rope_rotate": 2}
+    separate = tmp_path / "separate"
+    train.main(train_arguments(separate, data_path=training, val_data_path=other, **recipe))
+
+    def message(folder, **changes) -> tuple[str, str]:
+        ckpt = checkpoint.training_checkpoints(folder / "checkpoints")[-1]
+        text = refused(train.main, train_arguments(folder, **recipe | changes))
+        start, reason = (
+            f"checkpoint {str(ckpt)!r} was trained with ",
+            "what is held out stays the same for the whole run: ",
+        )
+        end = ", or use another --results-dir"
+        assert text.startswith(start) and text.endswith(end)
+        said, remedy = text[len(start) : -len(end)].split(f"; {reason}")
+        return said, remedy
+
+    def named(option, source) -> str:
+        stored = source if isinstance(source, str) else data.ImageList(source).fingerprint
+        return f"{option}, of fingerprint {stored[:8]})"
+
+    fingerprints = {}
+    for fraction in (0.25, 0.4):
+        args = train.parse_args(train_arguments(tmp_path / "none", val_fraction=fraction))
+        fingerprints[fraction] = train.plan(args, torch.device("cpu")).config["validation"]["fingerprint"]
+    quarter = named("--val-fraction 0.25 (6 images", fingerprints[0.25])
+    assert message(validated, val_fraction=0.4) == (
+        f"{quarter}, the command has {named('--val-fraction 0.4 (9 images', fingerprints[0.4])}",
+        "pass --val-fraction 0.25",
+    )
+    assert message(validated) == (f"{quarter}, the command has no validation", "pass --val-fraction 0.25")
+    assert message(run, val_fraction=0.25) == (
+        f"no validation, the command has {quarter}",
+        "leave --val-fraction 0.25 out",
+    )
+    nine = named("--val-data-path (9 images", other)
+    changes = {"data_path": training}
+    assert message(separate, **changes) == (
+        f"{nine}, the command has no validation",
+        "pass --val-data-path with the folder it had",
+    )
+    (other / "ant" / "00.png").rename(other / "ant" / "new.png")
+    assert message(separate, val_data_path=other, **changes) == (
+        f"{nine}, the command has {named('--val-data-path (9 images', other)}",
+        "pass the folder with the same files",
+    )
 
 
 def test_an_unreadable_held_out_image_is_named(train_arguments, held_out_validation, refused, tmp_path):
