@@ -34,7 +34,7 @@ def add_options(parser: options.Parser) -> None:
         type=options.count,
         default=None,
         help="steps between validations, beside the one after the last step (None: at every checkpoint, or at every "
-        "so many that it costs less than 5 %% of the training); N images cost as much as training on about 7 N",
+        "so many that all cost less than 5 %% of the training); N images cost as much as training on about 7 N",
     )
 
 
@@ -53,11 +53,17 @@ class HeldOut:
     source: ImageList | LatentCache
     vae: VAE | None  # what encodes an ImageList
     fraction: float | None = None  # part of each class of the training data; None = a folder of their own
+    left_out: tuple[str, ...] = ()  # hash_path of the unreadable images that the split was made without
 
     def describe(self) -> dict:
         """What the checkpoint stores and a resumed run has to repeat."""
         paths = self.source.paths
-        return {"fraction": self.fraction, "fingerprint": hash_paths(paths), "images": len(paths)}
+        return {
+            "fraction": self.fraction,
+            "fingerprint": hash_paths(paths),
+            "images": len(paths),
+            "left_out": list(self.left_out),
+        }
 
 
 def hold_out(
@@ -76,7 +82,8 @@ def hold_out(
     """
     if args.val_fraction is not None:
         chosen = split(source.paths, source.labels, source.classes, args.val_fraction)
-        return source.subset(~chosen), HeldOut(source.subset(chosen), vae, args.val_fraction)
+        left_out = tuple(map(hash_path, source.paths_left_out)) if isinstance(source, LatentCache) else ()
+        return source.subset(~chosen), HeldOut(source.subset(chosen), vae, args.val_fraction, left_out)
     if args.val_data_path is None:
         return source, None
     images = ImageList(args.val_data_path, "--val-data-path")
@@ -129,7 +136,7 @@ def split(paths: np.ndarray, labels: np.ndarray, classes: list[str], fraction: f
     At least one image of a class is held out and at least one is not. Whether an image is held out depends on the
     relative paths of its class alone. Raises UserError for a class with less than two images.
     """
-    hashes = np.array([int.from_bytes(hashlib.sha256(path).digest()[:8], "big") for path in paths], dtype=np.uint64)
+    hashes = np.array([int(hash_path(path), 16) for path in paths], dtype=np.uint64)
     chosen = np.zeros(len(paths), dtype=bool)
     for label, name in enumerate(classes):
         members = np.flatnonzero(labels == label)
@@ -141,6 +148,11 @@ def split(paths: np.ndarray, labels: np.ndarray, classes: list[str], fraction: f
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         chosen[members[np.argsort(hashes[members], kind="stable")[:count]]] = True
     return chosen
+
+
+def hash_path(path: bytes) -> str:
+    """16 hexadecimal digits."""
+    return hashlib.sha256(path).hexdigest()[:16]
 
 
 def check_classes(images: ImageList, classes: list[str]) -> None:

@@ -1,11 +1,13 @@
 """The held-out denoising loss: its arithmetic, what is held out, and that every way of measuring it agrees."""
 
+import copy
 import itertools
 import json
 import math
 import os
 import shutil
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -442,6 +444,98 @@ def test_a_separate_validation_set_has_the_loss_of_the_metrics(held_out_validati
     model = checkpoint.load_trained(tmp_path / "run/checkpoints/0000007.pt").model
     losses = validation.image_losses([model], validation.encode(images, (32, 32), vae, 0), torch.device("cpu"), "fp32")
     assert part["images"] == 6 and part["loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
+
+
+@pytest.fixture
+def cache_without_two(image_folder, vae_folder, tmp_path):
+    """(folder with two unreadable images, of which one would be held out, latent cache without them)."""
+    folder, cache = shutil.copytree(image_folder, tmp_path / "images"), tmp_path / "latents"
+    images = data.ImageList(folder)
+    mask = holdout.split(images.paths, images.labels, images.classes, 0.25)
+    for index in (np.flatnonzero(mask)[0], np.flatnonzero(~mask)[-1]):
+        images.path(index).write_bytes(b"damaged")
+    options = {"data_path": folder, "latents_dir": cache, "vae": vae_folder, "image_size": 32, "num_workers": 0}
+    cache_latents.main(command_line(options | {"skip_unreadable": True}))
+    return folder, cache
+
+
+def test_a_split_without_unreadable_images_is_found_again(
+    cache_without_two, train_arguments, loss_of, refused, tmp_path
+):
+    (folder, cache), results = cache_without_two, tmp_path / "run"
+    changes = {"data_path": None, "vae": None, "latents_dir": cache, "val_fraction": 0.25, "lr": 0.01, "ema_decay": 0.5}
+    train.main(train_arguments(results, **changes))
+    ckpt, expected = results / "checkpoints" / "0000007.pt", metrics(results)[-1]["val_loss_ema"]
+    found = loss_of(results, data_path=folder, split="val")
+    assert found["images"] == 6 and found["loss"] == pytest.approx(expected, rel=2e-3)
+    exported = tmp_path / "run.safetensors"
+    export.main(["--ckpt", str(ckpt), "--out", str(exported)])
+    assert loss_of(results, ckpt=exported, data_path=folder, split="val")["loss"] == found["loss"]
+
+    state = copy.deepcopy(checkpoint.load(ckpt))
+    del state["config"]["validation"]["left_out"]  # as runs of earlier versions have it
+    checkpoint.save(ckpt, state)
+    evaluation = command_line({"ckpt": ckpt, "data_path": folder, "split": "val"})
+    assert refused(evaluate_loss.main, evaluation) == (
+        f"--split val: the training of checkpoint {str(ckpt)!r} used a latent cache without the unreadable images of "
+        f"--data-path {str(folder)!r}, and does not list them, so its 6 held-out images cannot be told; remove the "
+        "files that skipped.txt of that cache lists from the folder, or from a copy of it"
+    )
+    train.main(train_arguments(results, **changes | {"max_steps": 8}))
+    assert metrics(results)[-1]["step"] == 8
+    for path in (cache / "skipped.txt").read_text().splitlines():
+        os.unlink(path)
+    assert loss_of(results, data_path=folder, split="val")["loss"] == found["loss"]
+
+
+def test_another_split_of_a_cache_made_again_is_refused_on_resume(
+    cache_without_two, image_folder, vae_folder, train_arguments, refused, tmp_path
+):
+    """A repaired image may be held out where the run held out another in its place, which must not be trained on."""
+    (_, cache), results, again = cache_without_two, tmp_path / "run", tmp_path / "again"
+    changes = {"data_path": None, "vae": None, "val_fraction": 0.25}
+    train.main(train_arguments(results, latents_dir=cache, max_steps=1, **changes))
+    options = {"data_path": image_folder, "latents_dir": again, "vae": vae_folder, "image_size": 32, "num_workers": 0}
+    cache_latents.main(command_line(options))
+    text = refused(train.main, train_arguments(results, latents_dir=again, max_steps=2, **changes))
+    assert text.endswith(
+        "what is held out stays the same for the whole run: give data that leaves the same unreadable images out, as "
+        "its latent cache did, or use another --results-dir"
+    )
+
+
+def test_the_loss_of_trained_images_is_marked(
+    validated, run, image_folder, held_out_validation, train_arguments, loss_of, capsys, tmp_path
+):
+    training, held_out = held_out_validation
+    separate, exported = tmp_path / "separate", tmp_path / "run.safetensors"
+    train.main(train_arguments(separate, data_path=training, val_data_path=held_out))
+    export.main(["--ckpt", str(validated / "checkpoints" / "0000007.pt"), "--out", str(exported)])
+    part = shutil.copytree(training, tmp_path / "part")
+    (part / "bee" / "10.png").unlink()
+
+    def marked(results, **changes) -> tuple[bool | None, str]:
+        """What the JSON says, and the warnings."""
+        capsys.readouterr()
+        found = loss_of(results, **changes)["trained_on"]
+        lines = capsys.readouterr().out.splitlines()
+        return found, "".join(line.split("] ")[1] for line in lines if "warning" in line)
+
+    def warning(remedy, ckpt, images=image_folder) -> str:
+        return (
+            f"warning: --data-path {str(images)!r} holds the images that checkpoint {str(ckpt)!r} was trained on (by "
+            f"their relative paths), so this is no validation loss; {remedy}"
+        )
+
+    last, remedy = Path("checkpoints/0000007.pt"), "pass --split val for the 6 that its run held out of them"
+    assert marked(validated) == (True, warning(remedy, validated / last))
+    assert marked(validated, ckpt=exported) == (True, warning(remedy, exported))
+    assert marked(validated, split="val") == (False, "")
+    assert marked(validated, data_path=part) == (None, "")
+    assert marked(run) == (True, warning("give images that it was not trained on", run / last))
+    remedy = "give the images of its --val-data-path"
+    assert marked(separate, data_path=training) == (True, warning(remedy, separate / last, training))
+    assert marked(separate, data_path=held_out) == (False, "")
 
 
 def test_a_rope_checkpoint_has_a_loss_at_another_size(validated, loss_of):
