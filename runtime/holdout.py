@@ -106,7 +106,7 @@ def check_same(stored: dict | None, current: dict | None, path: Path) -> None:
     elif stored["fraction"] is None:
         remedy = "pass the folder with the same files"
     else:
-        remedy = "give data that leaves the same unreadable images out, as its latent cache did"
+        remedy = "give the images that it had, without the unreadable ones that its latent cache left out"
     raise UserError(
         f"checkpoint {str(path)!r} was trained with {_name(stored)}, the command has {_name(current)}; what is held "
         f"out stays the same for the whole run: {remedy}, or use another --results-dir"
@@ -121,7 +121,7 @@ def _decisive(held_out: dict | None) -> dict | None:
 def _option(held_out: dict | None) -> str | None:
     if held_out is None:
         return None
-    return "--val-data-path" if held_out["fraction"] is None else f"--val-fraction {held_out['fraction']:g}"
+    return "--val-data-path" if held_out["fraction"] is None else f"--val-fraction {held_out['fraction']}"
 
 
 def _name(held_out: dict | None) -> str:
@@ -151,7 +151,7 @@ def split(paths: np.ndarray, labels: np.ndarray, classes: list[str], fraction: f
 
 
 def hash_path(path: bytes) -> str:
-    """16 hexadecimal digits."""
+    """16 hexadecimal digits, by whose order a split chooses."""
     return hashlib.sha256(path).hexdigest()[:16]
 
 

@@ -499,8 +499,8 @@ def test_another_split_of_a_cache_made_again_is_refused_on_resume(
     cache_latents.main(command_line(options))
     text = refused(train.main, train_arguments(results, latents_dir=again, max_steps=2, **changes))
     assert text.endswith(
-        "what is held out stays the same for the whole run: give data that leaves the same unreadable images out, as "
-        "its latent cache did, or use another --results-dir"
+        "what is held out stays the same for the whole run: give the images that it had, without the unreadable ones "
+        "that its latent cache left out, or use another --results-dir"
     )
 
 
