@@ -112,15 +112,29 @@ def write_at(descriptor: int, contents: bytes, offset: int) -> None:
 
 
 def check_same(stored: dict, settings: dict, root: Path) -> None:
-    """Raise UserError, naming what differs, unless a cache was begun with the same settings."""
-    listed = options.differences(stored, settings, ignored=("quick", "data_path"), show=short)
+    """Raise UserError, naming what differs, unless a cache was begun with the same settings.
+
+    The autoencoder's weights and geometry decide, not where it was loaded from.
+    """
+    ignored = ["quick", "data_path"]
+    if without_source(stored.get("vae")) == without_source(settings["vae"]):
+        ignored.append("vae")
+    listed = options.differences(stored, settings, tuple(ignored), show=short)
     if listed:
         raise UserError(
             f"--latents-dir {str(root)!r} was made with other settings: {listed}; remove it or use another folder"
         )
 
 
+def without_source(vae) -> dict | None:
+    return {key: value for key, value in vae.items() if key != "source"} if isinstance(vae, dict) else None
+
+
 def short(value) -> str:
+    """A setting in about 60 characters; an autoencoder by its source, the beginning of its hash, and its scaling."""
+    if isinstance(value, dict) and "sha256" in value:
+        scaling = f"scaling factor {value.get('scaling_factor')}, shift {value.get('shift_factor')}"
+        return f"{value.get('source')!r} (sha256 {str(value['sha256'])[:8]}, {scaling})"
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from runtime import checkpoint, data, distributed, holdout, monitor, options, sampling, validation
 from runtime.options import UserError
@@ -69,14 +70,45 @@ def held_out_part(images: data.ImageList, trained: checkpoint.Trained) -> data.I
             f"--split val: checkpoint {str(trained.path)!r} was trained without --val-fraction, so nothing of "
             "--data-path was held out; give held-out images as --data-path and leave --split out"
         )
-    part = images.subset(holdout.split(images.paths, images.labels, images.classes, stored["fraction"]))
-    if part.fingerprint != stored["fingerprint"]:
+    left_out = set(stored["left_out"])
+    readable = images.subset(np.array([holdout.hash_path(path) not in left_out for path in images.paths]))
+    part = readable.subset(holdout.split(readable.paths, readable.labels, readable.classes, stored["fraction"]))
+    if part.fingerprint == stored["fingerprint"]:
+        return part
+    lost = f"so its {stored['images']} held-out images cannot be told"
+    if images.fingerprint == trained.data_fingerprint:
         raise UserError(
-            f"--split val: --data-path {str(images.root)!r} holds other files than the training of checkpoint "
-            f"{str(trained.path)!r}, so its {stored['images']} held-out images cannot be told; give the training's "
-            "folder"
+            f"--split val: the training of checkpoint {str(trained.path)!r} used a latent cache without the unreadable "
+            f"images of --data-path {str(images.root)!r}, and does not list them, {lost}; remove the files that "
+            "skipped.txt of that cache lists from the folder, or from a copy of it"
         )
-    return part
+    raise UserError(
+        f"--split val: --data-path {str(images.root)!r} holds other files than the training of checkpoint "
+        f"{str(trained.path)!r}, {lost}; give the training's folder"
+    )
+
+
+def is_trained_on(images: data.ImageList, trained: checkpoint.Trained) -> bool | None:
+    """Whether these are the images that the checkpoint was trained on, by relative paths; None where nobody knows."""
+    was_trained_on = images.fingerprint == trained.data_fingerprint
+    was_held_out = trained.validation is not None and images.fingerprint == trained.validation["fingerprint"]
+    return None if was_trained_on == was_held_out else was_trained_on
+
+
+def warn_of_training_images(images: data.ImageList, trained: checkpoint.Trained, logger) -> None:
+    """Say so where this is the loss of images that the checkpoint has seen."""
+    held_out = trained.validation
+    if held_out is None:
+        remedy = "give images that it was not trained on"
+    elif held_out["fraction"] is None:
+        remedy = "give the images of its --val-data-path"
+    else:
+        remedy = f"pass --split val for the {held_out['images']:,} that its run held out of them"
+    if is_trained_on(images, trained):
+        logger.warning(
+            f"warning: --data-path {str(images.root)!r} holds the images that checkpoint {str(trained.path)!r} was "
+            f"trained on (by their relative paths), so this is no validation loss; {remedy}"
+        )
 
 
 def describe(trained: checkpoint.Trained, images: data.ImageList, vae: VAE, precision: str, args) -> dict:
@@ -89,8 +121,20 @@ def describe(trained: checkpoint.Trained, images: data.ImageList, vae: VAE, prec
         "split": args.split,
         "fingerprint": images.fingerprint,
         "images": len(images),
+        "trained_on": is_trained_on(images, trained),
         "precision": precision,
     }
+
+
+def check_finite(losses: Tensor, args: argparse.Namespace, precision: str) -> None:
+    """Raise UserError unless the losses of all images (images, 10) are finite."""
+    wrong = int((~losses.isfinite()).any(1).sum())
+    if wrong:
+        remedy = "--precision fp32, or " if precision != "fp32" else ""
+        raise UserError(
+            f"the loss of {wrong:,} of {len(losses):,} images is not finite: the {args.weights} weights of checkpoint "
+            f"{args.ckpt!r} overflow in {precision}; use {remedy}an earlier checkpoint"
+        )
 
 
 def format_table(scores: dict) -> str:
@@ -108,8 +152,10 @@ def main(argv: list[str] | None = None) -> None:
     device = distributed.setup(args.tf32)
     vae, logger = load_vae(args.vae, trained, device), monitor.make_logger()
     precision = sampling.resolve_precision(args.precision, device)
+    warn_of_training_images(images, trained, logger)
     encoded = validation.encode(images, trained.image_size, vae, args.num_workers)
     losses = validation.image_losses([trained.model.to(device)], encoded, device, precision, args.batch_size)
+    check_finite(losses[0], args, precision)
     scores = validation.summarize(losses[0])
     logger.info(f"noise MSE of {len(images):,} images, {args.weights} weights: {validation.describe(scores)}")
     logger.info(format_table(scores))

@@ -54,7 +54,7 @@ def describe(trained: checkpoint.Trained, tensors: dict[str, Tensor], weights: s
             "model": trained.config.to_dict(),
             "image_size": list(trained.image_size),
             "vae": trained.vae,
-            "data": {"classes": trained.classes},
+            "data": {"classes": trained.classes, "fingerprint": trained.data_fingerprint},
             "validation": trained.validation,
         },
     }

@@ -406,7 +406,10 @@ def check_same(stored: dict | None, current: dict, path: Path) -> None:
     if not isinstance(stored, dict):
         raise UserError(f"checkpoint {str(path)!r} has no config, so it cannot be resumed; use another --results-dir")
     old, new = flatten(stored), flatten(current)
-    ignored = ("vae.source", "data.classes")  # where weights came from, and names that the fingerprint covers
+    if old.get("data.fingerprint") == new["data.fingerprint"]:
+        holdout.check_same(stored.get("validation"), current.get("validation"), path)
+    # Where weights came from, and what the fingerprints cover.
+    ignored = ("vae.source", "data.classes", "validation.left_out")
     listed = options.differences(old, {key: new.get(key) for key in {**old, **new}}, ignored)
     if listed:
         raise UserError(
@@ -632,7 +635,7 @@ def validate(validator: validation.Validator | None, trainer: Trainer, pace: Pac
 def train(job: Job, trainer: Trainer, folder: RunFolder, logger) -> None:
     """Run the remaining steps, or as many as come before a reason to stop."""
     args = job.args
-    validator = validation.open_validator(job.held_out, args, job.device, trainer.precision, logger)
+    validator = validation.open_validator(job.held_out, args, job.total_steps, job.device, trainer.precision, logger)
     batches = data.EpochBatches(
         len(job.dataset), args.global_batch_size, args.global_seed, trainer.step, args.grad_accum_steps
     )

@@ -214,7 +214,8 @@ class Trained:
     step: int | None  # None when unknown
     sha256: str  # of the weights
     latent_size: tuple[int, int]  # latent height and width of image_size
-    validation: dict | None  # what the run held out: "fraction", "fingerprint", "images"; None = nothing
+    data_fingerprint: str | None  # of the training data's relative paths, held-out ones included; None when unknown
+    validation: dict | None  # what the run held out, as holdout.HeldOut.describe says it; None = nothing
     rope_extend: str | None = None  # how positions reach beyond the trained size; None = at the trained size
 
     def describe(self, name: str, weights: str) -> dict:
@@ -271,6 +272,7 @@ def load_trained(path: str | Path, weights: str = "ema", given: dict | None = No
         step=step if isinstance(step, int) else None,
         sha256=weights_hash(tensors),
         latent_size=config.input_size,
+        data_fingerprint=known.get("data_fingerprint"),
         validation=validation,
     )
     if state.get("weights_sha256") not in (None, trained.sha256):
@@ -287,7 +289,8 @@ def _validation(stored: dict | None) -> dict | None:
     fraction, images = stored["fraction"], int(stored["images"])
     if fraction is not None and not 0 < fraction < 1:
         raise ValueError(f"validation.fraction is {fraction!r}")
-    return {"fraction": fraction, "fingerprint": str(stored["fingerprint"]), "images": images}
+    left_out = [str(digest) for digest in stored.get("left_out", [])]  # runs of earlier versions did not list them
+    return {"fraction": fraction, "fingerprint": str(stored["fingerprint"]), "images": images, "left_out": left_out}
 
 
 def _announce(trained: Trained, name: str) -> None:
@@ -397,11 +400,13 @@ def check_training_state(state: dict, model: DiT, path: Path) -> None:
 
 def _from_config(stored: dict) -> dict:
     config, vae = ModelConfig.from_dict(stored["model"]), dict(stored["vae"])
+    fingerprint = stored["data"].get("fingerprint")
     return {
         "config": config,
         "image_size": tuple(length * int(vae["downsampling"]) for length in config.input_size),
         "vae": {**vae, "source": str(vae["source"])},
         "classes": stored["data"].get("classes"),
+        "data_fingerprint": None if fingerprint is None else str(fingerprint),
     }
 
 

@@ -227,7 +227,7 @@ class LatentCache:
             ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--latents-dir {str(root)!r} is damaged ({error}); remove it and make it again") from error
-        self.rows = np.flatnonzero(labels >= 0)  # unreadable images were left out, with label -1
+        self.rows, self.rows_left_out = np.flatnonzero(labels >= 0), np.flatnonzero(labels < 0)  # -1: unreadable
         self.labels = labels[self.rows]
 
     @cached_property
@@ -237,8 +237,16 @@ class LatentCache:
     @property
     def paths(self) -> np.ndarray:
         """Relative paths (N,) bytes of the images in the cache. Raises UserError where an old cache has none."""
+        return self._paths_of(self.rows)
+
+    @property
+    def paths_left_out(self) -> np.ndarray:
+        """Relative paths of the images that could not be read. Raises UserError where an old cache has none."""
+        return self._paths_of(self.rows_left_out)
+
+    def _paths_of(self, rows: np.ndarray) -> np.ndarray:
         try:
-            return np.load(self.root / "paths.npy")[self.rows]
+            return np.load(self.root / "paths.npy")[rows]
         except FileNotFoundError as error:
             raise UserError(
                 f"--latents-dir {str(self.root)!r} does not tell the images' paths (paths.npy is missing), by which "

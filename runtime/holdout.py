@@ -34,7 +34,7 @@ def add_options(parser: options.Parser) -> None:
         type=options.count,
         default=None,
         help="steps between validations, beside the one after the last step (None: at every checkpoint, or at every "
-        "so many that it costs less than 5 %% of the training); N images cost as much as training on about 7 N",
+        "so many that all cost less than 5 %% of the training); N images cost as much as training on about 7 N",
     )
 
 
@@ -53,11 +53,17 @@ class HeldOut:
     source: ImageList | LatentCache
     vae: VAE | None  # what encodes an ImageList
     fraction: float | None = None  # part of each class of the training data; None = a folder of their own
+    left_out: tuple[str, ...] = ()  # hash_path of the unreadable images that the split was made without
 
     def describe(self) -> dict:
         """What the checkpoint stores and a resumed run has to repeat."""
         paths = self.source.paths
-        return {"fraction": self.fraction, "fingerprint": hash_paths(paths), "images": len(paths)}
+        return {
+            "fraction": self.fraction,
+            "fingerprint": hash_paths(paths),
+            "images": len(paths),
+            "left_out": list(self.left_out),
+        }
 
 
 def hold_out(
@@ -76,7 +82,8 @@ def hold_out(
     """
     if args.val_fraction is not None:
         chosen = split(source.paths, source.labels, source.classes, args.val_fraction)
-        return source.subset(~chosen), HeldOut(source.subset(chosen), vae, args.val_fraction)
+        left_out = tuple(map(hash_path, source.paths_left_out)) if isinstance(source, LatentCache) else ()
+        return source.subset(~chosen), HeldOut(source.subset(chosen), vae, args.val_fraction, left_out)
     if args.val_data_path is None:
         return source, None
     images = ImageList(args.val_data_path, "--val-data-path")
@@ -85,13 +92,51 @@ def hold_out(
     return source, HeldOut(images, vae or decoder or cache_vae(args, vae_config, device))
 
 
+def check_same(stored: dict | None, current: dict | None, path: Path) -> None:
+    """Raise UserError where a command holds out other images than the checkpoint that it would resume.
+
+    Both are what HeldOut.describe gives, None without validation, for the same training data.
+    """
+    if _decisive(stored) == _decisive(current):
+        return
+    if stored is None:
+        remedy = f"leave {_option(current)} out"
+    elif _option(stored) != _option(current):
+        remedy = f"pass {_option(stored)}" + (" with the folder it had" if stored["fraction"] is None else "")
+    elif stored["fraction"] is None:
+        remedy = "pass the folder with the same files"
+    else:
+        remedy = "give the images that it had, without the unreadable ones that its latent cache left out"
+    raise UserError(
+        f"checkpoint {str(path)!r} was trained with {_name(stored)}, the command has {_name(current)}; what is held "
+        f"out stays the same for the whole run: {remedy}, or use another --results-dir"
+    )
+
+
+def _decisive(held_out: dict | None) -> dict | None:
+    """Without the files left out, which an old checkpoint does not list and the fingerprint covers."""
+    return held_out and {key: value for key, value in held_out.items() if key != "left_out"}
+
+
+def _option(held_out: dict | None) -> str | None:
+    if held_out is None:
+        return None
+    return "--val-data-path" if held_out["fraction"] is None else f"--val-fraction {held_out['fraction']}"
+
+
+def _name(held_out: dict | None) -> str:
+    if held_out is None:
+        return "no validation"
+    return f"{_option(held_out)} ({held_out['images']:,} images, of fingerprint {held_out['fingerprint'][:8]})"
+
+
 def split(paths: np.ndarray, labels: np.ndarray, classes: list[str], fraction: float) -> np.ndarray:
     """Mask (N,) of the held-out images: in each class, the fraction of paths (N,) bytes with the smallest hashes.
 
     At least one image of a class is held out and at least one is not. Whether an image is held out depends on the
     relative paths of its class alone. Raises UserError for a class with less than two images.
     """
-    hashes = np.array([int.from_bytes(hashlib.sha256(path).digest()[:8], "big") for path in paths], dtype=np.uint64)
+    hashes = np.array([int(hash_path(path), 16) for path in paths], dtype=np.uint64)
     chosen = np.zeros(len(paths), dtype=bool)
     for label, name in enumerate(classes):
         members = np.flatnonzero(labels == label)
@@ -103,6 +148,11 @@ def split(paths: np.ndarray, labels: np.ndarray, classes: list[str], fraction: f
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         chosen[members[np.argsort(hashes[members], kind="stable")[:count]]] = True
     return chosen
+
+
+def hash_path(path: bytes) -> str:
+    """16 hexadecimal digits, by whose order a split chooses."""
+    return hashlib.sha256(path).hexdigest()[:16]
 
 
 def check_classes(images: ImageList, classes: list[str]) -> None:

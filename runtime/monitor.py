@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -18,6 +19,7 @@ from runtime.distributed import is_main
 from runtime.options import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+VALIDATED = {"val_loss": ("raw", "C2"), "val_loss_ema": ("EMA", "C3")}  # key of a record: weights, colour
 
 
 class TqdmHandler(logging.StreamHandler):
@@ -166,22 +168,32 @@ def git_commit() -> str | None:
 
 
 def plot_loss(folder: Path) -> None:
-    """Draw loss.png from metrics.jsonl: training loss, gradient norm and validation losses by step."""
+    """Draw loss.png from metrics.jsonl: losses and gradient norm by step, the newest validation by timestep."""
     found = read_metrics(folder / "metrics.jsonl")
-    records = [record for record in found if record.get("loss") is not None]
-    if not (is_main() and records):
+    if not (is_main() and any(record.get("loss") is not None for record in found)):
         return
     from matplotlib.figure import Figure
 
+    tenths = newest_tenths(found)
+    figure = Figure(figsize=(8, 6.8 if tenths else 4.5), layout="constrained")
+    panels = figure.subplots(2 if tenths else 1, height_ratios=[2, 1] if tenths else None, squeeze=False)[:, 0]
+    draw_losses(panels[0], found)
+    if tenths:
+        draw_tenths(panels[1], *tenths)
+    save_figure(figure, folder / "loss.png")
+
+
+def draw_losses(left, found: list[dict]) -> None:
+    """Training loss, gradient norm and validation losses by step."""
+    records = [record for record in found if record.get("loss") is not None]
     steps = [record["step"] for record in records]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    left = figure.add_subplot()
     right = left.twinx()
     lines = left.plot(
         steps, [record["loss"] for record in records], color="C0", label="training: noise MSE + variational term"
     )
-    for key, weights, color in (("val_loss", "raw", "C2"), ("val_loss_ema", "EMA", "C3")):
-        points = [(record["step"], record[key], record.get(f"{key}_se") or 0) for record in found if key in record]
+    for key, (weights, color) in VALIDATED.items():
+        values = [record for record in found if record.get(key) is not None]
+        points = [(record["step"], record[key], record.get(f"{key}_se") or 0) for record in values]
         if points:
             at, loss, error = map(np.array, zip(*points, strict=True))
             label = f"validation: noise MSE ± standard error, {weights} weights"
@@ -195,7 +207,40 @@ def plot_loss(folder: Path) -> None:
     right.set_ylabel("gradient norm (L2, before clipping)")
     left.grid(alpha=0.3)
     left.legend(lines, [line.get_label() for line in lines])
-    save_figure(figure, folder / "loss.png")
+
+
+def newest_tenths(found: list[dict]) -> tuple[int, dict[str, list[float | None]]] | None:
+    """Step of the newest validation, and its losses by tenth of the schedule for each key; None without one."""
+    for record in reversed(found):
+        tenths = {key: record[f"{key}_tenths"] for key in VALIDATED if f"{key}_tenths" in record}
+        if any(loss is not None for losses in tenths.values() for loss in losses):
+            return record["step"], tenths
+    return None
+
+
+def draw_tenths(axes, step: int, tenths: dict[str, list[float | None]]) -> None:
+    """Validation losses by the middle of their tenth of the schedule."""
+    for key, losses in tenths.items():
+        weights, color = VALIDATED[key]
+        values = [math.nan if loss is None else loss for loss in losses]  # a gap
+        middles = [100 * k + 50 for k in range(len(values))]
+        axes.plot(middles, values, color=color, marker=".", label=f"{weights} weights")
+    axes.set(title=f"Validation loss by tenth of the schedule, step {step:,}", xlabel="timestep", ylabel="noise MSE")
+    axes.set_xticks(range(0, 1001, 100))
+    use_log_scale(axes)
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def use_log_scale(axes) -> None:
+    """A logarithmic y axis of the curves drawn so far, with plain numbers at its ticks, also within one decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def save_figure(figure, path: Path) -> None:

@@ -110,9 +110,11 @@ def summary(config: dict, records: list[dict], finished: bool) -> dict[str, str]
         ("val_loss_ema", "validation loss, EMA"),
         ("val_loss", "validation loss"),
     ):
-        if (value := last(records, key)) is not None:
-            error = last(records, f"{key}_se")
-            values[label] = f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+        newest = next((record for record in reversed(records) if key in record), {})
+        value, error = newest.get(key), newest.get(f"{key}_se")
+        if newest:
+            values[label] = "not finite" if value is None else f"{value:.4f}"
+            values[label] += "" if error is None else f" ± {error:.4f}"
     timed = [record for record in records if record.get("images_per_second")]
     if timed:
         before = [0, *(record["step"] for record in timed)]
@@ -135,8 +137,8 @@ def last(records: list[dict], key: str):
 
 
 CHARTS = (  # title, unit, logarithmic, keys with their labels
-    ("Loss", "noise MSE + variational term, bits/dim", True,
-     {"loss": "training", "val_loss": "validation", "val_loss_ema": "validation, EMA"}),
+    ("Loss", "noise MSE; training adds the\nvariational term in bits/dim", True,
+     {"loss": "training", "val_loss": "validation, raw", "val_loss_ema": "validation, EMA"}),
     ("Gradient norm", "L2, before clipping", True, {"grad_norm": "gradient norm"}),
     ("Learning rate", "learning rate", False, {"lr": "learning rate"}),
     ("Speed", "images/s", False, {"images_per_second": "images/s"}),
@@ -151,10 +153,14 @@ def curves(records: list[dict]) -> str:
         lines = {label: points for label, points in lines.items() if points}
         if lines:
             charts.append(chart(title, unit, logarithmic, lines))
-    tenths = {label: last(records, f"{key}_tenths") for key, label in (("val_loss", "raw"), ("val_loss_ema", "EMA"))}
-    lines = {label: [(100 * k + 50, x) for k, x in enumerate(values)] for label, values in tenths.items() if values}
-    if lines:
-        x_label = "timestep (middle of its tenth of the schedule)"
+    newest = monitor.newest_tenths(records)
+    if newest:
+        step, tenths = newest
+        lines = {
+            monitor.VALIDATED[key][0]: [(100 * k + 50, loss) for k, loss in enumerate(losses) if loss is not None]
+            for key, losses in tenths.items()
+        }
+        x_label = f"timestep (middle of its tenth of the schedule); step {step:,}"
         charts.append(chart("Validation loss by timestep", "noise MSE", True, lines, x_label))
     return f'<div class="charts">\n{"".join(charts)}</div>\n' if charts else ""
 
@@ -180,7 +186,7 @@ def chart(
     axes.set_xlabel(x_label, color=grey)
     axes.set_ylabel(unit, color=grey, fontsize=9)
     if logarithmic and all(value > 0 for points in lines.values() for _, value in points):
-        axes.set_yscale("log")
+        monitor.use_log_scale(axes)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.tick_params(which="both", colors=grey)
     axes.grid(color=grey, alpha=0.25)

@@ -4,6 +4,7 @@ Image i gets one timestep in each tenth of the schedule. Timesteps, noise and th
 streams seeded by (0, i): two models differ by their weights alone, whatever the number of processes or the batch.
 """
 
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -129,26 +130,40 @@ def evaluating(models: list[DiT]):
 
 
 def summarize(losses: Tensor, name: str = "loss") -> dict:
-    """Mean of image losses (images, 10), its standard error over images (None for a single one), mean of each tenth."""
-    error = losses.mean(1).std() / len(losses) ** 0.5 if len(losses) > 1 else None
+    """Mean of image losses (images, 10), its standard error over images (None for a single one), mean of each tenth.
+
+    What is not finite becomes None, since JSON knows no such numbers.
+    """
+    error = losses.mean(1).std() / len(losses) ** 0.5 if len(losses) > 1 else math.nan
     return {
-        name: float(losses.mean()),
-        f"{name}_se": None if error is None else float(error),
-        f"{name}_tenths": losses.mean(0).tolist(),
+        name: finite(losses.mean()),
+        f"{name}_se": finite(error),
+        f"{name}_tenths": [finite(loss) for loss in losses.mean(0)],
     }
+
+
+def finite(value) -> float | None:
+    """The number, None for infinity and NaN."""
+    return float(value) if math.isfinite(value) else None
 
 
 def describe(scores: dict, name: str = "loss") -> str:
     """0.0489 ± 0.0007: mean and standard error."""
     error = scores[f"{name}_se"]
-    return f"{scores[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+    return shown(scores[name]) + ("" if error is None else f" ± {error:.4f}")
 
 
-def open_validator(held_out: HeldOut | None, args, device: torch.device, precision: str, logger) -> "Validator | None":
-    """The run's validator with its images encoded; None without held-out images."""
+def shown(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
+def open_validator(
+    held_out: HeldOut | None, args, total_steps: int, device: torch.device, precision: str, logger
+) -> "Validator | None":
+    """The validator of a run of so many steps, with its images encoded; None without held-out images."""
     if held_out is None:
         return None
-    validator = Validator(held_out, args, device, precision)
+    validator = Validator(held_out, args, total_steps, device, precision)
     validator.announce(logger)
     return validator
 
@@ -161,27 +176,41 @@ def cost_in_steps(images: int, global_batch: int) -> float:
     return 2 * TENTHS * images / (3 * global_batch)
 
 
-def default_interval(images: int, global_batch: int, ckpt_every: int) -> int:
-    """Steps between validations: every checkpoint, or every so many that it stays below AFFORDABLE."""
-    return ckpt_every * (int(cost_in_steps(images, global_batch) / (AFFORDABLE * ckpt_every)) + 1)
+def default_interval(images: int, global_batch: int, ckpt_every: int, total_steps: int) -> int:
+    """Steps between validations: every checkpoint, or every so many that all of the run stay below AFFORDABLE.
+
+    Where the one after the last step alone does not, it is the only one.
+    """
+    affordable = math.ceil(AFFORDABLE * total_steps / cost_in_steps(images, global_batch)) - 1  # strictly below
+    return ckpt_every * math.ceil(total_steps / (ckpt_every * max(affordable, 1)))
 
 
 class Validator:
     """Validates a run's raw and averaged weights every so many steps and after the last one."""
 
-    def __init__(self, held_out: HeldOut, args, device: torch.device, precision: str):
+    def __init__(self, held_out: HeldOut, args, total_steps: int, device: torch.device, precision: str):
         self.device, self.precision = device, precision
         source, vae = held_out.source, held_out.vae
         self.images = from_cache(source) if vae is None else encode(source, args.image_size, vae, args.num_workers)
         micro_batch = args.global_batch_size // distributed.world_size() // args.grad_accum_steps
         self.batch = max(1, micro_batch // TENTHS)  # takes no more memory than training
-        self.every = args.val_every or default_interval(self.images.total, args.global_batch_size, args.ckpt_every)
-        self.share = cost_in_steps(self.images.total, args.global_batch_size) / self.every
+        images, batch = self.images.total, args.global_batch_size
+        self.every = args.val_every or default_interval(images, batch, args.ckpt_every, total_steps)
+        self.times = math.ceil(total_steps / self.every)  # of the whole run, with the one after the last step
+        share = cost_in_steps(images, batch) / total_steps  # of one
+        self.share = self.times * share
+        self.remedy = None  # where not even the default interval is affordable
+        if args.val_every is None and share >= AFFORDABLE:
+            self.remedy = "a smaller --val-fraction" if held_out.fraction else "fewer images in --val-data-path"
 
     def announce(self, logger) -> None:
+        when = "once, after the last step"
+        if self.times > 1:
+            when = f"every {self.every:,} steps and after the last, {self.times:,} times in all"
+        remedy = f"; even a single validation of so many images costs that: use {self.remedy}" if self.remedy else ""
         logger.info(
-            f"validation: {self.images.total:,} held-out images every {self.every:,} steps and after the last, about "
-            f"{100 * self.share:.1f} % of the training's computation"
+            f"validation: {self.images.total:,} held-out images, {when}: about {100 * self.share:.1f} % of the "
+            f"training's computation{remedy}"
         )
 
     def is_due(self, step: int, last: bool) -> bool:
@@ -197,5 +226,6 @@ class Validator:
             f"step {step:07d}: validation loss {describe(scores, 'val_loss')}, EMA {describe(scores, 'val_loss_ema')} "
             f"(noise MSE of {self.images.total:,} images)"
         )
-        tenths = ", ".join(f"{loss:.4f}" for loss in scores["val_loss_ema_tenths"])
-        logger.info(f"step {step:07d}: validation loss, EMA, by tenth of the schedule: {tenths}")
+        for key, weights in (("val_loss", "raw"), ("val_loss_ema", "EMA")):
+            tenths = ", ".join(shown(loss) for loss in scores[f"{key}_tenths"])
+            logger.info(f"step {step:07d}: validation loss by tenth of the schedule, {weights} weights: {tenths}")

@@ -177,7 +177,7 @@ def test_no_more_than_a_batch_of_images_is_in_memory(cache_arguments, tmp_path, 
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_other_settings_are_refused_by_name(
-    finished, cache, cache_arguments, make_vae, image_folder, refused, signal_after, tmp_path, monkeypatch
+    finished, cache, cache_arguments, make_vae, vae_folder, image_folder, refused, signal_after, tmp_path, monkeypatch
 ):
     folder = tmp_path / "latents"
     if finished:
@@ -197,11 +197,32 @@ def test_other_settings_are_refused_by_name(
 
     assert message(image_size=16) == "image_size [32, 32] (now [16, 16]), shape [24, 2, 8, 4, 4] (now [24, 2, 8, 2, 2])"
     assert message(no_flip=True) == "shape [24, 2, 8, 4, 4] (now [24, 1, 8, 4, 4])"
-    assert message(vae=make_vae(seed=1)).startswith("vae ")
+    named = []
+    for source in (vae_folder, make_vae(seed=1)):
+        found = VAE(str(source)).describe()
+        named.append(f"{str(source)!r} (sha256 {found['sha256'][:8]}, scaling factor 0.5, shift 0.0)")
+    assert message(vae=source) == f"vae {named[0]} (now {named[1]})"
     more = shutil.copytree(image_folder, tmp_path / "more")
     shutil.copy(more / "ant" / "00.png", more / "ant" / "99.png")
     assert "fingerprint " in message(data_path=more)
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_autoencoder_that_was_moved_is_the_same(
+    finished, cache, cache_arguments, vae_folder, signal_after, tmp_path, monkeypatch, capsys
+):
+    folder, moved = tmp_path / "latents", shutil.copytree(vae_folder, tmp_path / "moved")
+    if finished:
+        shutil.copytree(cache, folder)
+    else:
+        monkeypatch.setattr(cache_latents, "CHUNK", 5)
+        signal_after(cache_latents, "encode_chunk", 1)
+        cache_latents.main(cache_arguments(folder))
+    capsys.readouterr()
+    cache_latents.main(cache_arguments(folder, vae=moved))
+    assert ("nothing to do" in capsys.readouterr().out) == finished
+    assert (folder / "moments.npy").read_bytes() == (cache / "moments.npy").read_bytes()
 
 
 @pytest.fixture

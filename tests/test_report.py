@@ -224,6 +224,15 @@ def test_a_report_shows_samples_validation_and_metrics(finished, tmp_path, capsy
     assert sum(link.startswith("data:image/jpeg;base64,") for link in seen.resources) == 2
 
 
+def test_the_loss_chart_says_what_each_curve_holds(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "chart", lambda *args: drawn.append(args) or "")
+    report.curves([{"step": 2, "loss": 0.5, "val_loss": 0.4, "val_loss_ema": 0.3}])
+    title, unit, _, lines = drawn[0]
+    assert (title, unit) == ("Loss", "noise MSE; training adds the\nvariational term in bits/dim")
+    assert list(lines) == ["training", "validation, raw", "validation, EMA"]
+
+
 def test_hostile_names_stay_text(finished, run, tmp_path):
     config = json.loads((finished / "config.json").read_text())
     config["data"]["classes"][1] = "<script>alert(1)</script>"

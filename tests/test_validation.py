@@ -1,8 +1,14 @@
 """The held-out denoising loss: its arithmetic, what is held out, and that every way of measuring it agrees."""
 
+import copy
+import itertools
 import json
+import math
 import os
 import shutil
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +21,7 @@ import export
 import train
 from diffusion import create_diffusion
 from models import ModelConfig
-from runtime import checkpoint, data, holdout, monitor, validation
+from runtime import checkpoint, data, holdout, monitor, report, validation
 from runtime.distributed import hash_seed
 from runtime.options import UserError
 from runtime.vae import VAE
@@ -233,14 +239,16 @@ def test_when_a_run_validates(validated):
     log = (validated / "log.txt").read_text()
     raw, ema = (f"{records[0][name]:.4f} ± {records[0][name + '_se']:.4f}" for name in ("val_loss", "val_loss_ema"))
     assert f"step 0000002: validation loss {raw}, EMA {ema} (noise MSE of 6 images)\n" in log
-    tenths = ", ".join(f"{loss:.4f}" for loss in records[0]["val_loss_ema_tenths"])
-    assert f"step 0000002: validation loss, EMA, by tenth of the schedule: {tenths}\n" in log
+    for key, weights in (("val_loss", "raw"), ("val_loss_ema", "EMA")):
+        tenths = ", ".join(f"{loss:.4f}" for loss in records[0][f"{key}_tenths"])
+        assert f"step 0000002: validation loss by tenth of the schedule, {weights} weights: {tenths}\n" in log
     assert records[-1]["val_loss"] < records[0]["val_loss"]
-    share = 20 * 6 / (3 * 8 * 2)
-    assert f"6 held-out images every 2 steps and after the last, about {100 * share:.1f} % of the training's" in log
+    share = 4 * 20 * 6 / (3 * 8 * 7)  # four validations of twenty evaluations an image, seven steps of three
+    assert "validation: 6 held-out images, every 2 steps and after the last, 4 times in all: " in log
+    assert f": about {100 * share:.1f} % of the training's computation\n" in log
 
 
-@pytest.mark.parametrize("affordable, steps", [(10, [4, 8, 10]), (1, [8, 10])])
+@pytest.mark.parametrize("affordable, steps", [(10, [4, 8, 10]), (2, [8, 10]), (1, [10])])
 def test_by_default_a_run_validates_at_as_many_checkpoints_as_cost_little(
     affordable, steps, held_out_validation, train_arguments, tmp_path, monkeypatch
 ):
@@ -250,13 +258,38 @@ def test_by_default_a_run_validates_at_as_many_checkpoints_as_cost_little(
     assert [record["step"] for record in metrics(tmp_path / "run") if "val_loss" in record] == steps
 
 
-def test_the_default_interval_keeps_validation_below_five_percent():
-    assert validation.default_interval(50_000, 256, 50_000) == 50_000  # 2.6 %
-    assert validation.default_interval(128_117, 256, 50_000) == 100_000  # 6.7 % at every checkpoint
-    for images in (1, 60, 480, 481, 10_000):
-        every = validation.default_interval(images, 32, 200)
-        assert every % 200 == 0 and 20 * images / (3 * 32 * every) < 0.05
-        assert every == 200 or 20 * images / (3 * 32 * (every - 200)) >= 0.05
+def test_the_default_interval_keeps_all_validations_below_five_percent():
+    epochs = 1400 * 5004
+    assert validation.default_interval(50_000, 256, 50_000, epochs) == 50_000  # 2.6 %
+    assert validation.default_interval(128_117, 256, 50_000, epochs) == 100_000  # 6.7 % at every checkpoint
+    for images, steps in itertools.product((1, 60, 143, 144, 480, 481, 10_000), (1_000, 1_001, 20_000)):
+        every = validation.default_interval(images, 32, 200, steps)
+        share = 20 * images / (3 * 32 * steps)
+        assert every % 200 == 0
+        assert share * math.ceil(steps / every) < 0.05 or (share >= 0.05 and every >= steps)
+        assert every == 200 or share * math.ceil(steps / (every - 200)) >= 0.05
+
+
+def test_the_share_counts_every_validation_of_the_run(monkeypatch):
+    def announced(images, steps, fraction=0.5, val_every=None) -> str:
+        monkeypatch.setattr(validation, "encode", lambda *_: SimpleNamespace(total=images))
+        args = Namespace(val_every=val_every, ckpt_every=50_000, global_batch_size=32, grad_accum_steps=1)
+        args.image_size, args.num_workers, lines = (32, 32), 0, []
+        held_out = holdout.HeldOut(source=None, vae=object(), fraction=fraction)
+        validator = validation.Validator(held_out, args, steps, torch.device("cpu"), "fp32")
+        validator.announce(SimpleNamespace(info=lines.append))
+        return lines[0]
+
+    start, end = "validation: 898 held-out images", "of the training's computation"
+    reason = "; even a single validation of so many images costs that: use"
+    once = f"{start}, once, after the last step: about 9.4 % {end}"
+    assert announced(898, 2000) == f"{once}{reason} a smaller --val-fraction"
+    assert announced(898, 2000, fraction=None) == f"{once}{reason} fewer images in --val-data-path"
+    assert announced(898, 2000, val_every=2000) == once
+    every = f"{start}, every 500 steps and after the last, 5 times in all"
+    assert announced(898, 2001, val_every=500) == f"{every}: about 46.7 % {end}"
+    every = f"{start}, every 50,000 steps and after the last, 3 times in all"
+    assert announced(898, 100_001) == f"{every}: about 0.6 % {end}"
 
 
 def test_a_resumed_run_has_the_same_curves(validated, train_arguments, signal_after, tmp_path):
@@ -287,24 +320,99 @@ def test_validation_does_not_count_as_training_time(train_arguments, tmp_path, m
     assert metrics(tmp_path / "run")[-1]["images_per_second"] > 1e6
 
 
-def test_the_plot_has_both_curves(validated, tmp_path, monkeypatch):
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """Draws loss.png of some records and returns its figure: drawn(records)."""
     monkeypatch.undo()  # of tiny_commands, which does not draw
-    shutil.copy(validated / "metrics.jsonl", tmp_path)
     figures = []
     monkeypatch.setattr(monitor, "save_figure", lambda figure, path: figures.append(figure))
-    monitor.plot_loss(tmp_path)
-    lines = {line.get_label(): line.get_xdata().tolist() for line in figures[0].axes[0].lines}
+
+    def draw(records: list[dict]):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        monitor.plot_loss(tmp_path)
+        return figures[-1]
+
+    return draw
+
+
+def test_the_plot_has_both_curves(validated, drawn):
+    figure = drawn(metrics(validated))
+    lines = {line.get_label(): line.get_xdata().tolist() for line in figure.axes[0].lines}
     assert lines == {
         "training: noise MSE + variational term": [3, 6, 7],
         "validation: noise MSE ± standard error, raw weights": [2, 4, 6, 7],
         "validation: noise MSE ± standard error, EMA weights": [2, 4, 6, 7],
     }
-    bands = [band.get_paths()[0].vertices for band in figures[0].axes[0].collections]
+    bands = [band.get_paths()[0].vertices for band in figure.axes[0].collections]
     for band, key in zip(bands, ("val_loss", "val_loss_ema"), strict=True):
-        for record in (record for record in metrics(tmp_path) if key in record):
+        for record in (record for record in metrics(validated) if key in record):
             at = band[band[:, 0] == record["step"], 1]
             assert at.min() == pytest.approx(record[key] - record[f"{key}_se"])
             assert at.max() == pytest.approx(record[key] + record[f"{key}_se"])
+
+
+def test_the_plot_has_the_tenths_of_the_newest_validation(validated, drawn):
+    records = metrics(validated)
+    panels = drawn(records[:4]).axes  # up to step 6, of which the last validation is
+    tenths = next(panel for panel in panels if panel.get_title() == "Validation loss by tenth of the schedule, step 6")
+    lines = {line.get_label(): (line.get_xdata().tolist(), line.get_ydata().tolist()) for line in tenths.lines}
+    middles = [100 * k + 50 for k in range(10)]
+    assert lines == {
+        "raw weights": (middles, records[3]["val_loss_tenths"]),
+        "EMA weights": (middles, records[3]["val_loss_ema_tenths"]),
+    }
+    assert tenths.get_yscale() == "log"
+    assert tenths.get_position().height < panels[0].get_position().height
+    plain = drawn([{key: x for key, x in record.items() if "val" not in key} for record in records if "loss" in record])
+    assert [panel.get_title() for panel in plain.axes] == ["Loss", ""]  # of the gradient norm
+
+
+@pytest.mark.parametrize("low, high", [(0.0041, 0.62), (0.031, 0.19), (0.0421, 0.0433)])
+def test_logarithmic_ticks_are_plain_numbers(low, high):
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    axes.plot([0, 1], [low, high])
+    monitor.use_log_scale(axes)
+    bottom, top = axes.get_ylim()
+    shown = [
+        text for at, text in zip(axes.get_yticks(), axes.yaxis.get_ticklabels(), strict=True) if bottom <= at <= top
+    ]
+    numbers = [float(text.get_text()) for text in shown]
+    assert 3 <= len(numbers) <= 8 and numbers == sorted(set(numbers))
+    assert not any(text.get_text() for text in axes.yaxis.get_ticklabels(minor=True))
+
+
+def test_losses_that_are_not_finite_are_null(validated, drawn, train_arguments, tmp_path, monkeypatch):
+    losses = validation.image_losses
+
+    def overflown(models, *rest):
+        found = losses(models, *rest)
+        found[0, 1, 3], found[1, :, 9] = torch.nan, torch.inf
+        return found
+
+    monkeypatch.setattr(validation, "image_losses", overflown)
+    changes = {"val_fraction": 0.25, "val_every": 2, "max_steps": 3, "log_every": 1}
+    train.main(train_arguments(tmp_path / "run", **changes))
+
+    def no_json(text):
+        raise ValueError(text)
+
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    record = [json.loads(line, parse_constant=no_json) for line in lines][-1]
+    for key, tenth in (("val_loss", 3), ("val_loss_ema", 9)):
+        assert record[key] is None and record[f"{key}_se"] is None
+        assert [loss is None for loss in record[f"{key}_tenths"]] == [k == tenth for k in range(10)]
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "step 0000003: validation loss not finite, EMA not finite (noise MSE of 6 images)\n" in log
+    records = metrics(validated)[:3] + [record]
+    figure = drawn(records)
+    assert [line.get_xdata().tolist() for line in figure.axes[0].lines[1:]] == [[2, 4], [2, 4]]
+    assert [np.isnan(line.get_ydata()).sum() for line in figure.axes[1].lines] == [1, 1]
+    page = report.curves(records)
+    assert "Validation loss by timestep" in page
+    config = {"recipe": {"global_batch_size": 8}}
+    assert report.summary(config, records, True)["validation loss, EMA"] == "not finite"
 
 
 # evaluate_loss.py
@@ -338,6 +446,98 @@ def test_a_separate_validation_set_has_the_loss_of_the_metrics(held_out_validati
     assert part["images"] == 6 and part["loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
 
 
+@pytest.fixture
+def cache_without_two(image_folder, vae_folder, tmp_path):
+    """(folder with two unreadable images, of which one would be held out, latent cache without them)."""
+    folder, cache = shutil.copytree(image_folder, tmp_path / "images"), tmp_path / "latents"
+    images = data.ImageList(folder)
+    mask = holdout.split(images.paths, images.labels, images.classes, 0.25)
+    for index in (np.flatnonzero(mask)[0], np.flatnonzero(~mask)[-1]):
+        images.path(index).write_bytes(b"damaged")
+    options = {"data_path": folder, "latents_dir": cache, "vae": vae_folder, "image_size": 32, "num_workers": 0}
+    cache_latents.main(command_line(options | {"skip_unreadable": True}))
+    return folder, cache
+
+
+def test_a_split_without_unreadable_images_is_found_again(
+    cache_without_two, train_arguments, loss_of, refused, tmp_path
+):
+    (folder, cache), results = cache_without_two, tmp_path / "run"
+    changes = {"data_path": None, "vae": None, "latents_dir": cache, "val_fraction": 0.25, "lr": 0.01, "ema_decay": 0.5}
+    train.main(train_arguments(results, **changes))
+    ckpt, expected = results / "checkpoints" / "0000007.pt", metrics(results)[-1]["val_loss_ema"]
+    found = loss_of(results, data_path=folder, split="val")
+    assert found["images"] == 6 and found["loss"] == pytest.approx(expected, rel=2e-3)
+    exported = tmp_path / "run.safetensors"
+    export.main(["--ckpt", str(ckpt), "--out", str(exported)])
+    assert loss_of(results, ckpt=exported, data_path=folder, split="val")["loss"] == found["loss"]
+
+    state = copy.deepcopy(checkpoint.load(ckpt))
+    del state["config"]["validation"]["left_out"]  # as runs of earlier versions have it
+    checkpoint.save(ckpt, state)
+    evaluation = command_line({"ckpt": ckpt, "data_path": folder, "split": "val"})
+    assert refused(evaluate_loss.main, evaluation) == (
+        f"--split val: the training of checkpoint {str(ckpt)!r} used a latent cache without the unreadable images of "
+        f"--data-path {str(folder)!r}, and does not list them, so its 6 held-out images cannot be told; remove the "
+        "files that skipped.txt of that cache lists from the folder, or from a copy of it"
+    )
+    train.main(train_arguments(results, **changes | {"max_steps": 8}))
+    assert metrics(results)[-1]["step"] == 8
+    for path in (cache / "skipped.txt").read_text().splitlines():
+        os.unlink(path)
+    assert loss_of(results, data_path=folder, split="val")["loss"] == found["loss"]
+
+
+def test_another_split_of_a_cache_made_again_is_refused_on_resume(
+    cache_without_two, image_folder, vae_folder, train_arguments, refused, tmp_path
+):
+    """A repaired image may be held out where the run held out another in its place, which must not be trained on."""
+    (_, cache), results, again = cache_without_two, tmp_path / "run", tmp_path / "again"
+    changes = {"data_path": None, "vae": None, "val_fraction": 0.25}
+    train.main(train_arguments(results, latents_dir=cache, max_steps=1, **changes))
+    options = {"data_path": image_folder, "latents_dir": again, "vae": vae_folder, "image_size": 32, "num_workers": 0}
+    cache_latents.main(command_line(options))
+    text = refused(train.main, train_arguments(results, latents_dir=again, max_steps=2, **changes))
+    assert text.endswith(
+        "what is held out stays the same for the whole run: give the images that it had, without the unreadable ones "
+        "that its latent cache left out, or use another --results-dir"
+    )
+
+
+def test_the_loss_of_trained_images_is_marked(
+    validated, run, image_folder, held_out_validation, train_arguments, loss_of, capsys, tmp_path
+):
+    training, held_out = held_out_validation
+    separate, exported = tmp_path / "separate", tmp_path / "run.safetensors"
+    train.main(train_arguments(separate, data_path=training, val_data_path=held_out))
+    export.main(["--ckpt", str(validated / "checkpoints" / "0000007.pt"), "--out", str(exported)])
+    part = shutil.copytree(training, tmp_path / "part")
+    (part / "bee" / "10.png").unlink()
+
+    def marked(results, **changes) -> tuple[bool | None, str]:
+        """What the JSON says, and the warnings."""
+        capsys.readouterr()
+        found = loss_of(results, **changes)["trained_on"]
+        lines = capsys.readouterr().out.splitlines()
+        return found, "".join(line.split("] ")[1] for line in lines if "warning" in line)
+
+    def warning(remedy, ckpt, images=image_folder) -> str:
+        return (
+            f"warning: --data-path {str(images)!r} holds the images that checkpoint {str(ckpt)!r} was trained on (by "
+            f"their relative paths), so this is no validation loss; {remedy}"
+        )
+
+    last, remedy = Path("checkpoints/0000007.pt"), "pass --split val for the 6 that its run held out of them"
+    assert marked(validated) == (True, warning(remedy, validated / last))
+    assert marked(validated, ckpt=exported) == (True, warning(remedy, exported))
+    assert marked(validated, split="val") == (False, "")
+    assert marked(validated, data_path=part) == (None, "")
+    assert marked(run) == (True, warning("give images that it was not trained on", run / last))
+    remedy = "give the images of its --val-data-path"
+    assert marked(separate, data_path=training) == (True, warning(remedy, separate / last, training))
+    assert marked(separate, data_path=held_out) == (False, "")
+
+
 def test_a_rope_checkpoint_has_a_loss_at_another_size(validated, loss_of):
     extended = {
         extend: loss_of(validated, split="val", image_size=48, rope_extend=extend)
@@ -348,6 +548,25 @@ def test_a_rope_checkpoint_has_a_loss_at_another_size(validated, loss_of):
 
 
 # Wrong input
+
+
+def test_a_loss_that_is_not_finite_is_refused(validated, image_folder, refused, tmp_path, monkeypatch):
+    losses = validation.image_losses
+
+    def overflown(*args):
+        found = losses(*args)
+        found[0, 1, 3], found[0, 4, 9] = torch.nan, torch.inf
+        return found
+
+    monkeypatch.setattr(validation, "image_losses", overflown)
+    ckpt = validated / "checkpoints" / "0000007.pt"
+    options = {"ckpt": ckpt, "data_path": image_folder, "num_workers": 0, "out": tmp_path / "loss.json"}
+    for precision, remedy in (("fp32", ""), ("bf16", "--precision fp32, or ")):
+        assert refused(evaluate_loss.main, command_line(options | {"precision": precision})) == (
+            f"the loss of 2 of 24 images is not finite: the ema weights of checkpoint {str(ckpt)!r} overflow in "
+            f"{precision}; use {remedy}an earlier checkpoint"
+        )
+    assert not (tmp_path / "loss.json").exists()
 
 
 def test_wrong_validation_options_are_refused(train_arguments, held_out_validation, refused, tmp_path):
@@ -411,14 +630,56 @@ def test_files_of_equal_size_or_beginning_do_not_overlap(tmp_path):
     assert len(holdout.same_files(data.ImageList(tmp_path / "one"), one)) == 1
 
 
-def test_another_split_is_refused_on_resume(validated, train_arguments, refused, tmp_path):
-    copy = shutil.copytree(validated, tmp_path / "run")
-    changes = {"lr": 0.01, "ema_decay": 0.5, "use_rope": True, "rope_rotate": 2}
-    text = refused(train.main, train_arguments(copy, val_fraction=0.4, **changes))
-    assert "was trained with other settings: data.images 18 (now 15), validation.fraction 0.25 (now 0.4), " in text
-    text = refused(train.main, train_arguments(copy, **changes))
-    assert "data.images 18 (now 24), validation.fraction 0.25 (now None), validation.fingerprint " in text
-    assert "validation.images 6 (now None)" in text
+def test_another_split_is_refused_on_resume(
+    validated, run, held_out_validation, image_folder, vae_folder, train_arguments, refused, tmp_path
+):
+    """What is held out stays the same for the whole run: the message says what it was, what it is now, and a remedy."""
+    training, other = held_out_validation
+    recipe = {"lr": 0.01, "ema_decay": 0.5, "use_rope": True, "rope_rotate": 2}
+    separate = tmp_path / "separate"
+    train.main(train_arguments(separate, data_path=training, val_data_path=other, **recipe))
+
+    def message(folder, **changes) -> tuple[str, str]:
+        ckpt = checkpoint.training_checkpoints(folder / "checkpoints")[-1]
+        text = refused(train.main, train_arguments(folder, **recipe | changes))
+        start, reason = (
+            f"checkpoint {str(ckpt)!r} was trained with ",
+            "what is held out stays the same for the whole run: ",
+        )
+        end = ", or use another --results-dir"
+        assert text.startswith(start) and text.endswith(end)
+        said, remedy = text[len(start) : -len(end)].split(f"; {reason}")
+        return said, remedy
+
+    def named(option, source) -> str:
+        stored = source if isinstance(source, str) else data.ImageList(source).fingerprint
+        return f"{option}, of fingerprint {stored[:8]})"
+
+    fingerprints = {}
+    for fraction in (0.25, 0.4):
+        args = train.parse_args(train_arguments(tmp_path / "none", val_fraction=fraction))
+        fingerprints[fraction] = train.plan(args, torch.device("cpu")).config["validation"]["fingerprint"]
+    quarter = named("--val-fraction 0.25 (6 images", fingerprints[0.25])
+    assert message(validated, val_fraction=0.4) == (
+        f"{quarter}, the command has {named('--val-fraction 0.4 (9 images', fingerprints[0.4])}",
+        "pass --val-fraction 0.25",
+    )
+    assert message(validated) == (f"{quarter}, the command has no validation", "pass --val-fraction 0.25")
+    assert message(run, val_fraction=0.25) == (
+        f"no validation, the command has {quarter}",
+        "leave --val-fraction 0.25 out",
+    )
+    nine = named("--val-data-path (9 images", other)
+    changes = {"data_path": training}
+    assert message(separate, **changes) == (
+        f"{nine}, the command has no validation",
+        "pass --val-data-path with the folder it had",
+    )
+    (other / "ant" / "00.png").rename(other / "ant" / "new.png")
+    assert message(separate, val_data_path=other, **changes) == (
+        f"{nine}, the command has {named('--val-data-path (9 images', other)}",
+        "pass the folder with the same files",
+    )
 
 
 def test_an_unreadable_held_out_image_is_named(train_arguments, held_out_validation, refused, tmp_path):
