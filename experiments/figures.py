@@ -4,13 +4,12 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 from experiments.comparisons import confidence_band
 from experiments.evaluation import ATTENTION_TIMESTEP, QUERIES
 from experiments.plan import LABELS
-from runtime.monitor import save_figure
+from runtime.monitor import save_figure, use_log_scale
 
 STYLES = {  # colour by position encoding, dashes by border
     "sincos": ("black", "-"),
@@ -57,14 +56,6 @@ def grid_of_panels(columns: int) -> tuple[Figure, np.ndarray]:
     """A figure and its axes (2, columns)."""
     figure = Figure(figsize=(6.2 * columns, 7.8), layout="constrained")
     return figure, figure.subplots(2, columns, squeeze=False)
-
-
-def use_log_scale(axes) -> None:
-    """A logarithmic y axis over about one decade, with numbers."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), numticks=100))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def draw_relative(

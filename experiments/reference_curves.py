@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from experiments import report, runs
 from experiments.comparisons import prediction_band
-from experiments.figures import use_log_scale
 from experiments.results import Results, resolve_places
 from experiments.runs import Job, python
 from runtime import data, monitor, options
@@ -168,8 +167,8 @@ def draw(reference: dict[str, dict], path: Path) -> None:
         xlabel="training step",
         ylabel="loss",
     )
-    use_log_scale(axes)
-    axes.set_ylim(0.9 * min(min(band["mean"]) for band in reference.values()) / 1.5, None)
+    axes.set_ylim(bottom=0.6 * min(min(band["mean"]) for band in reference.values()))
+    monitor.use_log_scale(axes)
     axes.grid(alpha=0.3)
     axes.legend()
     monitor.save_figure(figure, path)

@@ -379,7 +379,7 @@ def test_logarithmic_ticks_are_plain_numbers(low, high):
         text for at, text in zip(axes.get_yticks(), axes.yaxis.get_ticklabels(), strict=True) if bottom <= at <= top
     ]
     numbers = [float(text.get_text()) for text in shown]
-    assert 3 <= len(numbers) <= 8 and numbers == sorted(set(numbers))
+    assert 3 <= len(numbers) <= 10 and numbers == sorted(set(numbers))
     assert not any(text.get_text() for text in axes.yaxis.get_ticklabels(minor=True))
 
 
