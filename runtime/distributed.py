@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from runtime.options import UserError
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def _environment(name: str, default: int) -> int:
@@ -177,13 +177,18 @@ def agreed_failure(what: str) -> Iterator[None]:
 
 
 class StopOnSignal:
-    """Context that remembers SIGTERM, SIGINT or SIGUSR1 in place of dying from it: a run can end with its step."""
+    """Context that remembers a stop signal in place of dying from it: a run can end with its step.
+
+    SIGHUP, of a terminal that is closed, stays ignored where it is: under nohup.
+    """
 
     def __init__(self):
         self.received: str | None = None
 
     def __enter__(self) -> "StopOnSignal":
-        self._previous = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        ignored = (signal.SIGHUP,) if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else ()
+        handled = [number for number in STOP_SIGNALS if number not in ignored]
+        self._previous = {number: signal.signal(number, self._remember) for number in handled}
         return self
 
     def _remember(self, number: int, frame) -> None:

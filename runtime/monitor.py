@@ -1,5 +1,6 @@
 """What a run shows: log, metrics.jsonl, config.json, progress bar and loss plot, written by rank 0."""
 
+import errno
 import json
 import logging
 import math
@@ -26,15 +27,26 @@ class TqdmHandler(logging.StreamHandler):
     """Prints log lines above a progress bar in place of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
+        show(self.format(record))
+
+
+def show(line: str) -> None:
+    """Print a line above a progress bar. Where nobody can read it any more, output is dropped and the run goes on."""
+    try:
+        tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
+    except OSError as error:  # the reader of a pipe or the terminal has gone, the disk is full
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr) if error.errno == errno.EIO else (sys.stdout,):  # EIO: the terminal
+            os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 class LogFile(logging.FileHandler):
     """log.txt: a line that the disk does not take is a warning in the terminal, which shows it anyway."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        tqdm.write(f"warning: {self.baseFilename} lacks a line: {sys.exc_info()[1]}", file=sys.stdout)
+        show(f"warning: {self.baseFilename} lacks a line: {sys.exc_info()[1]}")
 
 
 def make_logger(folder: Path | None = None) -> logging.Logger:

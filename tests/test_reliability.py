@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +22,7 @@ import models
 import sample_ddp
 import train
 import visualize_rope
-from runtime import checkpoint, data, monitor, options, pictures
+from runtime import checkpoint, data, distributed, monitor, options, pictures
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
 TESTS = Path(__file__).resolve().parent
@@ -54,6 +56,48 @@ def test_sampling_killed_again_and_again(run, tmp_path):
     assert process.stdout.endswith("killed 3 of 3 times: {'random': 1, 'half an image': 1, 'half the .npz': 1}\n")
     for name in ("two", "killed"):
         assert f"\n{name}: 24 labels and 96 draws of noise equal; " in process.stdout
+
+
+def long_run(image_folder: Path, vae_folder: Path, results: Path, **changes) -> list:
+    """The command of a training run in a process of its own."""
+    options = TINY_RUN | {"data_path": image_folder, "vae": vae_folder, "results_dir": results} | changes
+    return [sys.executable, ROOT / "train.py", *command_line(options)]
+
+
+def test_a_run_goes_on_when_nothing_reads_its_output_any_more(image_folder, vae_folder, tmp_path):
+    command = long_run(image_folder, vae_folder, tmp_path / "run", max_steps=12)
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "model: DiT-XS/2" in process.stdout.readline()
+    process.stdout.close()
+    assert (process.wait(timeout=600), process.stderr.read()) == (0, "")
+    assert "finished at step 12" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_closed_terminal_stops_a_run_with_a_checkpoint(image_folder, vae_folder, tmp_path):
+    command = long_run(image_folder, vae_folder, tmp_path / "run", max_steps=100_000, ckpt_every=100_000)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, [str(part) for part in command], ENVIRONMENT)
+    seen = b""
+    while b"step 0000003" not in seen:
+        seen += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    (path,) = (tmp_path / "run" / "checkpoints").iterdir()
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.endswith(f"stopped on request at step {int(path.stem):,}; repeat the same command to go on\n")
+
+
+@pytest.mark.parametrize("under_nohup", [False, True])
+def test_a_closed_terminal_is_a_request_to_stop_but_under_nohup(under_nohup):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if under_nohup else signal.SIG_DFL)
+    try:
+        with distributed.StopOnSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received == (None if under_nohup else "SIGHUP")
+        assert signal.getsignal(signal.SIGHUP) is (signal.SIG_IGN if under_nohup else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 DIES_ONCE = """\
