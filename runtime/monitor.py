@@ -215,7 +215,7 @@ def draw_losses(left, found: list[dict]) -> None:
         steps, [record["grad_norm"] for record in records], color="C1", alpha=0.5, label="gradient norm"
     )
     left.set(title="Loss", xlabel="training step", ylabel="noise MSE; variational term in bits/dim")
-    left.set_yscale("log")
+    use_log_scale(left)
     right.set_ylabel("gradient norm (L2, before clipping)")
     left.grid(alpha=0.3)
     left.legend(lines, [line.get_label() for line in lines])
