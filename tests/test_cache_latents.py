@@ -222,7 +222,8 @@ def test_an_autoencoder_that_was_moved_is_the_same(
     capsys.readouterr()
     cache_latents.main(cache_arguments(folder, vae=moved))
     assert ("nothing to do" in capsys.readouterr().out) == finished
-    assert (folder / "moments.npy").read_bytes() == (cache / "moments.npy").read_bytes()
+    found, expected = (np.load(path / "moments.npy").astype(np.float32) for path in (folder, cache))
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)  # float16, in other batches
 
 
 @pytest.fixture
