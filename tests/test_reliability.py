@@ -58,34 +58,33 @@ def test_sampling_killed_again_and_again(run, tmp_path):
         assert f"\n{name}: 24 labels and 96 draws of noise equal; " in process.stdout
 
 
-def long_run(image_folder: Path, vae_folder: Path, results: Path, **changes) -> list:
-    """The command of a training run in a process of its own."""
-    options = TINY_RUN | {"data_path": image_folder, "vae": vae_folder, "results_dir": results} | changes
-    return [sys.executable, ROOT / "train.py", *command_line(options)]
+def test_a_run_outlives_its_reader_and_a_closed_terminal_stops_one_with_a_checkpoint(
+    image_folder, vae_folder, tmp_path
+):
+    """Two processes at a time: one whose output is a pipe that is closed, one in a terminal that is closed."""
 
+    def command(name: str, **changes) -> list[str]:
+        options = TINY_RUN | {"data_path": image_folder, "vae": vae_folder, "results_dir": tmp_path / name} | changes
+        return [sys.executable, str(ROOT / "train.py"), *map(str, command_line(options))]
 
-def test_a_run_goes_on_when_nothing_reads_its_output_any_more(image_folder, vae_folder, tmp_path):
-    command = long_run(image_folder, vae_folder, tmp_path / "run", max_steps=12)
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert "model: DiT-XS/2" in process.stdout.readline()
-    process.stdout.close()
-    assert (process.wait(timeout=600), process.stderr.read()) == (0, "")
-    assert "finished at step 12" in (tmp_path / "run" / "log.txt").read_text()
-
-
-def test_a_closed_terminal_stops_a_run_with_a_checkpoint(image_folder, vae_folder, tmp_path):
-    command = long_run(image_folder, vae_folder, tmp_path / "run", max_steps=100_000, ckpt_every=100_000)
+    reader = subprocess.Popen(
+        command("piped", max_steps=12), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     pid, terminal = pty.fork()
     if pid == 0:
-        os.execve(sys.executable, [str(part) for part in command], ENVIRONMENT)
+        os.execve(sys.executable, command("terminal", max_steps=100_000, ckpt_every=100_000), ENVIRONMENT)
+    assert "model: DiT-XS/2" in reader.stdout.readline()
+    reader.stdout.close()
     seen = b""
     while b"step 0000003" not in seen:
         seen += os.read(terminal, 4096)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    (path,) = (tmp_path / "run" / "checkpoints").iterdir()
-    log = (tmp_path / "run" / "log.txt").read_text()
+    (path,) = (tmp_path / "terminal" / "checkpoints").iterdir()
+    log = (tmp_path / "terminal" / "log.txt").read_text()
     assert log.endswith(f"stopped on request at step {int(path.stem):,}; repeat the same command to go on\n")
+    assert (reader.wait(timeout=600), reader.stderr.read()) == (0, "")
+    assert "finished at step 12" in (tmp_path / "piped" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("under_nohup", [False, True])
