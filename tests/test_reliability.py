@@ -424,8 +424,8 @@ def test_real_processes_end_with_one_line(image_folder, vae_folder, run, tmp_pat
     training = command_line(TINY_RUN | shared | {"results_dir": folder})
     ckpt = ["--ckpt", run / "checkpoints" / "0000007.pt"]
     cases = [  # script, arguments, the line
-        ("train.py", ["--data-path", "no/such"], "--data-path 'no/such' is not a folder; expected one with a "
-         "sub-folder for each class"),
+        ("train.py", [*training, "--image-size=20"], "--image-size 20 is not divisible by 16 (VAE down-sampling 8 x "
+         "patch 2); choose a multiple of 16"),
         ("train.py", [*training, "--lr=0"], "argument --lr: '0' is not a number > 0"),
         ("cache_latents.py", command_line(shared | {"latents_dir": folder, "image_size": 36}), "--image-size 36 is "
          "not divisible by 8 (VAE down-sampling 8 x patch 1); choose a multiple of 8"),

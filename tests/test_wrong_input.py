@@ -1,16 +1,13 @@
 """Mistakes of the user: one line with the value, what was expected and the remedy; exit status 2; nothing written."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, command_line
+from conftest import command_line
 
 import cache_latents
 import evaluate
@@ -417,24 +414,6 @@ def test_help_is_not_a_mistake(capsys):
             main(["--help"])
         assert stopped.value.code == 0
         assert capsys.readouterr().out.startswith("usage: ")
-
-
-def test_a_real_process(image_folder, vae_folder, tmp_path):
-    """Exit status 2 and a single line, with nothing that libraries add on import."""
-    options = {"data_path": image_folder, "vae": vae_folder, "results_dir": tmp_path / "run"}
-    process = subprocess.run(
-        [sys.executable, ROOT / "train.py", *command_line(options | TINY_RUN | {"image_size": 20})],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr == (
-        "train.py: error: --image-size 20 is not divisible by 16 (VAE down-sampling 8 x patch 2); choose a multiple of "
-        "16\n"
-    )
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_resuming_what_is_no_run_of_ours(train_arguments, refused, tmp_path):
