@@ -332,14 +332,15 @@ def tenths(measured: Measured) -> str:
 def beyond_grid(measured: Measured) -> str:
     baseline = measured.study.beyond_grid_variants[0]
     places = [(kind, size, ext) for kind in ("enlarged", "canvas") for size in CANVASES for ext in EXTENSIONS]
+    columns = [("trained", "as trained", SIZE, "–")]
+    columns += [(f"{kind}{size}/{extension}", kind, size, extension) for kind, size, extension in places]
     losses = {
         data_set: {
-            variant: np.stack([measured.of_section("beyond_grid", data_set, variant, name) for name in names], axis=1)
+            variant: np.stack([measured.of_section("beyond_grid", data_set, variant, name) for name, *_ in columns], 1)
             for variant in measured.study.beyond_grid_variants
             if variant in by_variant
         }
         for data_set, by_variant in measured.keys.items()
-        for names in [[f"{kind}{size}/{extension}" for kind, size, extension in places]]
     }
     compared = comparisons.compare_points(losses)
     heads = list(dict.fromkeys(pair_name(items[0]) for items in compared))
@@ -352,7 +353,7 @@ def beyond_grid(measured: Measured) -> str:
             for items in compared
             if items[0].data_set == data_set
         }
-        for k, (kind, size, extension) in enumerate(places):
+        for k, (_, kind, size, extension) in enumerate(columns):
             tokens = f"{size // TOKEN} × {size // TOKEN}"
             found = [cells[head][k] if head in cells else "–" for head in heads]
             rows.append([data_set, kind, tokens, extension, plus_minus(by_variant[baseline][:, k]), *found])

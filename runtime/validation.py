@@ -226,6 +226,6 @@ class Validator:
             f"step {step:07d}: validation loss {describe(scores, 'val_loss')}, EMA {describe(scores, 'val_loss_ema')} "
             f"(noise MSE of {self.images.total:,} images)"
         )
-        for key, weights in (("val_loss", "raw"), ("val_loss_ema", "EMA")):
+        for key, (weights, _) in monitor.VALIDATED.items():
             tenths = ", ".join(shown(loss) for loss in scores[f"{key}_tenths"])
             logger.info(f"step {step:07d}: validation loss by tenth of the schedule, {weights} weights: {tenths}")

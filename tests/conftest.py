@@ -26,8 +26,8 @@ TINY_RUN = {
     "lr": 0.001,
     "precision": "fp32",
 }
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-TORCHRUN.append("--local-addr=127.0.0.1")  # the name of this machine need not resolve
+ADDRESS = "--local-addr=127.0.0.1"  # the name of this machine need not resolve
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", ADDRESS, "--nproc_per_node=2"]
 TINY_XS = {"depth": 2, "hidden_size": 64}  # head dimension 32; a checkpoint of 3 MB in place of 30
 
 # A shell's background job ignores SIGINT, and one under nohup SIGHUP; the processes that the tests start would too.

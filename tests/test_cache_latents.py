@@ -3,6 +3,7 @@
 import json
 import shutil
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,17 +176,28 @@ def test_no_more_than_a_batch_of_images_is_in_memory(cache_arguments, tmp_path, 
     assert len(most) == 24 and max(most) <= 2 * 3  # a batch being read while the one before is still named
 
 
-@pytest.mark.parametrize("finished", [True, False])
-def test_other_settings_are_refused_by_name(
-    finished, cache, cache_arguments, make_vae, vae_folder, image_folder, refused, signal_after, tmp_path, monkeypatch
-):
-    folder = tmp_path / "latents"
-    if finished:
-        shutil.copytree(cache, folder)
-    else:
+@pytest.fixture
+def begun(cache, cache_arguments, signal_after, tmp_path, monkeypatch, capsys):
+    """Maker of a cache of its own, finished or stopped after the first five images."""
+
+    def make(finished: bool) -> Path:
+        folder = tmp_path / "latents"
+        if finished:
+            return shutil.copytree(cache, folder)
         monkeypatch.setattr(cache_latents, "CHUNK", 5)
         signal_after(cache_latents, "encode_chunk", 1)
         cache_latents.main(cache_arguments(folder))
+        capsys.readouterr()
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_are_refused_by_name(
+    finished, begun, cache_arguments, make_vae, vae_folder, image_folder, refused, tmp_path
+):
+    folder = begun(finished)
     before = contents(folder)
     start = f"--latents-dir {str(folder)!r} was made with other settings: "
     end = "; remove it or use another folder"
@@ -210,16 +222,9 @@ def test_other_settings_are_refused_by_name(
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_an_autoencoder_that_was_moved_is_the_same(
-    finished, cache, cache_arguments, vae_folder, signal_after, tmp_path, monkeypatch, capsys
+    finished, begun, cache, cache_arguments, vae_folder, tmp_path, capsys
 ):
-    folder, moved = tmp_path / "latents", shutil.copytree(vae_folder, tmp_path / "moved")
-    if finished:
-        shutil.copytree(cache, folder)
-    else:
-        monkeypatch.setattr(cache_latents, "CHUNK", 5)
-        signal_after(cache_latents, "encode_chunk", 1)
-        cache_latents.main(cache_arguments(folder))
-    capsys.readouterr()
+    folder, moved = begun(finished), shutil.copytree(vae_folder, tmp_path / "moved")
     cache_latents.main(cache_arguments(folder, vae=moved))
     assert ("nothing to do" in capsys.readouterr().out) == finished
     found, expected = (np.load(path / "moments.npy").astype(np.float32) for path in (folder, cache))

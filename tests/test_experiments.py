@@ -680,7 +680,8 @@ def test_the_page_says_what_was_measured(page, made_up):
     assert "| digits | sin-cos | 25.00 ± 0.00 % | 50.00 ± 0.00 % |" in text
     losses = "0.0631 ± 0.0006 | +100.00 ± 0.00 % ‡ | -50.00 ± 0.00 % ‡ | +300.00 ± 0.00 % ‡ |"
     assert f"| digits | enlarged | 12 × 12 | extrapolate | {losses}" in text
-    assert "against axial RoPE 16 of 16, 16 after correction; against the exact border 8 of 8, 8 after" in text
+    assert f"| digits | as trained | 8 × 8 | – | {losses}" in text
+    assert "against axial RoPE 18 of 18, 18 after correction; against the exact border 9 of 9, 9 after" in text
     assert re.search(r"\| digits \| axial RoPE − sin-cos( \| -\d+\.\d % ‡){3} \|", text)  # at each of three steps
     assert re.search(r"\| photographs \| axial RoPE − sin-cos( \| -\d+\.\d % ‡){10} \|", text)  # in each tenth
     assert "| photographs | canvas | 16 × 16 | interpolate | 0.0631 ± 0.0006 | – | – | – |" in text
@@ -742,12 +743,14 @@ def test_a_run_outside_the_band_is_named():
     half = stats.t.ppf(0.995, 4) * np.std([0, 1, 2, 3, 4], ddof=1) * 0.001 * np.sqrt(1.2)
     assert bands["loss"]["mean"] == pytest.approx([0.102]) and bands["loss"]["half"] == pytest.approx([half])
     assert reference_curves.outside(curves_with([0.102 + 0.99 * half]), bands) == []
-    assert reference_curves.outside(curves_with([0.2]), bands)[0] == ("loss", 100, 0.2, *map(approx, (0.102, half)))
+    assert reference_curves.outside(curves_with([0.2]), bands)[0] == (
+        "loss",
+        100,
+        0.2,
+        pytest.approx(0.102),
+        pytest.approx(half),
+    )
     assert len(reference_curves.outside(curves_with([float("nan")]), bands)) == 3
-
-
-def approx(value: float):
-    return pytest.approx(value)
 
 
 def test_a_run_may_leave_the_band_at_a_tenth_of_its_points_but_not_at_the_last_step():
