@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffusion import create_diffusion
 from models import DiT, ModelConfig
-from runtime import checkpoint, data, distributed, holdout, monitor, options, previews, report, trackers, validation
+from runtime import checkpoint, data, distributed, holdout, monitor, options, pictures, report, trackers, validation
 from runtime.options import UserError, check_image_size, check_rope
 from runtime.sampling import autocast, resolve_precision
 from runtime.vae import VAE, sample_latents
@@ -516,10 +516,10 @@ def draw_samples(trainer: Trainer, folder: RunFolder, metrics: monitor.Metrics, 
     job, step = trainer.job, trainer.step
 
     def draw() -> None:
-        if not remake and previews.step_path(folder.path, step).exists():
+        if not remake and pictures.grid_path(folder.path, step).exists():
             return
         try:
-            path = previews.make(
+            path = pictures.draw_samples(
                 folder.path, trainer.ema, job.config, job.decoder, step, trainer.device, trainer.precision
             )
         except (OSError, torch.OutOfMemoryError) as error:

@@ -40,6 +40,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar=("ROW", "COLUMN"),
         help="patch whose similarity to every patch is drawn (None: a quarter of the grid from the upper left corner)",
     )
+    add("--dry-run", action="store_true", help="check everything, print what would be drawn, and write nothing")
     options.add_rope_options(parser)
     args = parser.parse_args(argv)
     args.use_rope = True  # there is nothing else to draw
@@ -236,10 +237,10 @@ def style_grid(axes: np.ndarray) -> None:
 
 def draw_similarity(figure: Figure | SubFigure, head_dim: int, config: RopeConfig, grid, query) -> None:
     """Similarity of one patch to all by position alone, and what clamping changes in it."""
-    ropes = {"axial RoPE": replace(config, rotate=0, same_theta=False)}
+    compared = {"axial RoPE": variants(config)["axial RoPE"]}
     if config.rotate > 0:
-        ropes |= {f"Spiral RoPE, {border}": replace(config, border=border) for border in ("clamp", "exact")}
-    maps = {title: similarity(SpiralRoPE(head_dim, grid, c), grid, query).numpy() for title, c in ropes.items()}
+        compared |= {f"Spiral RoPE, {border}": replace(config, border=border) for border in ("clamp", "exact")}
+    maps = {title: similarity(SpiralRoPE(head_dim, grid, c), grid, query).numpy() for title, c in compared.items()}
     figure.suptitle(
         f"Similarity of a constant query at row {query[0]}, column {query[1]} to the same key at every patch",
         fontweight="bold",
@@ -249,11 +250,11 @@ def draw_similarity(figure: Figure | SubFigure, head_dim: int, config: RopeConfi
     for panel, (title, values) in zip(axes[0], maps.items(), strict=False):
         image = panel.imshow(values, cmap="viridis", vmin=lowest, vmax=1)
         panel.set_title(title)
-        if title == list(maps)[-1]:
-            add_scale(figure, image, panel, "cosine\nsimilarity")
+    add_scale(figure, image, axes[0, len(maps) - 1], "cosine\nsimilarity")
     if len(maps) > 1:
         panel, change = axes[0, -1], maps["Spiral RoPE, clamp"] - maps["Spiral RoPE, exact"]
-        image = panel.imshow(change, cmap="RdBu_r", norm=CenteredNorm(halfrange=widest(change)))
+        widest = float(np.abs(change).max()) or 1.0  # of a scale centred at 0, also where there is nothing to show
+        image = panel.imshow(change, cmap="RdBu_r", norm=CenteredNorm(halfrange=widest))
         panel.set_title("clamp minus exact")
         add_scale(figure, image, panel, "difference of\nsimilarities")
     for panel in axes[0]:
@@ -269,31 +270,31 @@ def add_scale(figure: Figure | SubFigure, image, panel, label: str) -> None:
     scale.ax.set_title(label, fontsize="small")
 
 
-def widest(values: np.ndarray) -> float:
-    """Half the range of a colour scale that is centred at 0; 1 where there is nothing to show."""
-    return float(np.abs(values).max()) or 1.0
-
-
-def draw(head_dim: int, config: RopeConfig, grid: tuple[int, int], query, only: str | None = None) -> Figure:
-    """The picture of these settings: one of PARTS, or all of them."""
-    rows, columns = phase_panels(directions(head_dim, config))
-    width = 9.5 if only == "directions" else max(12.0, 1.3 * columns)
-    tall = min(grid[0] / grid[1], 2)
+def part_sizes(args: argparse.Namespace, config: RopeConfig) -> tuple[float, dict[str, float]]:
+    """Width of the picture, and height of each of its parts, in inches."""
+    rows, columns = phase_panels(directions(args.head_dim, config))
+    width = 9.5 if args.only == "directions" else max(12.0, 1.3 * columns)
+    tall = min(args.grid[0] / args.grid[1], 2)
     heights = {
         "directions": min(width, 12) / 2 + 1.1,
         "phases": rows * min((width - 1.5) / columns, 2.4) * tall + 2,
         "similarity": (width - 2) / 5 * tall + 1.8,
     }
-    drawers = {
-        "directions": lambda part: draw_directions(part, head_dim, config),
-        "phases": lambda part: draw_phases(part, head_dim, config, grid),
-        "similarity": lambda part: draw_similarity(part, head_dim, config, grid, query),
-    }
-    parts = [only] if only else list(PARTS)
-    figure = Figure(figsize=(width, sum(heights[name] for name in parts)), layout="constrained")
-    subfigures = figure.subfigures(len(parts), 1, height_ratios=[heights[name] for name in parts], squeeze=False)
-    for part, name in zip(subfigures[:, 0], parts, strict=True):
-        drawers[name](part)
+    return width, {args.only: heights[args.only]} if args.only else heights
+
+
+def draw(args: argparse.Namespace, config: RopeConfig, width: float, heights: dict[str, float]) -> Figure:
+    """The picture of these settings, a part for each of the heights (inches)."""
+    figure = Figure(figsize=(width, sum(heights.values())), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, height_ratios=list(heights.values()), squeeze=False)[:, 0]
+    for part, name in zip(parts, heights, strict=True):
+        match name:
+            case "directions":
+                draw_directions(part, args.head_dim, config)
+            case "phases":
+                draw_phases(part, args.head_dim, config, args.grid)
+            case "similarity":
+                draw_similarity(part, args.head_dim, config, args.grid, args.query)
     return figure
 
 
@@ -304,9 +305,13 @@ def main(argv: list[str] | None = None) -> None:
     check(args, config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        figure = draw(args.head_dim, config, args.grid, args.query, args.only)
+        width, heights = part_sizes(args, config)
+        figure = None if args.dry_run else draw(args, config, width, heights)
     for message in sorted({str(warning.message) for warning in caught}):  # the same one for each table built
         print(f"warning: {message}")
+    if figure is None:
+        inches = f"{width:.1f} x {sum(heights.values()):.1f} inches"
+        return print(f"dry run: would draw {', '.join(heights)} into {args.out}, {inches}; nothing was written")
     try:
         monitor.save_figure(figure, args.out)
     except OSError as error:

@@ -1,5 +1,6 @@
 """What a run shows: log, metrics.jsonl, config.json, progress bar and loss plot, written by rank 0."""
 
+import dataclasses
 import errno
 import json
 import logging
@@ -16,11 +17,27 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from models import ModelConfig
 from runtime.distributed import is_main
 from runtime.options import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-VALIDATED = {"val_loss": ("raw", "C2"), "val_loss_ema": ("EMA", "C3")}  # key of a record: weights, colour
+VALIDATED = {"val_loss": ("raw", "#d97706"), "val_loss_ema": ("EMA", "#c2408f")}  # key of a record: weights, colour
+CURVES = {  # key of a record: panel of loss.png, unit, colour
+    "grad_norm": ("Gradient norm", "L2, before clipping", "#2a9d6f"),
+    "lr": ("Learning rate", "learning rate", "#8c6bb1"),
+    "images_per_second": ("Speed", "images/s", "#9a7b4f"),
+}
+TRAINING = "#3b82c4"  # colour of the training loss
+GREY = "#7a7a7a"  # can be read on white and on black
+ANY_GROUND = {  # matplotlib's settings for a picture without a ground of its own
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY),
+    "grid.color": GREY,
+    "grid.alpha": 0.25,
+    "axes.grid": True,
+    "legend.framealpha": 0,
+    "savefig.transparent": True,
+}
 
 
 class TqdmHandler(logging.StreamHandler):
@@ -152,6 +169,34 @@ def describe_environment(device: torch.device) -> dict:
     return {"versions": versions, "device": f"{device.type}: {name}", "git_commit": git_commit()}
 
 
+def flatten(nested: dict, separator: str = ".") -> dict:
+    """Nested values by their paths: {"model": {"rope": {"rotate": 4}}} becomes {"model.rope.rotate": 4}."""
+    flat = {}
+    for key, value in nested.items():
+        inner = flatten(value, separator) if isinstance(value, dict) else {}
+        flat |= {f"{key}{separator}{path}": entry for path, entry in inner.items()} or {key: value}
+    return flat
+
+
+def group_name(settings: dict) -> str:
+    """Model and positions, such as DiT-B/4 spiral-R4-clamp; RoPE settings that are not the default are appended."""
+    config = ModelConfig.from_dict(settings["model"])  # completes what an older version did not store
+    rope = config.rope
+    if rope is None:
+        return f"{config.model} sin-cos"
+    name = f"{config.model} spiral-R{rope.rotate}-{rope.border}" if rope.rotate else f"{config.model} axial"
+    for field in dataclasses.fields(rope):
+        value = getattr(rope, field.name)
+        if field.name not in ("rotate", "border") and value != field.default:
+            name += f"-{field.name}-{value}"
+    return name
+
+
+def run_name(settings: dict) -> str:
+    """The group and the seed."""
+    return f"{group_name(settings)} seed {settings['recipe']['global_seed']}"
+
+
 def version_of(package: str) -> str | None:
     """The installed version, None without one."""
     try:
@@ -162,68 +207,81 @@ def version_of(package: str) -> str | None:
 
 def git_commit() -> str | None:
     """Commit of the working tree, with "+changes" when files differ from it; None outside git."""
+
+    def git(*words: str) -> str:
+        command = ["git", *words]
+        return subprocess.run(
+            command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+changes" if changed else "")
 
 
 def plot_loss(folder: Path) -> None:
-    """Draw loss.png from metrics.jsonl: losses and gradient norm by step, the newest validation by timestep."""
-    found = read_metrics(folder / "metrics.jsonl")
-    if not (is_main() and any(record.get("loss") is not None for record in found)):
+    """Draw loss.png from metrics.jsonl: every curve by training step, and the newest validation by timestep.
+
+    It is the only picture of curves: report.html shows it, on light and on dark ground.
+    """
+    records = read_metrics(folder / "metrics.jsonl")
+    if all(record.get("loss") is None for record in records):
         return
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    tenths = newest_tenths(found)
-    figure = Figure(figsize=(8, 6.8 if tenths else 4.5), layout="constrained")
-    panels = figure.subplots(2 if tenths else 1, height_ratios=[2, 1] if tenths else None, squeeze=False)[:, 0]
-    draw_losses(panels[0], found)
-    if tenths:
-        draw_tenths(panels[1], *tenths)
-    save_figure(figure, folder / "loss.png")
+    tenths = newest_tenths(records)
+    below = [["grad_norm", "tenths"], ["lr", "images_per_second"]] if tenths else [list(CURVES)]
+    with rc_context(ANY_GROUND):
+        figure = Figure(figsize=(10, 3.8 + 2.6 * len(below)), layout="constrained")
+        heights = [3.8] + [2.6] * len(below)
+        panels = figure.subplot_mosaic([["loss"] * len(below[0]), *below], height_ratios=heights)
+        draw_losses(panels["loss"], records)
+        for key, (title, unit, color) in CURVES.items():
+            draw_curve(panels[key], *points(records, key), color=color)
+            panels[key].set(title=title, ylabel=unit)
+            use_log_scale(panels[key]) if key == "grad_norm" else panels[key].set_ylim(bottom=0)
+        if tenths:
+            draw_tenths(panels["tenths"], *tenths)
+        save_figure(figure, folder / "loss.png")
 
 
-def draw_losses(left, found: list[dict]) -> None:
-    """Training loss, gradient norm and validation losses by step."""
-    records = [record for record in found if record.get("loss") is not None]
-    steps = [record["step"] for record in records]
-    right = left.twinx()
-    lines = left.plot(
-        steps, [record["loss"] for record in records], color="C0", label="training: noise MSE + variational term"
-    )
+def points(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps at which records have a value under a key, and the values."""
+    found = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+    steps, values = np.array(found).reshape(-1, 2).T
+    return steps, values
+
+
+def draw_curve(axes, steps: np.ndarray, values: np.ndarray, color: str, label: str | None = None) -> None:
+    """A curve by training step, its points marked where there are few."""
+    from matplotlib.ticker import EngFormatter
+
+    axes.plot(steps, values, color=color, label=label, linewidth=1.2, marker="." if len(steps) < 20 else None)
+    axes.set_xlabel("training step")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def draw_losses(axes, records: list[dict]) -> None:
+    """Training loss and validation losses by step."""
+    draw_curve(axes, *points(records, "loss"), TRAINING, "training: noise MSE + variational term")
     for key, (weights, color) in VALIDATED.items():
-        values = [record for record in found if record.get(key) is not None]
-        points = [(record["step"], record[key], record.get(f"{key}_se") or 0) for record in values]
-        if points:
-            at, loss, error = map(np.array, zip(*points, strict=True))
-            label = f"validation: noise MSE ± standard error, {weights} weights"
-            lines += left.plot(at, loss, color=color, marker=".", label=label)
-            left.fill_between(at, loss - error, loss + error, color=color, alpha=0.25, linewidth=0)
-    lines += right.plot(
-        steps, [record["grad_norm"] for record in records], color="C1", alpha=0.5, label="gradient norm"
-    )
-    left.set(title="Loss", xlabel="training step", ylabel="noise MSE; variational term in bits/dim")
-    use_log_scale(left)
-    right.set_ylabel("gradient norm (L2, before clipping)")
-    left.grid(alpha=0.3)
-    left.legend(lines, [line.get_label() for line in lines])
+        validated = [record for record in records if record.get(key) is not None]
+        if validated:
+            steps, losses = points(validated, key)
+            errors = np.array([record.get(f"{key}_se") or 0 for record in validated])
+            draw_curve(axes, steps, losses, color, f"validation: noise MSE ± standard error, {weights} weights")
+            axes.fill_between(steps, losses - errors, losses + errors, color=color, alpha=0.25, linewidth=0)
+    axes.set(title="Loss", ylabel="noise MSE; variational term in bits/dim")
+    use_log_scale(axes)
+    axes.legend()
 
 
-def newest_tenths(found: list[dict]) -> tuple[int, dict[str, list[float | None]]] | None:
+def newest_tenths(records: list[dict]) -> tuple[int, dict[str, list[float | None]]] | None:
     """Step of the newest validation, and its losses by tenth of the schedule for each key; None without one."""
-    for record in reversed(found):
+    for record in reversed(records):
         tenths = {key: record[f"{key}_tenths"] for key in VALIDATED if f"{key}_tenths" in record}
         if any(loss is not None for losses in tenths.values() for loss in losses):
             return record["step"], tenths
@@ -236,11 +294,10 @@ def draw_tenths(axes, step: int, tenths: dict[str, list[float | None]]) -> None:
         weights, color = VALIDATED[key]
         values = [math.nan if loss is None else loss for loss in losses]  # a gap
         middles = [100 * k + 50 for k in range(len(values))]
-        axes.plot(middles, values, color=color, marker=".", label=f"{weights} weights")
+        axes.plot(middles, values, color=color, linewidth=1.2, marker=".", label=f"{weights} weights")
     axes.set(title=f"Validation loss by tenth of the schedule, step {step:,}", xlabel="timestep", ylabel="noise MSE")
-    axes.set_xticks(range(0, 1001, 100))
+    axes.set_xticks(range(0, 1001, 200))
     use_log_scale(axes)
-    axes.grid(alpha=0.3)
     axes.legend()
 
 
