@@ -13,10 +13,6 @@ from runtime import monitor, trackers
 pytestmark = pytest.mark.usefixtures("tiny_commands")
 
 ROPE = dict(use_rope=True, rope_rotate=2)
-SETTINGS = {
-    "model": {"model": "DiT-B/4", "rope": None},
-    "recipe": {"global_seed": 3},
-}
 
 
 def events(results: Path):
@@ -110,18 +106,21 @@ def wandb_records(path: Path):
 
 
 def test_names_tell_the_positions():
-    def names(**rope):
-        default = {"rotate": 0, "theta": 10000.0, "freqs_for": "lang", "max_freq": 10.0, "truncate_percentage": 0.0}
-        default |= {"max_freq_lang": 1.5, "min_freq_lang": 0.0, "same_theta": False, "border": "clamp"}
-        settings = {**SETTINGS, "model": {"model": "DiT-B/4", "rope": default | rope}}
-        return trackers.group_name(settings), trackers.run_name(settings)
+    def name(**rope):
+        return monitor.group_name({"model": {"model": "DiT-B/4", "rope": rope}})  # the rest has its default
 
-    assert trackers.run_name(SETTINGS) == "DiT-B/4 sin-cos seed 3"
-    assert names() == ("DiT-B/4 axial", "DiT-B/4 axial seed 3")
-    assert names(rotate=4) == ("DiT-B/4 spiral-R4-clamp", "DiT-B/4 spiral-R4-clamp seed 3")
-    assert names(rotate=4, border="exact", theta=100.0, same_theta=True)[0] == (
+    sin_cos = {"model": {"model": "DiT-B/4", "rope": None}, "recipe": {"global_seed": 3}}
+    assert monitor.run_name(sin_cos) == "DiT-B/4 sin-cos seed 3"
+    assert name() == "DiT-B/4 axial"
+    assert name(rotate=4, theta=10000.0) == "DiT-B/4 spiral-R4-clamp"
+    assert name(rotate=4, border="exact", theta=100.0, same_theta=True) == (
         "DiT-B/4 spiral-R4-exact-theta-100.0-same_theta-True"
     )
+
+
+def test_nested_values_become_paths():
+    nested = {"lr": 0.1, "model": {"rope": {"rotate": 4}, "size": [1, 2]}, "empty": {}}
+    assert monitor.flatten(nested) == {"lr": 0.1, "model.rope.rotate": 4, "model.size": [1, 2], "empty": {}}
 
 
 def test_a_tracker_that_fails_is_dropped_with_one_warning(train_arguments, tmp_path, monkeypatch, capsys):

@@ -129,10 +129,15 @@ def test_settings_are_read_without_use_rope():
 
 def test_picture_has_all_parts(tmp_path, capsys):
     path = tmp_path / "picture with spaces.png"
-    main(["--rope-rotate", "2", "--grid", "4x6", "--out", str(path)])
+    arguments = ["--rope-rotate", "2", "--grid", "4x6", "--out", str(path)]
+    main([*arguments, "--dry-run"])
+    output, inches = capsys.readouterr().out.split(f"{path}, 12.0 x ")
+    assert output == "dry run: would draw directions, phases, similarity into " and list(tmp_path.iterdir()) == []
+    main(arguments)
     assert capsys.readouterr().out == f"picture: {path}\n"
     with Image.open(path) as picture:
         assert picture.format == "PNG" and picture.width == 1800
+        assert picture.height == pytest.approx(150 * float(inches.split(" inches")[0]), abs=8)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
@@ -146,25 +151,28 @@ def test_uneven_directions_are_warned_about_once(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--rope-rotate", "5"], "--rope-rotate 5 does not fit --head-dim 64; expected one of 0, 1, 2, 4, 8, 16"),
-        (["--head-dim", "66"], "--head-dim 66 does not fit RoPE in two dimensions; choose a multiple of 4"),
-        (["--grid", "0"], "argument --grid: '0' is not a grid; expected patches, as in 16 or 16x24, at most 512"),
-        (["--grid", "999"], "argument --grid: '999' is not a grid; expected patches, as in 16 or 16x24, at most 512"),
-        (["--query", "3", "16"], "--query 3 16 is outside the grid; expected a row below 16 and a column below 16"),
-        (["--out", "a.jpg"], "--out 'a.jpg' is not a picture's name; end it in one of .png, .pdf, .svg"),
-        (["--out", "no/a.png"], "--out 'no/a.png' is in a folder that does not exist; make the folder first"),
-        (["--out", "folder.png"], "--out 'folder.png' cannot be written (Is a directory); choose another"),
-        (["--rope-border", "round"], "argument --rope-border: invalid choice: 'round'"),
-        (["--rope-rotat", "4"], "unrecognized arguments: --rope-rotat 4; did you mean --rope-rotate?"),
+        ("--rope-rotate 5", "--rope-rotate 5 does not fit --head-dim 64; expected one of 0, 1, 2, 4, 8, 16"),
+        ("--head-dim 66", "--head-dim 66 does not fit RoPE in two dimensions; choose a multiple of 4"),
+        ("--grid 0", "argument --grid: '0' is not a grid; expected patches, as in 16 or 16x24, at most 512"),
+        ("--grid 999", "argument --grid: '999' is not a grid; expected patches, as in 16 or 16x24, at most 512"),
+        ("--query 3 16", "--query 3 16 is outside the grid; expected a row below 16 and a column below 16"),
+        ("--out a.jpg", "--out 'a.jpg' "),
+        ("--out no/a.png", "--out 'no/a.png' is in a folder that does not exist; make the folder first"),
     ],
 )
-def test_mistakes_end_with_one_line_and_write_nothing(tmp_path, monkeypatch, capsys, arguments, message):
-    (tmp_path / "folder.png").mkdir()
+def test_mistakes_end_with_one_line_and_write_nothing(tmp_path, monkeypatch, refused, arguments, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(visualize_rope, "draw", lambda *arguments: visualize_rope.Figure(figsize=(1, 1)))
-    with pytest.raises(SystemExit) as exit:
-        main(["--out", "a.png", *arguments])
-    assert exit.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"visualize_rope.py: error: {message}") and error.count("\n") == 1
-    assert [file.name for file in tmp_path.iterdir()] == ["folder.png"]
+    for dry_run in ([], ["--dry-run"]):
+        assert refused(main, ["--out", "a.png", *arguments.split(), *dry_run]).startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, refused):
+    def full(figure, file, **_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(visualize_rope.Figure, "savefig", full)
+    path = tmp_path / "a.png"
+    message = f"--out {str(path)!r} cannot be written (No space left on device); choose another"
+    assert refused(main, ["--only", "directions", "--out", path]) == message
+    assert list(tmp_path.iterdir()) == []
