@@ -48,12 +48,8 @@ def test_tensorboard_shows_what_metrics_jsonl_holds(train_arguments, signal_afte
 
 def test_a_list_becomes_a_number_for_each_entry():
     record = {"step": 7, "loss": None, "val_loss": 0.5, "val_loss_tenths": [0.25, 0.75]}
-    assert trackers.scalars(record) == {
-        "step": 7,
-        "val_loss": 0.5,
-        "val_loss_tenths/0": 0.25,
-        "val_loss_tenths/1": 0.75,
-    }
+    flat = {"step": 7, "val_loss": 0.5, "val_loss_tenths/0": 0.25, "val_loss_tenths/1": 0.75}
+    assert trackers.scalars(record) == flat
 
 
 def test_wandb_offline(train_arguments, tmp_path, monkeypatch):
@@ -163,12 +159,11 @@ def test_a_package_that_is_absent(flag, module, package, train_arguments, refuse
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wandb_settings_without_wandb_are_refused(train_arguments, refused, tmp_path):
-    assert refused(train.main, train_arguments(tmp_path / "run", wandb_project="digits")) == (
-        "--wandb-project digits given without --use-wandb; add --use-wandb, or leave --wandb-project out"
-    )
-    assert refused(train.main, train_arguments(tmp_path / "run", wandb_entity="us")) == (
-        "--wandb-entity us given without --use-wandb; add --use-wandb, or leave --wandb-entity out"
+@pytest.mark.parametrize("name", ["wandb_project", "wandb_entity"])
+def test_wandb_settings_without_wandb_are_refused(name, train_arguments, refused, tmp_path):
+    flag = f"--{name.replace('_', '-')}"
+    assert refused(train.main, train_arguments(tmp_path / "run", **{name: "digits"})) == (
+        f"{flag} digits given without --use-wandb; add --use-wandb, or leave {flag} out"
     )
     assert list(tmp_path.iterdir()) == []
 
