@@ -115,15 +115,12 @@ def test_samples_of_cached_latents_need_the_vae(cache, vae_folder, make_vae, cac
     meta = json.loads((gone / "meta.json").read_text())
     (gone / "meta.json").write_text(json.dumps(meta | {"vae": meta["vae"] | {"source": "/no/where"}}))
     results = tmp_path / "run"
-    assert refused(train.main, cached_arguments(results, latents_dir=gone, sample_every=4)) == (
-        "--vae '/no/where' is not a folder; expected ema, mse, a hub id, or a folder with config.json and "
-        "diffusion_pytorch_model.safetensors; samples during training need the VAE of the latent cache: pass --vae "
-        "FOLDER where it lies elsewhere, or --sample-every 0"
-    )
-    assert refused(train.main, cached_arguments(results, vae=other, sample_every=4)) == (
-        f"--vae {str(other)!r} has other weights than the VAE that made --latents-dir {str(cache)!r}; pass --vae "
-        "FOLDER with the same, or --sample-every 0"
-    )
+    message = refused(train.main, cached_arguments(results, latents_dir=gone, sample_every=4))
+    assert message.startswith("--vae '/no/where' is not a folder; ")
+    assert "samples during training need the VAE of the latent cache: pass --vae FOLDER" in message
+    message = refused(train.main, cached_arguments(results, vae=other, sample_every=4))
+    assert message.startswith(f"--vae {str(other)!r} has other weights") and repr(str(cache)) in message
+    assert "--sample-every 0" in message
     assert not results.exists()
     train.main(cached_arguments(results, latents_dir=gone, max_steps=1))  # of no samples
     moved = shutil.copytree(vae_folder, tmp_path / "moved")

@@ -91,25 +91,6 @@ def test_similarity_is_the_inner_product_of_rotated_constant_vectors(config):
     torch.testing.assert_close(similarity(rope, GRID, (3, 5)), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("border, relative", [("exact", True), ("clamp", False)])
-def test_similarity_moves_with_the_query_only_where_nothing_is_clamped(border, relative):
-    rope = SpiralRoPE(64, GRID, RopeConfig(rotate=4, border=border))
-    here, there = similarity(rope, GRID, (4, 4)), similarity(rope, GRID, (6, 7))
-    moved = float((here[:-2, :-3] - there[2:, 3:]).abs().max())
-    assert moved < 1e-5 if relative else moved > 0.01
-
-
-def test_clamp_differs_from_exact_in_the_corners_alone():
-    clamp, exact = (
-        similarity(SpiralRoPE(64, GRID, RopeConfig(rotate=4, border=border)), GRID, (4, 4))
-        for border in ("clamp", "exact")
-    )
-    change = (clamp - exact).abs()
-    y, x = torch.meshgrid(torch.arange(16) - 7.5, torch.arange(16) - 7.5, indexing="ij")
-    assert float(change[x.hypot(y) <= 7.5].max()) < 1e-6
-    assert min(float(change[i, j]) for i in (0, 15) for j in (0, 15)) > 1e-4
-
-
 def test_axial_is_drawn_alone_when_it_is_what_was_asked_for():
     assert list(variants(RopeConfig())) == ["axial RoPE"]
     assert list(variants(RopeConfig(rotate=4, same_theta=True))) == ["axial RoPE", "Spiral RoPE, rotate 4"]
