@@ -16,7 +16,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from rope import RopeConfig, SpiralRoPE
-from runtime import monitor, options
+from runtime import files, monitor, options
 from runtime.options import UserError, check_rope
 
 PARTS = ("directions", "phases", "similarity")
@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar=("ROW", "COLUMN"),
         help="patch whose similarity to every patch is drawn (None: a quarter of the grid from the upper left corner)",
     )
-    add("--dry-run", action="store_true", help="check everything, print what would be drawn, and write nothing")
+    options.add_dry_run(parser)
     options.add_rope_options(parser)
     args = parser.parse_args(argv)
     args.use_rope = True  # there is nothing else to draw
@@ -72,7 +72,7 @@ def check(args: argparse.Namespace, config: RopeConfig) -> None:
             f"--query {args.query[0]} {args.query[1]} is outside the grid; expected a row below {args.grid[0]} and a "
             f"column below {args.grid[1]}"
         )
-    options.check_picture(args.out, FORMATS)
+    files.check_output(args.out, FORMATS)
 
 
 # The mathematics of what is drawn
@@ -312,11 +312,8 @@ def main(argv: list[str] | None = None) -> None:
     if figure is None:
         inches = f"{width:.1f} x {sum(heights.values()):.1f} inches"
         return print(f"dry run: would draw {', '.join(heights)} into {args.out}, {inches}; nothing was written")
-    try:
+    with files.cannot_write(f"--out {str(args.out)!r}"):
         monitor.save_figure(figure, args.out)
-    except OSError as error:
-        args.out.with_name(args.out.name + ".partial").unlink(missing_ok=True)
-        raise UserError(f"--out {str(args.out)!r} cannot be written ({error.strerror}); choose another") from error
     print(f"picture: {args.out}")
 
 

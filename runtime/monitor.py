@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 import logging
 import math
@@ -12,14 +13,15 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from models import ModelConfig
+from runtime import files
 from runtime.distributed import is_main
-from runtime.options import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VALIDATED = {"val_loss": ("raw", "#d97706"), "val_loss_ema": ("EMA", "#c2408f")}  # key of a record: weights, colour
@@ -28,6 +30,7 @@ CURVES = {  # key of a record: panel of loss.png, unit, colour
     "lr": ("Learning rate", "learning rate", "#8c6bb1"),
     "images_per_second": ("Speed", "images/s", "#9a7b4f"),
 }
+DPI = 150  # of every figure
 TRAINING = "#3b82c4"  # colour of the training loss
 GREY = "#7a7a7a"  # can be read on white and on black
 ANY_GROUND = {  # matplotlib's settings for a picture without a ground of its own
@@ -92,25 +95,6 @@ def progress_bar(total: int, initial: int = 0, unit: str = "step", description: 
     return tqdm(total=total, initial=initial, unit=unit, desc=description, disable=hidden, dynamic_ncols=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", errors="surrogateescape")  # names of files can be any bytes
-    os.replace(partial, path)
-
-
-def write_json(path: Path, values: dict) -> None:
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises UserError when the file is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(path)!r} cannot be read ({error}); remove it together with what it describes") from error
-
-
 class Metrics:
     """metrics.jsonl: one line a record, each step once. On resume, lines past the checkpoint are dropped.
 
@@ -121,7 +105,7 @@ class Metrics:
         self.path, self.trackers = folder / "metrics.jsonl", trackers
         if is_main():
             kept = [record for record in read_metrics(self.path) if record["step"] <= step]
-            write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+            files.write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, record: dict) -> None:
         """Append a record, whole or not at all. Raises OSError."""
@@ -135,6 +119,13 @@ class Metrics:
             except OSError:
                 os.truncate(self.path, size)
                 raise
+
+    def try_write(self, record: dict, logger: logging.Logger) -> None:
+        """As write; a failed write is a warning."""
+        try:
+            self.write(record)
+        except OSError as error:
+            logger.info(f"warning: step {record['step']} is missing in {self.path}: {error}")
 
     def write_image(self, name: str, path: Path, step: int) -> None:
         """Hand a picture in a file to the trackers."""
@@ -167,15 +158,6 @@ def describe_environment(device: torch.device) -> dict:
     versions |= {name: version_of(name) for name in ("torchvision", "timm", "diffusers", "numpy", "pillow")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"versions": versions, "device": f"{device.type}: {name}", "git_commit": git_commit()}
-
-
-def flatten(nested: dict, separator: str = ".") -> dict:
-    """Nested values by their paths: {"model": {"rope": {"rotate": 4}}} becomes {"model.rope.rotate": 4}."""
-    flat = {}
-    for key, value in nested.items():
-        inner = flatten(value, separator) if isinstance(value, dict) else {}
-        flat |= {f"{key}{separator}{path}": entry for path, entry in inner.items()} or {key: value}
-    return flat
 
 
 def group_name(settings: dict) -> str:
@@ -222,21 +204,31 @@ def git_commit() -> str | None:
 
 
 def plot_loss(folder: Path) -> None:
-    """Draw loss.png from metrics.jsonl: every curve by training step, and the newest validation by timestep.
+    """Draw loss.png from metrics.jsonl, whole or not at all; nothing where there is no loss yet. Raises OSError."""
+    records = read_metrics(folder / "metrics.jsonl")
+    if any(record.get("loss") is not None for record in records):
+        with files.whole_file(folder / "loss.png", durable=False) as file:
+            draw_curves(records, file)
+
+
+def draw_nowhere() -> None:
+    """Draw curves of made-up records and keep nothing of it, to see what that takes."""
+    draw_curves([{"step": step, **dict.fromkeys(("loss", *CURVES), 1.0)} for step in (1, 2)], io.BytesIO())
+
+
+def draw_curves(records: list[dict], file: BinaryIO) -> None:
+    """A PNG of every curve by training step and of the newest validation by timestep.
 
     It is the only picture of curves: report.html shows it, on light and on dark ground.
     """
-    records = read_metrics(folder / "metrics.jsonl")
-    if all(record.get("loss") is None for record in records):
-        return
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     tenths = newest_tenths(records)
     below = [["grad_norm", "tenths"], ["lr", "images_per_second"]] if tenths else [list(CURVES)]
+    heights = [3.8] + [2.6] * len(below)  # inches
     with rc_context(ANY_GROUND):
-        figure = Figure(figsize=(10, 3.8 + 2.6 * len(below)), layout="constrained")
-        heights = [3.8] + [2.6] * len(below)
+        figure = Figure(figsize=(10, sum(heights)), layout="constrained")
         panels = figure.subplot_mosaic([["loss"] * len(below[0]), *below], height_ratios=heights)
         draw_losses(panels["loss"], records)
         for key, (title, unit, color) in CURVES.items():
@@ -245,7 +237,7 @@ def plot_loss(folder: Path) -> None:
             use_log_scale(panels[key]) if key == "grad_norm" else panels[key].set_ylim(bottom=0)
         if tenths:
             draw_tenths(panels["tenths"], *tenths)
-        save_figure(figure, folder / "loss.png")
+        figure.savefig(file, dpi=DPI, format="png")
 
 
 def points(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -315,18 +307,8 @@ def use_log_scale(axes) -> None:
 
 def save_figure(figure, path: Path) -> None:
     """Save a figure at 150 dpi, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=150, format=path.suffix[1:])
-    os.replace(partial, path)
-
-
-def format_bytes(size: float) -> str:
-    """1.5 GB: decimal units, as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
+    with files.whole_file(path, durable=False) as file:
+        figure.savefig(file, dpi=DPI, format=path.suffix[1:])
 
 
 def format_seconds(seconds: float) -> str:

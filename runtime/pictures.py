@@ -1,24 +1,26 @@
 """Labelled grids of images as PNG files, and the samples of a run while it trains."""
 
 import math
-import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from diffusion.objectives import OBJECTIVES
 from models import DiT
-from runtime import sampling
+from runtime import files, sampling
 from runtime.classes import names_of
+from runtime.config import RunConfig
 from runtime.sampling import SamplingConfig
 from runtime.vae import VAE
 
 GAP = 4  # pixels between images
 LEADING = 6  # pixels of a line beside its font size
-SAMPLING = SamplingConfig(sampler="dpm++", steps=20, cfg_scale=2.0, cfg_channels="all")  # cheap: to look at only
+# Cheap, since they are only looked at; the sampler is the quick one of the objective.
+SAMPLING = SamplingConfig(steps=20, cfg_scale=2.0, cfg_channels="all")
 COUNT, COLUMNS = 16, 8  # of the samples made during training
 DECODED_AT_ONCE = 4  # images, so that decoding does not need more memory than training
 SHEET_ROWS = 16  # steps at most on the contact sheet
@@ -27,13 +29,8 @@ SHEET_IMAGE = 128  # pixels at most to a side of an image on it
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG whole or not at all. Raises OSError."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        image.save(partial, format="PNG")
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    with files.whole_file(path, durable=False) as file:
+        image.save(file, format="PNG")
 
 
 def class_name(label: int, classes: list[str] | None) -> str:
@@ -169,28 +166,35 @@ def grids_by_step(results: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.stem))
 
 
-def draw_samples(
-    results: Path, model: DiT, config: dict, vae: VAE, step: int, device: torch.device, precision: str
+def save_samples(
+    results: Path, model: DiT, config: RunConfig, vae: VAE, step: int, device: torch.device, precision: str
 ) -> Path:
-    """Draw the grid of a step from always the same noise and labels, and the contact sheet anew; the grid's path.
-
-    Image k has the noise of index k, and labels are spread over the classes. The generators of training are not
-    touched. Raises OSError.
-    """
-    classes = config["data"]["classes"]
-    labels = [k * len(classes) // COUNT if len(classes) >= COUNT else k % len(classes) for k in range(COUNT)]
-    shape = (config["model"]["in_channels"], *config["model"]["input_size"])
-    latents = sampling.sample_latents(model, SAMPLING, list(range(COUNT)), labels, shape, device, precision)
-    images = [pixels for part in latents.split(DECODED_AT_ONCE) for pixels in vae.decode(part).numpy()]
-    captions = [class_name(label, classes) for label in labels]
-    title = (
-        f"step {step:,}: EMA weights, {SAMPLING.steps} steps of {SAMPLING.sampler}, cfg scale {SAMPLING.cfg_scale:g}"
-    )
+    """Draw the samples of a step, and the contact sheet anew; the path of the grid. Raises OSError."""
+    grid, layout, captions = draw_samples(model, config, vae, f"step {step:,}", device, precision)
     samples_folder(results).mkdir(exist_ok=True)
-    save_png(draw_grid(images, captions, COLUMNS, title), grid_path(results, step))
-    layout = GridLayout(*images[0].shape[:2], COLUMNS, titled=True)
+    save_png(grid, grid_path(results, step))
     save_png(draw_contact_sheet(grids_by_step(results), layout, captions), sheet_path(results))
     return grid_path(results, step)
+
+
+def draw_samples(
+    model: DiT, config: RunConfig, vae: VAE, title: str, device: torch.device, precision: str
+) -> tuple[Image.Image, GridLayout, list[str]]:
+    """The grid, its layout, and the name of each image's class.
+
+    Image k has the noise of index k and always the same label, spread over the classes. The generators of training
+    are not touched.
+    """
+    classes, settings = config.data.classes, replace(SAMPLING, sampler=OBJECTIVES[config.objective].quick_sampler)
+    labels = [k * len(classes) // COUNT if len(classes) >= COUNT else k % len(classes) for k in range(COUNT)]
+    shape = (config.model.in_channels, *config.model.input_size)
+    indices = list(range(COUNT))
+    latents = sampling.sample_latents(model, settings, indices, labels, shape, device, precision, config.objective)
+    images = [pixels for part in latents.split(DECODED_AT_ONCE) for pixels in vae.decode(part).numpy()]
+    captions = [class_name(label, classes) for label in labels]
+    title += f": EMA weights, {settings.steps} steps of {settings.sampler}, cfg scale {settings.cfg_scale:g}"
+    layout = GridLayout(*images[0].shape[:2], COLUMNS, titled=True)
+    return draw_grid(images, captions, COLUMNS, title), layout, captions
 
 
 def draw_contact_sheet(grids: list[Path], layout: GridLayout, captions: list[str]) -> Image.Image:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from models import ModelConfig
-from runtime import monitor, options, pictures
+from runtime import files, monitor, options, pictures
+from runtime.config import RunConfig, flatten
 from runtime.options import UserError
 
 STYLE = """
@@ -56,11 +56,12 @@ def write(folder: Path, metrics_files: list[Path] | None = None, out: Path | Non
         section("Samples during training", samples(folder)),
         section("Settings", settings(config, records)),
     ]
-    monitor.write_text(
+    files.write_text(
         path,
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(monitor.run_name(config))}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{''.join(body)}</body>\n</html>\n",
+        f"<title>{escape(monitor.run_name(config))}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n{''.join(body)}</body>\n</html>\n",
     )
     return path
 
@@ -68,9 +69,9 @@ def write(folder: Path, metrics_files: list[Path] | None = None, out: Path | Non
 def is_current(path: Path, folder: Path) -> bool:
     """Whether a page is newer than all that it shows. A folder changes when something is added to it or removed."""
     inside = pictures.samples_folder(folder)
-    files = [*folder.glob("*.json*"), folder / "loss.png"]
-    files += [inside, *inside.glob("*.png"), *inside.glob("*.metrics.json")]
-    changed = max(file.stat().st_mtime_ns for file in files if file.exists())
+    sources = [*folder.glob("*.json*"), folder / "loss.png"]
+    sources += [inside, *inside.glob("*.png"), *inside.glob("*.metrics.json")]
+    changed = max(source.stat().st_mtime_ns for source in sources if source.exists())
     return path.exists() and path.stat().st_mtime_ns > changed
 
 
@@ -95,17 +96,13 @@ def evaluations(folder: Path, metrics_files: list[Path] | None) -> dict[Path, li
 
 
 def read_config(folder: Path) -> dict:
-    """config.json of a run, completed by what an older version did not store."""
-    config = read_object(folder / "config.json")
-    return config | {"model": ModelConfig.from_dict(config["model"]).to_dict()}
-
-
-def read_object(path: Path) -> dict:
-    """A JSON object. Raises UserError for anything else."""
-    values = monitor.read_json(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{str(path)!r} holds a JSON {type(values).__name__}, expected an object")
-    return values
+    """config.json of a run, completed by what an older version did not store. Raises UserError."""
+    stored = files.read_json(folder / "config.json")
+    try:
+        config = RunConfig.from_dict(stored).to_dict()
+        return stored | {key: stored[key] for key in ("args", "recipe", "versions")} | config
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"config.json in {str(folder)!r} is not one of train.py ({error!r})") from error
 
 
 def section(title: str, content: str) -> str:
@@ -170,8 +167,8 @@ def last(records: list[dict], key: str):
 def evaluation(evaluated: dict[Path, list[Path]]) -> str:
     """The newest grid of samples under what was measured of it, and what was measured of others."""
     blocks = []
-    for number, (grid, files) in enumerate(evaluated.items()):
-        measured = {file.name: read_object(file) for file in files}
+    for number, (grid, paths) in enumerate(evaluated.items()):
+        measured = {path.name: files.read_json(path) for path in paths}
         if measured or number == 0:
             numbers = {label: text for values in measured.values() for label, text in metrics(values).items()}
             blocks.append(f"<h3>{escape(grid.stem)}</h3>\n{tiles(numbers) if numbers else ''}")
@@ -244,8 +241,7 @@ def settings(config: dict, records: list[dict]) -> str:
 def details(title: str, values: dict, opened: bool = False) -> str:
     """A table of nested values that can be folded."""
     rows = "".join(
-        f"<tr><td>{escape(key)}</td><td>{escape(text_of(value))}</td></tr>\n"
-        for key, value in monitor.flatten(values).items()
+        f"<tr><td>{escape(key)}</td><td>{escape(text_of(value))}</td></tr>\n" for key, value in flatten(values).items()
     )
     state = " open" if opened else ""
     return f"<details{state}><summary>{escape(title)}</summary>\n<table>\n{rows}</table></details>\n"
@@ -275,16 +271,10 @@ def main(argv: list[str] | None = None) -> None:
             f"{str(args.folder)!r} holds no run (config.json is missing); expected a --results-dir of train.py"
         )
     path = args.out or args.folder / "report.html"
-    try:
-        if args.metrics is None and is_current(path, args.folder):
-            return print(f"nothing to do: {path} is newer than all that it shows")
+    if args.metrics is None and is_current(path, args.folder):
+        return print(f"nothing to do: {path} is newer than all that it shows")
+    with files.cannot_write(f"--out {str(path)!r}", "free space, or choose another"):
         print(f"report: {write(args.folder, args.metrics, path)}")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"config.json in {str(args.folder)!r} is not one of train.py ({error!r})") from error
-    except OSError as error:
-        raise UserError(
-            f"the report cannot be written: {error}; free space, or choose another file with --out"
-        ) from error
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from runtime import monitor
+from runtime import files, monitor
+from runtime.config import flatten
 from runtime.options import Parser, UserError
 
 
@@ -79,7 +80,7 @@ class Guarded:
 def scalars(record: dict) -> dict[str, float]:
     """A record of metrics.jsonl as numbers: entry k of a list becomes key/k, what is None is left out."""
     entries = {key: dict(enumerate(value)) if isinstance(value, list) else value for key, value in record.items()}
-    return {key: value for key, value in monitor.flatten(entries, "/").items() if value is not None}
+    return {key: value for key, value in flatten(entries, "/").items() if value is not None}
 
 
 class TensorBoard:
@@ -118,13 +119,13 @@ class WeightsAndBiases:
 
         stored = folder / "wandb.json"
         if not stored.exists():
-            monitor.write_json(stored, {"id": uuid.uuid4().hex[:12]})
+            files.write_json(stored, {"id": uuid.uuid4().hex[:12]})
         try:
             self.run = wandb.init(
                 project=project,
                 entity=entity,
                 dir=folder,
-                id=monitor.read_json(stored)["id"],
+                id=files.read_json(stored)["id"],
                 resume="allow",
                 name=monitor.run_name(settings),
                 group=monitor.group_name(settings),

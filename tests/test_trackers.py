@@ -9,6 +9,7 @@ from conftest import TINY_RUN
 
 import train
 from runtime import monitor, trackers
+from runtime.config import flatten
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
 
@@ -116,7 +117,7 @@ def test_names_tell_the_positions():
 
 def test_nested_values_become_paths():
     nested = {"lr": 0.1, "model": {"rope": {"rotate": 4}, "size": [1, 2]}, "empty": {}}
-    assert monitor.flatten(nested) == {"lr": 0.1, "model.rope.rotate": 4, "model.size": [1, 2], "empty": {}}
+    assert flatten(nested) == {"lr": 0.1, "model.rope.rotate": 4, "model.size": [1, 2], "empty": {}}
 
 
 def test_a_tracker_that_fails_is_dropped_with_one_warning(train_arguments, tmp_path, monkeypatch, capsys):
