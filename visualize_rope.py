@@ -134,11 +134,11 @@ def variants(config: RopeConfig) -> dict[str, RopeConfig]:
 def draw_directions(figure: Figure | SubFigure, head_dim: int, config: RopeConfig) -> None:
     """Frequency vectors of all channel pairs in the frequency plane, with logarithmic radius."""
     figure.suptitle(f"Frequency vectors of the {head_dim // 2} channel pairs of a head", fontweight="bold")
-    shown = variants(config)
-    vectors = [frequency_vectors(head_dim, variant).double().numpy() for variant in shown.values()]
+    drawn = variants(config)
+    vectors = [frequency_vectors(head_dim, variant).double().numpy() for variant in drawn.values()]
     limits = radial_limits(np.concatenate([np.hypot(*v.T) for v in vectors]))
-    for k, ((name, variant), v) in enumerate(zip(shown.items(), vectors, strict=True)):
-        axes = figure.add_subplot(1, len(shown), k + 1, projection="polar")
+    for k, ((name, variant), v) in enumerate(zip(drawn.items(), vectors, strict=True)):
+        axes = figure.add_subplot(1, len(drawn), k + 1, projection="polar")
         halves, zero = directions(head_dim, variant), int((np.hypot(*v.T) == 0).sum())
         hidden = f"\n(not drawn: {zero} pairs of frequency 0)" if zero else ""
         axes.set_title(f"{name}: K = {sum(map(len, halves))} directions{hidden}")

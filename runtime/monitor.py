@@ -234,7 +234,9 @@ def draw_curves(records: list[dict], file: BinaryIO) -> None:
         for key, (title, unit, color) in CURVES.items():
             draw_curve(panels[key], *points(records, key), color=color)
             panels[key].set(title=title, ylabel=unit)
-            use_log_scale(panels[key]) if key == "grad_norm" else panels[key].set_ylim(bottom=0)
+            if key != "grad_norm":
+                panels[key].set_ylim(bottom=0)
+        use_log_scale(panels["grad_norm"])
         if tenths:
             draw_tenths(panels["tenths"], *tenths)
         figure.savefig(file, dpi=DPI, format="png")
@@ -294,7 +296,7 @@ def draw_tenths(axes, step: int, tenths: dict[str, list[float | None]]) -> None:
 
 
 def use_log_scale(axes) -> None:
-    """A logarithmic y axis of the curves drawn so far, with plain numbers at its ticks, also within one decade."""
+    """A logarithmic y axis of the curves drawn so far, with numbers written out at its ticks, also in one decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     axes.set_yscale("log")

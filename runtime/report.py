@@ -51,7 +51,7 @@ def write(folder: Path, metrics_files: list[Path] | None = None, out: Path | Non
     records = monitor.read_metrics(folder / "metrics.jsonl")
     body = [
         heading(folder, config, records),
-        section("Evaluation", evaluation(evaluations(folder, metrics_files))),
+        section("Samples", evaluation(evaluations(folder, metrics_files))),
         section("Curves", curves(folder)),
         section("Samples during training", samples(folder)),
         section("Settings", settings(config, records)),
@@ -135,7 +135,7 @@ def tiles(values: dict[str, str]) -> str:
 
 def summary(config: dict, records: list[dict], finished: bool) -> dict[str, str]:
     """The run in a few numbers: label to text."""
-    values = {"step, finished" if finished else "step, not finished": f"{last(records, 'step') or 0:,}"}
+    values = {"step, finished" if finished else "step, not finished": f"{records[-1]['step'] if records else 0:,}"}
     labels = {"loss": "training loss", "val_loss_ema": "validation loss, EMA", "val_loss": "validation loss, raw"}
     for key, label in labels.items():
         newest = next((record for record in reversed(records) if key in record), {})
@@ -157,11 +157,6 @@ def summary(config: dict, records: list[dict], finished: bool) -> dict[str, str]
         if not finished:
             values["remaining"] = monitor.format_seconds(timed[-1]["eta_seconds"])
     return values
-
-
-def last(records: list[dict], key: str):
-    """The newest value under a key that is not None; None where there is none."""
-    return next((record[key] for record in reversed(records) if record.get(key) is not None), None)
 
 
 def evaluation(evaluated: dict[Path, list[Path]]) -> str:

@@ -310,12 +310,12 @@ def test_a_report_shows_what_lies_beside_it(finished, capsys):
     seen = Page(finished / "report.html")
     for part in (
         "step, not finished", "0.4321 ± 0.0625 validation loss, EMA", "not finite validation loss, raw",
-        "Evaluation b 0.97 label accuracy 200 samples 1.5 inception score", "sampling.seed 101",
+        "Samples b 0.97 label accuracy 200 samples 1.5 inception score", "sampling.seed 101",
         "a-1.5 1,234 FID 0.25 ± 0.125 KID",
         "newest samples, from EMA weights: step 7", "the same noise and classes over the run",
     ):  # fmt: skip
         assert part in seen.text, part
-    order = [seen.text.index(title) for title in ("Evaluation b ", "a-1.5", "Curves", "Samples during", "Settings")]
+    order = [seen.text.index(title) for title in ("Samples b ", "a-1.5", "Curves", "Samples during", "Settings")]
     assert order == sorted(order)
     pixels = []
     for link in seen.resources:
