@@ -100,7 +100,10 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(
                     f"argument {os.fsencode(text)!r} is not UTF-8; rename what it names, or pass a link to it"
                 )
-        return super().parse_known_args(args, namespace)
+        found, rest = super().parse_known_args(args, namespace)
+        if getattr(found, "planned", None) is not None and found.dry_run in (None, False):
+            raise UserError(f"--planned {found.planned} given without --dry-run; add --dry-run, or leave it out")
+        return found, rest
 
     def _check_value(self, action: argparse.Action, value) -> None:
         if action.choices is not None and value not in action.choices:  # Python's own words differ from 3.12.8 on
@@ -186,6 +189,24 @@ def add_rope_options(parser: Parser) -> None:
         group.add_argument(
             f"--rope-{field.name.replace('_', '-')}", dest=f"rope_{field.name}", default=argparse.SUPPRESS, **options
         )
+
+
+def add_dry_run(parser: Parser, planned: bool = False) -> None:
+    """Add --dry-run, and with planned --planned, for commands whose inputs an earlier command makes."""
+    help = "make all checks, print what would be done, write nothing"
+    parser.add_argument("--dry-run", action="store_true", help=help)
+    if planned:
+        add_planned(parser)
+
+
+def add_planned(parser: Parser) -> None:
+    parser.add_argument(
+        "--planned",
+        type=count,
+        default=None,
+        metavar="PROCESSES",
+        help="with --dry-run: of so many processes, and what an earlier command makes may be missing yet",
+    )
 
 
 def add_rope_extend(parser: Parser) -> None:
