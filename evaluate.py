@@ -190,19 +190,6 @@ def frechet_distance(first: dict[str, np.ndarray], second: dict[str, np.ndarray]
     return fid_statistics_to_metric(first, second, verbose=False)[KEY_METRIC_FID]
 
 
-def inception_score(logits: Tensor) -> dict[str, float]:
-    """exp of the mean KL divergence between p(class | image) and p(class): mean and deviation over IS_SPLITS parts."""
-    found = isc_features_to_metric(logits, splits=IS_SPLITS, shuffle=True, rng_seed=SEED)
-    return {"inception_score": found[KEY_METRIC_ISC_MEAN], "inception_score_std": found[KEY_METRIC_ISC_STD]}
-
-
-def kernel_distance(samples: Tensor, reference: Tensor, subsets: int, subset_size: int) -> dict[str, float]:
-    """KID: mean and deviation over pairs of subsets of the squared MMD with the kernel (x.y / D + 1)^3."""
-    settings = dict(kid_subsets=subsets, kid_subset_size=subset_size, rng_seed=SEED, verbose=False)
-    found = kid_features_to_metric(samples, reference, **settings)
-    return {"kid": found[KEY_METRIC_KID_MEAN], "kid_std": found[KEY_METRIC_KID_STD]}
-
-
 def precision_recall(samples: Tensor, reference: Tensor) -> dict[str, float]:
     """precision: share of the samples inside the reference's manifold; recall: of the reference inside the samples'.
 
@@ -227,14 +214,18 @@ def compute(
             feature = METRICS[name].feature
             against = stored[feature] if feature in stored else statistics(reference[feature])
             found[name] = frechet_distance(statistics(samples[feature]), against)
-    if "is" in args.metrics:
-        found |= inception_score(samples["logits"])
+    if "is" in args.metrics:  # exp of the mean KL divergence between p(class | image) and p(class)
+        score = isc_features_to_metric(samples["logits"], splits=IS_SPLITS, shuffle=True, rng_seed=SEED)
+        found["inception_score"] = score[KEY_METRIC_ISC_MEAN]
+        found["inception_score_std"] = score[KEY_METRIC_ISC_STD]
     asked = [name for name in ("precision", "recall") if name in args.metrics]
     if asked:
         both = precision_recall(samples["pool"].to(device), reference["pool"].to(device))
         found |= {name: both[name] for name in asked}
-    if "kid" in args.metrics:
-        found |= kernel_distance(samples["pool"], reference["pool"], args.kid_subsets, args.kid_subset_size)
+    if "kid" in args.metrics:  # the squared MMD of subsets with the kernel (x.y / 2048 + 1)^3
+        subsets = {"kid_subsets": args.kid_subsets, "kid_subset_size": args.kid_subset_size, "rng_seed": SEED}
+        distance = kid_features_to_metric(samples["pool"], reference["pool"], **subsets, verbose=False)
+        found |= {"kid": distance[KEY_METRIC_KID_MEAN], "kid_std": distance[KEY_METRIC_KID_STD]}
     wrong = ", ".join(name for name, value in found.items() if not math.isfinite(value))
     if wrong:
         raise UserError(

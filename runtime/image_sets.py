@@ -206,7 +206,11 @@ class Reference:
                 self.statistics[feature] = self._checked(stored, mu, sigma, WIDTHS[feature])
         if "arr_0" in names:
             self.images = NpzImages(path, "--reference")
-            self._check_size(size)
+            if size not in (None, self.images.size):
+                raise UserError(
+                    f"--reference {str(path)!r} has images of {format_size(self.images.size)} pixels and --samples of "
+                    f"{format_size(size)}; use a reference of the same size, or a folder, whose images are resized"
+                )
         elif not self.statistics:
             raise UserError(f"--reference {str(path)!r} has neither images nor statistics; {EXPECTED}")
 
@@ -221,13 +225,6 @@ class Reference:
             if not np.isfinite(values).all():
                 raise UserError(f"--reference {str(self.path)!r} has values in {name} that are not finite numbers")
         return {"mu": stored[mu].astype(np.float64), "sigma": stored[sigma].astype(np.float64)}
-
-    def _check_size(self, size: tuple[int, int]) -> None:
-        if size not in (None, self.images.size):
-            raise UserError(
-                f"--reference {str(self.path)!r} has images of {format_size(self.images.size)} pixels and --samples of "
-                f"{format_size(size)}; use a reference of the same size, or a folder, whose images are resized"
-            )
 
     def describe(self) -> dict:
         """What decides the numbers, as plain types; on rank 0, since the hash reads all images."""
