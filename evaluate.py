@@ -84,7 +84,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--kid-subsets", type=options.count, default=100, help="pairs of subsets that KID is averaged over")
     add("--kid-subset-size", type=options.number(int, 2), default=1000, help="images in each of them")
     add("--batch-size", type=options.count, default=64, help="images at a time for each process")
-    add("--num-workers", type=options.non_negative_int, default=4, help="processes reading a folder, for each process")
+    options.add_num_workers(parser, "processes reading a folder, for each process")
     add("--cache-dir", type=Path, default=default_cache(), help="where features of references are kept")
     options.add_dry_run(parser, planned=True)
     args = parser.parse_args(argv)

@@ -24,7 +24,7 @@ import torch
 
 import models
 import train
-from runtime import checkpoint, data, monitor
+from runtime import checkpoint, data, monitor, pretrained
 from runtime.options import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,7 +122,7 @@ def assert_finite(*models: torch.nn.Module) -> None:
 
 
 def read_as_sampling(path: Path) -> None:
-    assert_finite(checkpoint.load_trained(path).model)
+    assert_finite(pretrained.load_trained(path).model)
 
 
 def read_as_training(path: Path, trainer: train.Trainer) -> None:

@@ -302,6 +302,7 @@ def test_seeds_pair_the_variants(tmp_path, train_arguments, tiny_commands):
 
 
 FAKE_TRAINING = """
+from runtime import pretrained
 import json, pathlib, sys
 folder = pathlib.Path(sys.argv[1])
 (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\\n" for record in [
@@ -545,7 +546,7 @@ def test_rolled_content_comes_back_to_its_place(trained_run, monkeypatch):
         def forward(self, x, t, y):
             return torch.cat([x.sin(), x], dim=1)
 
-    load = checkpoint.load_trained
+    load = pretrained.load_trained
 
     def pointwise(path):
         trained = load(path)
