@@ -576,8 +576,6 @@ METRICS = "fid,sfid,is,precision,recall,kid"
 MISTAKES = {  # changes to the command line, and how the line about them begins; a dry run refuses them as well
     "no metric": (dict(metrics="fid,FID"), f"argument --metrics: 'FID' is not a metric; expected some of {METRICS}"),
     "nothing": (dict(metrics=""), "argument --metrics: '' is not a metric; expected some of"),
-    "no samples": (dict(samples=None), "the following arguments are required: --samples"),
-    "batch": (dict(batch_size=0), "argument --batch-size: '0' is not a whole number >= 1"),
     "subset": (dict(kid_subset_size=1), "argument --kid-subset-size: '1' is not a whole number >= 2"),
     "no reference": (
         dict(reference=None, metrics="is,fid,kid"),
