@@ -279,7 +279,9 @@ def plan(args: argparse.Namespace, samples: NpzImages | None, reference: Referen
         f"dry run: would measure {','.join(args.metrics)}, with {args.planned or distributed.world_size()} processes",
         f"samples: {args.samples}, "
         + (f"{count:,} images" if count else "of any number")
-        + (f" of {format_size(samples.size)} pixels" if samples else "; the file is not made yet and was not checked"),
+        + (
+            f" of {format_size(samples.size)} pixels" if samples else "; not checked, since an earlier command makes it"
+        ),
     ]
     if reference is not None:
         held = "statistics alone" if reference.images is None else f"{len(reference.images):,} images"

@@ -435,9 +435,9 @@ def test_dry_run_before_there_are_samples(fake, arguments, inception_file, refus
     evaluate.main(arguments(planned=2, **settings))
     output = capsys.readouterr().out
     assert output.startswith("dry run: would measure fid,sfid,is,precision,recall,kid, with 2 processes\n")
-    assert f"{settings['samples']}, of any number; the file is not made yet and was not checked\n" in output
+    assert f"{settings['samples']}, of any number; not checked, since an earlier command makes it\n" in output
     evaluate.main(arguments(planned=2, samples_expected=14, **settings))
-    assert ", 14 images; the file is not made yet" in capsys.readouterr().out
+    assert ", 14 images; not checked, since" in capsys.readouterr().out
     assert refused(evaluate.main, arguments(planned=2, samples_expected=9, **settings)) == (
         "is needs 10 images and --samples will have 9; give more, or pass --metrics fid,sfid,precision,recall"
     )
