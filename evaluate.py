@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from runtime import data, distributed, fidelity, inception, monitor, options
+from demo.digits import enlarged_digits
+from runtime import distributed, fidelity, inception, monitor, options
 from runtime.image_sets import NpzImages
 from runtime.inception import Inception
 from runtime.options import UserError
@@ -93,7 +94,7 @@ def measure_digits(samples: NpzImages) -> dict:
     The distance is None for a single sample, which has no covariance.
     """
     pixels = [reduce_to_8x8([Image.fromarray(image) for image in batch]) for batch in samples.batches(256)]
-    real_images, real_labels = data.enlarged_digits(samples.size[0])
+    real_images, real_labels = enlarged_digits(samples.size[0])
     reduced, real = np.concatenate(pixels), reduce_to_8x8(real_images)
     distance = None
     if len(samples) > 1:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from runtime.data import enlarged_digits
+from demo.digits import enlarged_digits
 from runtime.options import UserError
 
 SIZE = 128  # pixels of a training image: 8 x 8 tokens for patch 2 after a down-sampling of 8

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from demo.digits import write_digits
 from experiments import report, runs
 from experiments.comparisons import prediction_band
 from experiments.results import Results, resolve_places
 from experiments.runs import Job, python
-from runtime import data, monitor, options
+from runtime import monitor, options
 from runtime.monitor import REPOSITORY
 from runtime.options import UserError
 
@@ -82,7 +83,7 @@ def training_job(seed: int, folder: Path, latents: Path, recipe: dict[str, str])
 
 def prepare_latents(work: Path, image_size: str) -> Path:
     """The latent cache of the demo's digits, made where it is missing."""
-    data.write_digits(work / "digits", int(image_size))
+    write_digits(work / "digits", int(image_size))
     runs.make_latents(work / "digits", work / "latents", VAE, int(image_size))
     return work / "latents"
 

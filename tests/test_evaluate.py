@@ -438,30 +438,6 @@ def test_all_processes_end_when_one_meets_an_unreadable_image(fake, arguments, r
 # The demo's digits
 
 
-def test_pixel_distance_of_digits(tmp_path, capsys):
-    images, labels = data.enlarged_digits(32)
-    real = np.stack([np.asarray(image) for image in images])
-    random = np.random.default_rng(0)
-    noise = random.integers(0, 256, (200, 32, 32, 3), dtype=np.uint8)
-    found = {}
-    for name, pixels, of in (("all", real, labels), ("half", real[::2], labels[::2]), ("noise", noise, labels[:200])):
-        np.savez(tmp_path / "samples.npz", arr_0=pixels, arr_1=of)
-        evaluate.main(["--samples", str(tmp_path / "samples.npz"), "--digits"])
-        found[name] = results(tmp_path)["pixel_frechet_distance_8x8_digits"]
-    assert found["all"] == pytest.approx(0, abs=1e-6)  # the rim of the digits is constant: covariances lack rank
-    assert 0 < found["half"] < 0.1 < 2 < found["noise"]
-    output = capsys.readouterr().out
-    assert f"pixel Fréchet distance on 8 x 8 digits: {found['noise']:.4f}\n" in output
-    assert "fid" not in output.lower() and "inception" not in json.dumps(results(tmp_path)).lower()
-
-
-def test_a_single_digit_has_no_distance(tmp_path, capsys):
-    np.savez(tmp_path / "samples.npz", arr_0=np.zeros((1, 16, 16, 3), np.uint8), arr_1=np.zeros(1, np.int64))
-    evaluate.main(["--samples", str(tmp_path / "samples.npz"), "--digits"])
-    assert results(tmp_path)["pixel_frechet_distance_8x8_digits"] is None
-    assert "pixel Fréchet distance on 8 x 8 digits: not defined for a single sample\n" in capsys.readouterr().out
-
-
 def test_digits_and_inception_metrics_in_one_call(fake, arguments, tmp_path):
     command = [*arguments(metrics="is", reference=None), "--digits"]
     np.savez(tmp_path / "samples.npz", arr_0=make_images(12, 3), arr_1=np.zeros(12, np.int64))
