@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from demo.digits import enlarged_digits
-from runtime import distributed, fidelity, inception, monitor, options
+from runtime import distributed, fidelity, files, inception, monitor, options
 from runtime.image_sets import NpzImages
 from runtime.inception import Inception
 from runtime.options import UserError
@@ -249,7 +249,7 @@ def write_results(args: argparse.Namespace, metrics: dict, settings: dict, devic
     environment["versions"]["torch-fidelity"] = version("torch-fidelity")
     path = args.samples.with_suffix(".metrics.json")
     try:
-        monitor.write_json(path, metrics | settings | environment)
+        files.write_json(path, metrics | settings | environment)
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be written ({error.strerror}); free space, or move --samples") from error
     return path
@@ -260,7 +260,7 @@ def sampling_settings(samples: Path) -> dict | None:
     path = samples.with_suffix(".json")
     if not os.access(samples.parent, os.W_OK):
         raise UserError(f"{str(samples.parent)!r}, the folder of --samples, cannot be written; copy the file elsewhere")
-    return monitor.read_json(path) if path.exists() else None
+    return files.read_json(path) if path.exists() else None
 
 
 @options.command

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from runtime import options
+from runtime import files, options
 from runtime.options import UserError
 
 IMAGES = 1797
@@ -89,10 +89,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 @options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with files.cannot_write(repr(str(args.folder)), "choose another folder"):
         written = write_digits(args.folder, args.size)
-    except OSError as error:
-        raise UserError(f"{str(args.folder)!r} cannot be written ({error.strerror}); choose another folder") from error
     print(f"{'' if written else 'nothing to do: '}demo data: {IMAGES} handwritten digits in {args.folder}")
 
 

@@ -4,7 +4,6 @@ Run from the repository root: python -m demo.measure --samples SAMPLES.npz
 """
 
 import argparse
-import os
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,10 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from demo.digits import enlarged_digits
-from runtime import monitor, options
+from demo.digits import IMAGES, enlarged_digits
+from runtime import files, monitor, options
 from runtime.image_sets import NpzImages
-from runtime.options import UserError
 
 NEIGHBOURS = 3  # of the classifier
 
@@ -74,7 +72,7 @@ def stored(samples: Path) -> dict | None:
     """The metrics of an earlier start, None where there are none or they are older than the samples."""
     path = metrics_path(samples)
     there = samples.exists() and path.exists() and path.stat().st_mtime_ns >= samples.stat().st_mtime_ns
-    return monitor.read_json(path) if there else None
+    return files.read_json(path) if there else None
 
 
 def describe(samples: NpzImages) -> dict:
@@ -82,26 +80,14 @@ def describe(samples: NpzImages) -> dict:
     settings = samples.path.with_suffix(".json")
     environment = monitor.describe_environment(torch.device("cpu"))
     environment["versions"] |= {name: version(name) for name in ("torch-fidelity", "scikit-learn")}
-    return {"sampling": monitor.read_json(settings) if settings.exists() else None, **environment}
-
-
-def check_writable(samples: Path) -> None:
-    if not os.access(samples.parent, os.W_OK):
-        raise UserError(f"{str(samples.parent)!r}, the folder of --samples, cannot be written; copy the file elsewhere")
-
-
-def write(path: Path, values: dict) -> None:
-    try:
-        monitor.write_json(path, values)
-    except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be written ({error.strerror}); free space, or move --samples") from error
+    return {"sampling": files.read_json(settings) if settings.exists() else None, **environment}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--samples", type=Path, required=True, help=".npz of sample_ddp.py: images arr_0 (N, H, W, 3), labels arr_1")
-    add("--dry-run", action="store_true", help="check everything, say what would be done, and write nothing")
+    help = ".npz of sample_ddp.py: images arr_0 (N, H, W, 3), labels arr_1 (N,)"
+    parser.add_argument("--samples", type=Path, required=True, help=help)
+    options.add_dry_run(parser, planned=True)
     return parser.parse_args(argv)
 
 
@@ -112,13 +98,17 @@ def main(argv: list[str] | None = None) -> None:
     if metrics := stored(args.samples):
         print(f"{lines(metrics)}\nnothing to do: {path} is of these samples")
         return
+    files.check_folder(path.parent, "--samples")
+    if args.planned and not args.samples.exists():
+        print(f"dry run: would write {path}; {args.samples} is not there yet, and nothing about it was checked")
+        return
     samples = NpzImages(args.samples, "--samples", labelled=True)
-    check_writable(args.samples)
     if args.dry_run:
-        print(f"would measure {len(samples)} samples against 1797 digits, in seconds, and write {path}")
+        print(f"dry run: would measure {len(samples)} samples against {IMAGES} digits, in seconds, and write {path}")
         return
     metrics = measure(samples)
-    write(path, metrics | describe(samples))
+    with files.cannot_write(repr(str(path)), "free space, or move --samples"):
+        files.write_json(path, metrics | describe(samples))
     print(f"{lines(metrics)}\nmetrics: {path}")
 
 

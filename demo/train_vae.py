@@ -7,7 +7,6 @@ import argparse
 import copy
 import csv
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from demo.digits import enlarged_digits
-from runtime import options
+from runtime import files, options
 from runtime.monitor import REPOSITORY, format_seconds
 from runtime.options import UserError
 
@@ -43,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--log-every", type=count, default=50, help="steps")
     add("--seed", type=options.seed, default=0, help="of weights, batches and noise")
     add("--threads", type=count, default=1, help="CPU threads; another number, other last bits")
-    add("--dry-run", action="store_true", help="check everything, say what would be done, and write nothing")
+    options.add_dry_run(parser)
     args = parser.parse_args(argv)
     if args.warmup_steps >= args.steps:
         raise UserError(f"--warmup-steps {args.warmup_steps} is not less than --steps {args.steps}; lower it")
@@ -235,13 +234,6 @@ def report_speed(vae: AutoencoderKL, grey: torch.Tensor) -> None:
     )
 
 
-def check_writable(folder: Path) -> None:
-    """Raise UserError for a folder that the model cannot be saved in."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"--out {str(folder)!r} cannot be written; choose another folder")
-
-
 def estimated_seconds(vae: AutoencoderKL, small: torch.Tensor, large: torch.Tensor, args: argparse.Namespace) -> float:
     """Time of the whole training, from two rounds of steps of either size on a copy; the first round warms up."""
     tried = argparse.Namespace(**vars(args) | {"steps": args.large_every, "warmup_steps": args.large_every + 1})
@@ -254,7 +246,7 @@ def estimated_seconds(vae: AutoencoderKL, small: torch.Tensor, large: torch.Tens
 @options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    check_writable(args.out)
+    files.check_folder(args.out, "--out")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     small, large = load_images(64), load_images(128)
@@ -263,7 +255,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters")
     if args.dry_run:
         seconds = estimated_seconds(vae, small, large, args)
-        print(f"would train for {args.steps} steps, about {format_seconds(seconds)}, and save the model in {args.out}")
+        length = format_seconds(seconds)
+        print(f"dry run: would train for {args.steps} steps, about {length}, and save the model in {args.out}")
         return
     start = time.perf_counter()
     log = train(vae, small, large, args)

@@ -17,20 +17,20 @@ from diffusion import create_diffusion
 from experiments.plan import Run, Study
 from models import DiT, sincos_table
 from rope import SpiralRoPE, rotate
-from runtime import checkpoint, data, validation
-from runtime.vae import VAE
+from runtime import data, pretrained, validation
+from runtime.vae import VAE, sample_latents
 
 CPU = torch.device("cpu")
 DIFFUSION = create_diffusion(None)
 
 
-def measure(weights: Path, data_root: Path, vae: Path, study: Study, run: Run) -> dict[str, dict]:
-    """All measurements of a run's averaged weights, by section of the results."""
-    found = {"translation": translation(weights, data_root, vae, study)}
+def measure(run_folder: Path, data_root: Path, vae: Path, study: Study, run: Run) -> dict[str, dict]:
+    """All measurements of a finished run's averaged weights, by section of the results."""
+    found = {"translation": translation(run_folder, data_root, vae, study)}
     if run.variant in study.beyond_grid_variants:
-        found["beyond_grid"] = beyond_grid_losses(weights, data_root, vae, study)
+        found["beyond_grid"] = beyond_grid_losses(run_folder, data_root, vae, study)
     if run.variant in study.attention_variants and run.seed == 0:
-        found["attention"] = attention_maps(weights, data_root, vae, study, study.attention_images[run.data_set])
+        found["attention"] = attention_maps(run_folder, data_root, vae, study, study.attention_images[run.data_set])
     return found
 
 
@@ -46,8 +46,7 @@ def held_out(folder: Path, size: int, vae: Path, count: int | None = None) -> va
 
 def posterior_means(images: validation.EncodedImages) -> Tensor:
     """Scaled latents (n, C, h, w) without the posterior's noise."""
-    mean = images.moments.float().chunk(2, dim=1)[0]
-    return (mean - images.shift_factor) * images.scaling_factor
+    return sample_latents(images.moments, images.vae.scaling_factor, images.vae.shift_factor, noise=torch.zeros(()))
 
 
 def reconstruction_psnr(data_root: Path, vae: Path, size: int) -> float:
@@ -61,7 +60,7 @@ def reconstruction_psnr(data_root: Path, vae: Path, size: int) -> float:
     return 10 * math.log10(255**2 / np.mean(errors))
 
 
-def beyond_grid_losses(weights: Path, data_root: Path, vae: Path, study: Study) -> dict[str, float]:
+def beyond_grid_losses(run_folder: Path, data_root: Path, vae: Path, study: Study) -> dict[str, float]:
     """Held-out loss by "enlarged192/extrapolate" and the like; "trained" is that at the trained size.
 
     enlarged: the held-out images resized; canvas: larger held-out images at the same scale.
@@ -71,11 +70,11 @@ def beyond_grid_losses(weights: Path, data_root: Path, vae: Path, study: Study) 
         images = held_out(data_root / part, size, vae, study.beyond_grid_images)
         return float(validation.image_losses([model], images, CPU, "fp32").mean())
 
-    losses = {"trained": loss(checkpoint.load_trained(weights).model, "val", study.image_size)}
+    losses = {"trained": loss(pretrained.load_trained(run_folder).model, "val", study.image_size)}
     for size in study.canvases:
         for extension in ("extrapolate", "interpolate"):
             given = {"image_size": (size, size), "rope_extend": extension}
-            model = checkpoint.load_trained(weights, given=given).model
+            model = pretrained.load_trained(run_folder, given=given).model
             losses[f"enlarged{size}/{extension}"] = loss(model, "val", size)
             losses[f"canvas{size}/{extension}"] = loss(model, f"canvas{size}", size)
     return losses
@@ -103,14 +102,14 @@ def predict_at(model: DiT, x: Tensor, t: Tensor, y: Tensor, corner: tuple[int, i
 
 
 @torch.no_grad()
-def translation(weights: Path, data_root: Path, vae: Path, study: Study) -> dict[str, float]:
+def translation(run_folder: Path, data_root: Path, vae: Path, study: Study) -> dict[str, float]:
     """Relative change (RMS of the change over RMS) of the noise prediction when content moves by one token.
 
     moved: the same tokens at two places of a canvas that holds nothing else. rolled: the content of the grid moves
     round its edges, and the prediction is moved back and compared away from them, where neighbours that came round the
     edge still act through attention. Each is a mean over a move down and a move to the right.
     """
-    model = checkpoint.load_trained(weights).model
+    model = pretrained.load_trained(run_folder).model
     images = held_out(data_root / "val", study.image_size, vae, study.translated_images)
     x_start, y = posterior_means(images), images.labels
     patch, inner = model.patch_size, slice(study.margin * model.patch_size, -study.margin * model.patch_size)
@@ -131,9 +130,9 @@ def relative_change(changed: Tensor, original: Tensor) -> float:
 
 
 @torch.no_grad()
-def attention_maps(weights: Path, data_root: Path, vae: Path, study: Study, name: str) -> dict:
+def attention_maps(run_folder: Path, data_root: Path, vae: Path, study: Study, name: str) -> dict:
     """Attention of the study's queries to every token, over heads and blocks, on the held-out image val/name."""
-    model, images = checkpoint.load_trained(weights).model, held_out(data_root / "val", study.image_size, vae)
+    model, images = pretrained.load_trained(run_folder).model, held_out(data_root / "val", study.image_size, vae)
     row = data.ImageList(data_root / "val").paths.tolist().index(os.fsencode(name))
     x_start, t = posterior_means(images)[row : row + 1], torch.tensor([study.attention_timestep])
     noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,7 @@ from pathlib import Path
 from experiments import data, figures, measurements, runs, tables
 from experiments.plan import FULL, QUICK, VARIANTS, Run, Study
 from experiments.runs import VAE, Job, Results
-from runtime import checkpoint, monitor, options
+from runtime import monitor, options
 from runtime.monitor import REPOSITORY
 from runtime.options import UserError
 
@@ -77,8 +77,8 @@ def train_all(missing: list[Run], args: argparse.Namespace, study: Study, result
     def record(job: Job) -> None:
         run = by_key[job.key]
         if run.lr == study.lr:
-            newest = checkpoint.training_checkpoints(job.folder / "checkpoints")[-1]
-            for section, values in measurements.measure(newest, args.data_dir / run.data_set, VAE, study, run).items():
+            measured = measurements.measure(job.folder, args.data_dir / run.data_set, VAE, study, run)
+            for section, values in measured.items():
                 results.add(section, run.key, values)
         results.add("runs", run.key, origin | validation_curve(job.folder))  # last: it marks the run as done
         shutil.rmtree(job.folder)
@@ -99,6 +99,7 @@ def report(args: argparse.Namespace, study: Study, results: Results) -> None:
     folders = {data_set: args.data_dir / data_set for data_set in study.variants}
     for data_set, folder in folders.items():  # the figure of the attention shows images of them
         data.write_data_set(data_set, folder, study)
+    args.figures.mkdir(parents=True, exist_ok=True)
     measured = tables.Measured(study, results.sections)
     figures.draw_all(measured, folders, args.figures)
     print(tables.all_tables(measured))
@@ -108,7 +109,7 @@ def report(args: argparse.Namespace, study: Study, results: Results) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     study = QUICK if args.quick else FULL
-    runs.make_folders(args)
+    runs.check_places(args)
     results = Results(args.out, study.settings())
     missing = [run for run in study.runs if run.key not in results.section("runs")]
     if missing and args.stage == "report":

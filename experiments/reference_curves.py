@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.check is not None:
         return check(args.check, Results(args.out, settings()).section("bands"))
-    runs.make_folders(args)
+    runs.check_places(args)
     results = Results(args.out, settings())
     missing = [seed for seed in range(SEEDS) if f"seed{seed}" not in results.section("runs")]
     say(f"{len(missing)} of {SEEDS} runs to train, {args.jobs} at a time; {args.out} has the others")
@@ -169,6 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         runs.run_all(jobs, args.jobs, record)
     for name, expected in bands(results.section("runs")).items():
         results.add("bands", name, expected)
+    args.figures.mkdir(parents=True, exist_ok=True)
     draw(results.section("bands"), args.figures / "evidence_reference.png")
     print(bands_table(results.section("bands")))
 

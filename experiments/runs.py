@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from runtime import monitor, options
+from runtime import files, monitor, options
 from runtime.distributed import StopOnSignal
 from runtime.monitor import REPOSITORY
 from runtime.options import UserError, differences
@@ -117,8 +117,8 @@ class Results:
     def __init__(self, path: Path, settings: dict):
         self.path, self.sections = path, {"settings": json.loads(json.dumps(settings))}
         if path.exists():
-            stored = monitor.read_json(path)
-            if not isinstance(stored, dict) or not all(isinstance(part, dict) for part in stored.values()):
+            stored = files.read_json(path)
+            if not all(isinstance(part, dict) for part in stored.values()):
                 raise UserError(f"{str(path)!r} holds no results of a study; use another --out")
             if listed := differences(stored.get("settings", {}), self.sections["settings"]):
                 raise UserError(
@@ -139,7 +139,7 @@ class Results:
             lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(entry)}" for key, entry in entries.items())
             sections.append(f"  {json.dumps(title)}: {{\n{lines}\n  }}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        monitor.write_text(self.path, "{\n" + ",\n".join(sections) + "\n}\n")
+        files.write_text(self.path, "{\n" + ",\n".join(sections) + "\n}\n")
 
     def origin(self) -> dict:
         """Commit of new runs, and the number of their environment, which is added where it is new."""
@@ -160,17 +160,12 @@ def add_options(parser: options.Parser, work: str, out: str, figures: str) -> No
     add("--out", type=Path, default=None, help=f"JSON of the results ({out})")
     add("--figures", type=Path, default=None, help=f"folder of the figures ({figures})")
     add("--jobs", type=options.count, default=os.cpu_count(), help="runs at a time, one thread each")
-    add("--dry-run", action="store_true", help="check everything, say what would be done, and write nothing")
+    options.add_dry_run(parser)
 
 
-def make_folders(args: argparse.Namespace) -> None:
-    """Raises UserError for a place that cannot be written."""
+def check_places(args: argparse.Namespace) -> None:
+    """Raise UserError for a place that cannot be written."""
     if args.out.is_dir():
         raise UserError(f"--out {str(args.out)!r} is a folder; expected the name of a file")
-    if args.dry_run:
-        return
     for option, folder in (("--work-dir", args.work_dir), ("--out", args.out.parent), ("--figures", args.figures)):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{option}: {str(folder)!r} cannot be made ({error.strerror}); choose another") from error
+        files.check_folder(folder, option)

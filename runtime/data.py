@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -184,90 +183,6 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
 def is_flipped(seed: int, epoch: int, index: int) -> bool:
     """Whether the image is mirrored in this epoch: a fair coin for each (seed, epoch, index)."""
     return hash_seed(seed, "flip", epoch, index) % 2 == 1
-
-
-class LatentData(Dataset):
-    """Posterior moments from a latent cache: item (epoch, index) is (moments (2C, h, w) float16, label)."""
-
-    def __init__(self, cache: "LatentCache", flip: bool, seed: int):
-        self.cache, self.flip, self.seed = cache, flip, seed
-
-    def __getitem__(self, item: tuple[int, int]):
-        epoch, index = item
-        flipped = self.flip and is_flipped(self.seed, epoch, index)
-        moments = self.cache.moments[self.cache.rows[index], int(flipped)]
-        return torch.from_numpy(moments.copy()), int(self.cache.labels[index])
-
-    def __len__(self) -> int:
-        return len(self.cache)
-
-
-class LatentCache:
-    """A finished latent cache: moments.npy (N, flips, 2C, h, w) float16 memory-mapped, labels, paths, meta.json.
-
-    Raises UserError for a folder that is not a finished cache.
-    """
-
-    def __init__(self, root: str | Path):
-        self.root = Path(root)
-        try:
-            self.meta = json.loads((self.root / "meta.json").read_text(encoding="utf-8"))
-            self.classes: list[str] = self.meta["classes"]
-            self.fingerprint: str = self.meta["fingerprint"]
-            labels = np.load(self.root / "labels.npy")
-            shapes = [*self.moments.shape], [*labels.shape]
-            if shapes != (self.meta["shape"], self.meta["shape"][:1]):
-                raise ValueError(f"it holds {shapes[0]} moments and {shapes[1]} labels for {self.meta['shape']}")
-        except FileNotFoundError as error:
-            raise UserError(
-                f"--latents-dir {str(root)!r} is not a finished latent cache ({Path(error.filename).name} is missing); "
-                "run cache_latents.py with this folder first"
-            ) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--latents-dir {str(root)!r} is damaged ({error}); remove it and make it again") from error
-        self.rows, self.rows_left_out = np.flatnonzero(labels >= 0), np.flatnonzero(labels < 0)  # -1: unreadable
-        self.labels = labels[self.rows]
-
-    @cached_property
-    def moments(self) -> np.ndarray:
-        return np.load(self.root / "moments.npy", mmap_mode="r")
-
-    @property
-    def paths(self) -> np.ndarray:
-        """Relative paths (N,) bytes of the images in the cache. Raises UserError where an old cache has none."""
-        return self._paths_of(self.rows)
-
-    @property
-    def paths_left_out(self) -> np.ndarray:
-        """Relative paths of the images that could not be read. Raises UserError where an old cache has none."""
-        return self._paths_of(self.rows_left_out)
-
-    def _paths_of(self, rows: np.ndarray) -> np.ndarray:
-        try:
-            return np.load(self.root / "paths.npy")[rows]
-        except FileNotFoundError as error:
-            raise UserError(
-                f"--latents-dir {str(self.root)!r} does not tell the images' paths (paths.npy is missing), by which "
-                "--val-fraction splits; run cache_latents.py with this folder again, which adds them"
-            ) from error
-        except (OSError, ValueError, EOFError, IndexError) as error:
-            raise UserError(
-                f"--latents-dir {str(self.root)!r} is damaged (paths.npy: {error}); remove paths.npy and run "
-                "cache_latents.py with this folder again"
-            ) from error
-
-    def subset(self, chosen: np.ndarray) -> "LatentCache":
-        """The images whose entry of chosen (N,) is true, with all classes; fingerprint stays the whole cache's."""
-        part = copy.copy(self)
-        part.rows, part.labels = self.rows[chosen], self.labels[chosen]
-        return part
-
-    def __getstate__(self):
-        """A worker that is spawned maps the file itself in place of being sent its contents."""
-        return {key: value for key, value in self.__dict__.items() if key != "moments"}
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 class EpochBatches(Sampler):

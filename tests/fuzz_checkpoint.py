@@ -25,7 +25,7 @@ import torch
 import models
 import train
 from demo.digits import write_digits
-from runtime import checkpoint, monitor
+from runtime import checkpoint, monitor, pretrained
 from runtime.options import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,7 +123,7 @@ def assert_finite(*models: torch.nn.Module) -> None:
 
 
 def read_as_sampling(path: Path) -> None:
-    assert_finite(checkpoint.load_trained(path).model)
+    assert_finite(pretrained.load_trained(path).model)
 
 
 def read_as_training(path: Path, trainer: train.Trainer) -> None:
