@@ -175,7 +175,7 @@ def evaluation(evaluated: dict[Path, list[Path]]) -> str:
 
 def metrics(values: dict) -> dict[str, str]:
     """The metrics among what a file of evaluate.py holds: its numbers, label to text."""
-    numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+    numbers = {key: value for key, value in values.items() if type(value) in (int, float)}
     texts = {}
     for key, value in numbers.items():
         if not key.endswith("_std"):
