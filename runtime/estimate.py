@@ -56,6 +56,31 @@ def checkpoint_disk(config: ModelConfig, total_steps: int, ckpt_every: int, keep
     return f"disk for {kept} checkpoints: {files.format_bytes(size * kept)} ({files.format_bytes(size)} each)"
 
 
+def describe(job) -> list[str]:
+    """What a run is, a line each; job is what train.plan returns."""
+    args, config = job.args, job.config
+    position = f"RoPE {config.to_dict()['model']['rope']}" if config.model.rope else "sin-cos positions"
+    source = "cached latents" if job.vae is None else "encoded online"
+    precision = distributed.resolve_precision(args.precision, job.device)
+    disk = checkpoint_disk(config.model, job.total_steps, args.ckpt_every, args.keep_checkpoints)
+    return [
+        f"model: {args.model}, {parameters_of(config.model):,} parameters, {position}",
+        f"data: {config.data.images:,} images in {len(config.data.classes)} classes, {source}, "
+        f"{job.steps_per_epoch:,} steps an epoch",
+        f"run: {job.total_steps:,} steps of batch {args.global_batch_size} on {distributed.world_size()} x "
+        f"{job.device.type} in {precision}; {disk}",
+    ]
+
+
+def dry_run(job, decoder: VAE | None, done: int) -> None:
+    """Say what would be done from step done on, and with --dry-run STEPS what it would take."""
+    logger = monitor.make_logger()
+    begin = f"go on from step {done:,}" if done else "start"
+    lines = [*describe(job), f"dry run: would {begin} in {job.args.results_dir}; nothing was written"]
+    for line in lines + (measure(job, decoder, done) if job.args.dry_run else []):
+        logger.info(line)
+
+
 def measure(job, decoder: VAE | None, done: int) -> list[str]:
     """Take the steps of --dry-run, and say what the rest of the run will take from step done on, a line each.
 
@@ -71,12 +96,12 @@ def measure(job, decoder: VAE | None, done: int) -> list[str]:
     parts |= interruptions(job, trainer, decoder, step, done)
     parts[f"start-up {started + seconds[0]:.0f} s"] = started + seconds[0]
     total = sum(parts.values())
-    rate = args.global_batch_size / step
+    batch = args.global_batch_size
+    measured = f"median of {args.dry_run} steps on made-up data, {counted[0]:.3g} to {counted[-1]:.3g} s"
     return [
-        f"speed: {step:.3g} s a step, {rate:.4g} images/s with batch {args.global_batch_size} (median of {args.dry_run} "
-        f"steps on made-up data, {counted[0]:.3g} to {counted[-1]:.3g} s, after {WARM_UP} to warm up)",
-        f"time: {total / 3600:.3g} hours ({monitor.format_seconds(total)}) = {' + '.join(parts)}; reading the data, and "
-        "the disk that checkpoints are written to, are not in it",
+        f"speed: {step:.3g} s a step, {batch / step:.4g} images/s with batch {batch} ({measured})",
+        f"time: {total / 3600:.3g} hours ({monitor.format_seconds(total)}) = {' + '.join(parts)}; without reading the "
+        "data, and without the disk that checkpoints are written to",
         f"memory: {memory(job.device, args.num_workers)}",
         f"disk: {cache_disk(job)}",
     ]

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -87,6 +88,21 @@ def make_logger(folder: Path | None = None) -> logging.Logger:
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
     return logger
+
+
+class Pace:
+    """Images per second and remaining time, checkpoints not counted."""
+
+    def __init__(self):
+        self.start, self.steps = time.perf_counter(), 0
+
+    def paused(self, since: float) -> None:
+        self.start += time.perf_counter() - since
+
+    def measure(self, batch: int, remaining: int) -> dict:
+        seconds = max(time.perf_counter() - self.start, 1e-9) / max(self.steps, 1)
+        self.start, self.steps = time.perf_counter(), 0
+        return {"images_per_second": batch / seconds, "eta_seconds": remaining * seconds}
 
 
 def progress_bar(total: int, initial: int = 0, unit: str = "step", description: str | None = None) -> tqdm:
