@@ -8,6 +8,8 @@ import argparse
 import shutil
 from pathlib import Path
 
+import torch
+
 from experiments import data, figures, measurements, runs, tables
 from experiments.plan import FULL, QUICK, VARIANTS, Run, Study
 from experiments.runs import VAE, Job, Results
@@ -73,6 +75,7 @@ def train_all(missing: list[Run], args: argparse.Namespace, study: Study, result
         psnr = measurements.reconstruction_psnr(root, VAE, study.image_size)
         results.add("reconstruction", data_set, {"psnr": psnr})
     by_key, origin = {run.key: run for run in missing}, results.origin()
+    torch.set_num_threads(1)  # measurements are one of the processes that share the machine
 
     def record(job: Job) -> None:
         run = by_key[job.key]

@@ -104,7 +104,7 @@ def make_latents(images: Path, latents: Path, image_size: int | str) -> None:
     """Encode a folder of images, unmirrored, unless that is done. Raises UserError when it does not succeed."""
     settings = dict(vae=VAE, image_size=image_size, no_flip=True, num_workers=0)
     command = python("cache_latents.py", data_path=images, latents_dir=latents, **settings)
-    if subprocess.run(command, cwd=REPOSITORY, env=os.environ | ON_CPU, stdout=sys.stderr).returncode:
+    if subprocess.run(command, cwd=REPOSITORY, env=os.environ | ON_CPU, stdout=subprocess.DEVNULL).returncode:
         raise UserError(f"the latents in {str(latents)!r} are not finished; see above, then repeat the command")
 
 
