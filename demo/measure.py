@@ -36,7 +36,7 @@ def pixel_distance(samples: np.ndarray, real: np.ndarray) -> float | None:
     """Fréchet distance of grey values (N, 64), scaled to 0 to 1; None for a single sample, which has no covariance."""
     if len(samples) == 1:
         return None
-    made, wanted = (fid_features_to_statistics(torch.from_numpy(values / 255)) for values in (samples, real))
+    made, wanted = (fid_features_to_statistics(torch.from_numpy(values / 255).double()) for values in (samples, real))
     return fid_statistics_to_metric(made, wanted, verbose=False)[KEY_METRIC_FID]
 
 

@@ -73,8 +73,8 @@ def measure(job, decoder: VAE | None, done: int) -> list[str]:
     total = sum(parts.values())
     rate = args.global_batch_size / step
     return [
-        f"speed: {step:.3g} s a step ({counted[0]:.3g} to {counted[-1]:.3g}, median of {args.dry_run} on made-up "
-        f"data, after {WARM_UP} to warm up), {rate:.4g} images/s with batch {args.global_batch_size}",
+        f"speed: {step:.3g} s a step, {rate:.4g} images/s with batch {args.global_batch_size} (median of {args.dry_run} "
+        f"steps on made-up data, {counted[0]:.3g} to {counted[-1]:.3g} s, after {WARM_UP} to warm up)",
         f"time: {total / 3600:.3g} hours ({monitor.format_seconds(total)}) = {' + '.join(parts)}; reading the data, and "
         "the disk that checkpoints are written to, are not in it",
         f"memory: {memory(job.device, args.num_workers)}",
