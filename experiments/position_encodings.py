@@ -22,9 +22,7 @@ OUT = REPOSITORY / "experiments" / "position_encodings.json"
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(description=__doc__.splitlines()[0])
-    out = "None: beside this file; with --quick in --work-dir"
-    figures = "None: docs/images, or beside another --out"
-    runs.add_options(parser, "results/position_encodings", out, figures)
+    runs.add_options(parser, "results/position_encodings", "None: beside this file; with --quick in --work-dir")
     add = parser.add_argument
     add("--stage", choices=["runs", "report"], default=None, help="do one part (None: all)")
     add("--quick", action="store_true", help="digits alone, four variants, two seeds, 150 steps: ten minutes")
@@ -32,7 +30,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.data_dir = args.work_dir.resolve() / "data"  # the same for both studies
     args.work_dir = args.work_dir.resolve() / ("quick" if args.quick else "full")
     args.out = args.out or (args.work_dir / OUT.name if args.quick else OUT)
-    args.figures = args.figures or (REPOSITORY / "docs" / "images" if args.out == OUT else args.out.parent)
+    args.figures = REPOSITORY / "docs" / "images" if args.out == OUT else args.out.parent
     return args
 
 

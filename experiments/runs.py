@@ -153,12 +153,11 @@ class Results:
         return {"git_commit": commit, "environment": number}
 
 
-def add_options(parser: options.Parser, work: str, out: str, figures: str) -> None:
+def add_options(parser: options.Parser, work: str, out: str) -> None:
     """The options that the studies share."""
     add = parser.add_argument
     add("--work-dir", type=Path, default=Path(work), help="data, latents, runs and weights")
-    add("--out", type=Path, default=None, help=f"JSON of the results ({out})")
-    add("--figures", type=Path, default=None, help=f"folder of the figures ({figures})")
+    add("--out", type=Path, default=None, help=f"JSON of the results, with the figures beside another one ({out})")
     add("--jobs", type=options.count, default=os.cpu_count(), help="runs at a time, one thread each")
     options.add_dry_run(parser)
 
