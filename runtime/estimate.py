@@ -2,11 +2,13 @@
 
 import io
 import math
+import re
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import torch
@@ -170,14 +172,21 @@ def save_nowhere(trainer: Trainer) -> None:
 
 def memory(device: torch.device, workers: int) -> str:
     """Peak use of this process so far, on the host and on its device."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    host = f"{files.format_bytes(peak)} of the host at the peak of this process"
+    host = f"{files.format_bytes(host_peak())} of the host at the peak of this process"
     if workers:
         host += f", and what {workers} data-loading processes take beside it"
     if device.type != "cuda":
         return host
     taken, total = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
     return f"{files.format_bytes(taken)} of {files.format_bytes(total)} of the GPU, and {host}"
+
+
+def host_peak() -> int:
+    """Highest resident memory of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent had when it started this process
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def cache_disk(job) -> str:
