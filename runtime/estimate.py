@@ -118,9 +118,7 @@ def interruptions(job, trainer: Trainer, decoder: VAE | None, step: float, done:
         parts[f"{grids:,} sample grids of {drawn:.2g} s"] = grids * drawn
     if job.held_out is not None:
         images = job.held_out.config.images
-        every = args.val_every or validation.default_interval(
-            images, args.global_batch_size, args.ckpt_every, job.total_steps
-        )
+        every = validation.interval(images, args, job.total_steps)
         times = sum(number % every == 0 or number == job.total_steps for number in remaining)
         one = validation.cost_in_steps(images, args.global_batch_size) * step
         parts[f"{times:,} validations of about {one:.2g} s"] = times * one
