@@ -645,7 +645,7 @@ train() { # stages 0 and 1
     return
   fi
   if [[ -z $DATA_PATH && ! -d $DATA ]]; then # the folder appears when it is whole
-    run_stage "Data (the digits as a folder of images)" "$PYTHON" -m runtime.data --digits "$DATA"
+    run_stage "Data (the digits as a folder of images)" "$PYTHON" -m demo.digits "$DATA"
   fi
   if [[ $CACHE_LATENTS == True ]]; then
     run_stage "Stage 0 (latents)" "${LAUNCH[@]}" "${CACHE[@]}"

@@ -1,10 +1,8 @@
-"""Data of a run: image folder and its preparation, latent cache, resumable batches, the demo digits."""
+"""Data of a run: image folder and its preparation, latent cache, resumable batches."""
 
 import copy
 import hashlib
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from runtime.distributed import hash_seed, ignore_stop_signals, rank, world_size
-from runtime.options import Parser, UserError, command, count, is_utf8
+from runtime.options import UserError, is_utf8
 
 PREPARATION = "box-halving, bicubic, centre crop; EXIF orientation applied"  # named in every latent cache
 
@@ -241,57 +239,3 @@ def open_loader(
     finally:
         if num_workers:  # they ignore SIGTERM, by which the interpreter would try to end them at its own end
             iterator._shutdown_workers()
-
-
-def enlarged_digits(size: int) -> tuple[list[Image.Image], np.ndarray]:
-    """scikit-learn's 1,797 handwritten digits (8 x 8, values 0 to 16) as size x size RGB images, and their labels.
-
-    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (its test part).
-    """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    grey = [Image.fromarray(values) for values in (digits.images * (255 / 16)).round().astype(np.uint8)]
-    images = [image.resize((size, size), Image.Resampling.BICUBIC).convert("RGB") for image in grey]
-    return images, digits.target.astype(np.int64)
-
-
-def write_digits(root: Path, size: int = 64) -> None:
-    """Write the digits as a class-folder data set of PNGs, root/<digit>/<index>.png, unless it is there.
-
-    The folder appears under its name only when every file is in it.
-    """
-    root = Path(root)
-    if root.exists():
-        return
-    root.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
-    images, labels = enlarged_digits(size)
-    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-        folder = partial / str(label)
-        folder.mkdir(exist_ok=True)
-        image.save(folder / f"{index:04d}.png")
-    partial.chmod(0o755)
-    try:
-        partial.rename(root)
-    except OSError:  # another process was faster, and its files are the same
-        shutil.rmtree(partial)
-        if not root.is_dir():
-            raise
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Write the demo digits from the command line: python -m runtime.data --digits FOLDER."""
-    parser = Parser(description="Write scikit-learn's handwritten digits as a class-folder data set.")
-    parser.add_argument("--digits", type=Path, required=True, metavar="FOLDER", help="where to write it")
-    parser.add_argument("--size", type=count, default=64, help="height and width in pixels")
-    args = parser.parse_args(argv)
-    try:
-        write_digits(args.digits, args.size)
-    except OSError as error:
-        raise UserError(f"--digits {str(args.digits)!r} cannot be written ({error.strerror})") from error
-    print(f"demo data: 1797 handwritten digits in {args.digits}")
-
-
-if __name__ == "__main__":
-    command(main)()

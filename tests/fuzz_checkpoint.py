@@ -24,7 +24,8 @@ import torch
 
 import models
 import train
-from runtime import checkpoint, data, monitor, pretrained
+from demo.digits import write_digits
+from runtime import checkpoint, monitor, pretrained
 from runtime.options import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,7 +177,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        data.write_digits(Path(folder) / "digits", 32)
+        write_digits(Path(folder) / "digits", 32)
         path, trainer = prepare(Path(folder), Path(folder) / "digits", ROOT / "assets" / "demo_vae")
         outcomes = fuzz(path, trainer, args.mutations, args.seed)
     for (reader, kind, outcome), times in sorted(outcomes.items()):
