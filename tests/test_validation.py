@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ import train
 from diffusion import create_diffusion
 from models import ModelConfig
 from runtime import checkpoint, data, monitor, pretrained, validation
-from runtime.config import VAEConfig
+from runtime.config import HeldOutConfig, VAEConfig
 from runtime.distributed import hash_seed
 from runtime.options import UserError
 from runtime.vae import VAE
@@ -44,6 +45,10 @@ def curves(results) -> list[dict]:
     return [{key: value for key, value in record.items() if key not in speed} for record in metrics(results)]
 
 
+def names(line: str, *parts) -> bool:
+    return all(str(part) in line for part in parts)
+
+
 @pytest.fixture(scope="module")
 def validated(tmp_path_factory, image_folder, vae_folder):
     """Folder of a finished run of 7 steps that holds out two images of each class and validates every second step."""
@@ -60,7 +65,7 @@ def loss_of(tmp_path, image_folder):
     """Runs evaluate_loss.py on a run's last checkpoint and returns what it wrote: loss_of(results, split="val")."""
 
     def call(results, **changes) -> dict:
-        options = {"ckpt": results / LAST, "data_path": image_folder, "precision": "fp32", "num_workers": 0}
+        options = {"ckpt": results and results / LAST, "data_path": image_folder, "precision": "fp32", "num_workers": 0}
         evaluate_loss.main(command_line(options | {"out": tmp_path / "loss.json"} | changes))
         return json.loads((tmp_path / "loss.json").read_text())
 
@@ -88,18 +93,6 @@ def make_cache(vae_folder, tmp_path):
         return tmp_path / name
 
     return make
-
-
-@pytest.fixture
-def refusal_names(refused):
-    """Runs a command that has to be refused with one line that holds all of these parts."""
-
-    def check(main, arguments, *parts) -> None:
-        line = refused(main, arguments)
-        for part in parts:
-            assert str(part) in line
-
-    return check
 
 
 # The loss
@@ -203,13 +196,13 @@ def test_cache_and_images_give_the_same_split_and_loss(validated, image_folder, 
 
 
 def test_a_cache_takes_a_folder_of_their_own(
-    two_folders, make_vae, make_cache, train_arguments, refusal_names, tmp_path, capsys
+    two_folders, make_vae, make_cache, train_arguments, refused, tmp_path, capsys
 ):
     (training, held_out), vae, other = two_folders, make_vae(), make_vae(seed=1)
     cache = make_cache(training, vae=vae)
     changes = {"data_path": None, "latents_dir": cache, "val_data_path": held_out, "max_steps": 1}
     moved = shutil.move(vae, tmp_path / "moved VAE")
-    refusal_names(train.main, train_arguments(tmp_path / "run", vae=other, **changes), other, cache, vae)
+    assert names(refused(train.main, train_arguments(tmp_path / "run", vae=other, **changes)), other, cache, vae)
     train.main(train_arguments(tmp_path / "run", vae=moved, **changes))
     assert "val_loss_ema" in metrics(tmp_path / "run")[-1]
     assert capsys.readouterr().err == ""
@@ -332,32 +325,19 @@ def test_a_resumed_run_has_the_same_curves(validated, train_arguments, signal_af
     assert curves(tmp_path / "run") == curves(validated)
 
 
-def test_losses_that_are_not_finite_are_null_in_training_and_refused_by_evaluate_loss(
-    validated, image_folder, train_arguments, refused, tmp_path, monkeypatch
+def test_losses_that_are_not_finite_are_null_and_refused_by_evaluate_loss(
+    validated, image_folder, refused, tmp_path, monkeypatch
 ):
-    losses = validation.image_losses
-
-    def overflown(models, *rest):
-        found = losses(models, *rest)
-        found[0, 1, 3], found[-1, :, 9] = torch.nan, torch.inf
-        return found
-
-    def no_json(text):
-        raise ValueError(text)
-
-    monkeypatch.setattr(validation, "image_losses", overflown)
-    train.main(train_arguments(tmp_path / "run", **QUARTER, max_steps=3, log_every=1))
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    record = [json.loads(line, parse_constant=no_json) for line in lines][-1]
-    for key, tenth in (("val_loss", 3), ("val_loss_ema", 9)):
-        assert record[key] is None and record[f"{key}_se"] is None
-        assert [loss is None for loss in record[f"{key}_tenths"]] == [k == tenth for k in range(10)]
-    log = (tmp_path / "run" / "log.txt").read_text()
-    assert "step 0000003: validation loss not finite, EMA not finite (noise MSE of 6 images)\n" in log
+    found = torch.ones(24, 10, dtype=torch.float64)
+    found[1, 3], found[4, 9] = torch.nan, torch.inf
+    tenths = [None if k in (3, 9) else 1.0 for k in range(10)]
+    assert validation.summarize(found) == {"loss": None, "loss_se": None, "loss_tenths": tenths}
+    assert validation.format_loss(None, None) == "not finite"
+    monkeypatch.setattr(validation, "image_losses", lambda *_: found[None])
     options = {"ckpt": validated / LAST, "data_path": image_folder, "num_workers": 0, "out": tmp_path / "loss.json"}
     for precision, remedy in (("fp32", ""), ("bf16", "--precision fp32, or ")):
         assert refused(evaluate_loss.main, command_line(options | {"precision": precision})) == (
-            f"the loss of 24 of 24 images is not finite: the ema weights of checkpoint {str(validated / LAST)!r} "
+            f"the loss of 2 of 24 images is not finite: the ema weights of checkpoint {str(validated / LAST)!r} "
             f"overflow in {precision}; use {remedy}an earlier checkpoint"
         )
     assert not (tmp_path / "loss.json").exists()
@@ -417,7 +397,7 @@ def cache_without_two(image_folder, make_cache, tmp_path):
 
 
 def test_a_split_without_unreadable_images_is_found_again(
-    cache_without_two, image_folder, make_cache, train_arguments, loss_of, refusal_names, tmp_path
+    cache_without_two, image_folder, make_cache, train_arguments, loss_of, refused, tmp_path
 ):
     (folder, cache), results, exported = cache_without_two, tmp_path / "run", tmp_path / "run.safetensors"
     changes = CACHED | {"val_fraction": 0.25, "lr": 0.01, "ema_decay": 0.5}
@@ -430,13 +410,13 @@ def test_a_split_without_unreadable_images_is_found_again(
 
     # A repaired image may be held out where the run held out another in its place, which must not be trained on.
     again = train_arguments(results, latents_dir=make_cache(image_folder, "again"), **changes | {"max_steps": 8})
-    refusal_names(train.main, again, results / LAST, "--val-fraction 0.25 (6 images", "a latent cache may have left")
+    assert names(refused(train.main, again), results / LAST, "--val-fraction 0.25 (6 images", "a latent cache may")
 
     state = copy.deepcopy(checkpoint.load(results / LAST))
     del state["config"]["validation"]["left_out"]  # as runs of earlier versions have it
     checkpoint.save(results / LAST, state)
     evaluation = command_line({"ckpt": results / LAST, "data_path": folder, "split": "val"})
-    refusal_names(evaluate_loss.main, evaluation, "--split val", results / LAST, folder, "skipped.txt")
+    assert names(refused(evaluate_loss.main, evaluation), "--split val", results / LAST, folder, "skipped.txt")
     train.main(train_arguments(results, latents_dir=cache, **changes | {"max_steps": 8}))
     assert metrics(results)[-1]["step"] == 8
     for path in (cache / "skipped.txt").read_text().splitlines():
@@ -444,38 +424,33 @@ def test_a_split_without_unreadable_images_is_found_again(
     assert loss_of(results, data_path=folder, split="val")["loss"] == found["loss"]
 
 
-def test_the_loss_of_trained_images_is_marked(validated, run, two_folders, train_arguments, loss_of, capsys, tmp_path):
-    (training, held_out), separate, exported = two_folders, tmp_path / "separate", tmp_path / "run.safetensors"
-    train.main(train_arguments(separate, data_path=training, val_data_path=held_out))
-    export.main(["--ckpt", str(validated / LAST), "--out", str(exported)])
-    part = shutil.copytree(training, tmp_path / "part")
+def test_the_loss_of_trained_images_is_marked(validated, run, image_folder, loss_of, capsys, tmp_path):
+    part, exported = shutil.copytree(image_folder, tmp_path / "part"), tmp_path / "run.safetensors"
     (part / "bee" / "10.png").unlink()
-    for results, changes, trained_on in (
-        (validated, {}, True),
-        (validated, {"ckpt": exported}, True),
-        (validated, {"split": "val"}, False),
-        (validated, {"data_path": part}, None),
-        (run, {}, True),
-        (separate, {"data_path": training}, True),
-        (separate, {"data_path": held_out}, False),
+    export.main(["--ckpt", str(validated / LAST), "--out", str(exported)])
+    for ckpt, changes, trained_on in (
+        (validated / LAST, {}, True),
+        (exported, {}, True),
+        (exported, {"split": "val"}, False),
+        (validated / LAST, {"data_path": part}, None),
+        (run / LAST, {}, True),
     ):
         capsys.readouterr()
-        assert loss_of(results, **changes)["trained_on"] is trained_on
+        assert loss_of(None, ckpt=ckpt, **changes)["trained_on"] is trained_on
         warnings = [line for line in capsys.readouterr().out.splitlines() if "so this is no validation loss" in line]
-        assert len(warnings) == (trained_on is True)
-        assert all(str(changes.get("ckpt", results / LAST)) in line for line in warnings)
+        assert len(warnings) == (trained_on is True) and all(str(ckpt) in line for line in warnings)
 
 
 # Wrong input
 
 
-def test_wrong_validation_options_are_refused(train_arguments, two_folders, refusal_names, tmp_path):
+def test_wrong_validation_options_are_refused(train_arguments, two_folders, refused, tmp_path):
     training, held_out = two_folders
     (tmp_path / "empty").mkdir()
 
     def check(parts: tuple, **changes) -> None:
         arguments = train_arguments(tmp_path / "run", **{"data_path": training} | changes)
-        refusal_names(train.main, arguments, *parts)
+        assert names(refused(train.main, arguments), *parts)
         assert not (tmp_path / "run").exists()
 
     check(("--val-fraction", "--val-data-path"), val_fraction=0.5, val_data_path=held_out)
@@ -491,64 +466,51 @@ def test_wrong_validation_options_are_refused(train_arguments, two_folders, refu
     check(("--val-fraction 0.5", "'ant'", "(images in all: 1)", "add images"), val_fraction=0.5)
 
 
-def test_another_split_is_refused_on_resume(validated, run, two_folders, train_arguments, refused, tmp_path):
-    """What is held out stays the same for the whole run: the message says what it was and what it is now."""
-    (training, other), separate = two_folders, tmp_path / "separate"
-    train.main(train_arguments(separate, data_path=training, val_data_path=other, max_steps=4, **RECIPE))
-
-    def check(before: str, now: str, folder, **changes) -> None:
-        line = refused(train.main, train_arguments(folder, **RECIPE | changes))
-        ckpt = checkpoint.training_checkpoints(folder / "checkpoints")[-1]
-        assert line.startswith(f"checkpoint {str(ckpt)!r} was trained with {before}, the command has {now}; ")
-        assert line.endswith("or use another --results-dir")
-
-    def described(**changes) -> str:
-        args = train.parse_args(train_arguments(tmp_path / "none", **changes))
-        return validation.describe_held_out(train.plan(args, CPU).config.validation)
-
-    quarter, two_fifths = described(val_fraction=0.25), described(val_fraction=0.4)
-    fingerprint = checkpoint.load(validated / LAST)["config"]["validation"]["fingerprint"]
-    assert quarter == f"--val-fraction 0.25 (6 images, of fingerprint {fingerprint[:8]})"
-    check(quarter, two_fifths, validated, val_fraction=0.4)
-    check(quarter, "no validation", validated)
-    check("no validation", quarter, run, val_fraction=0.25)
-    changes = {"data_path": training, "max_steps": 4}
-    before = described(val_data_path=other, **changes)
-    check(before, "no validation", separate, **changes)
-    (other / "ant" / "00.png").rename(other / "ant" / "new.png")
-    now = described(val_data_path=other, **changes)
-    assert now != before
-    check(before, now, separate, val_data_path=other, **changes)
+FOLDER = HeldOutConfig(None, "a" * 64, 9, [])
+QUARTER_OF_24 = HeldOutConfig(0.25, "b" * 64, 6, [])
 
 
-def test_an_unreadable_held_out_image_is_named(train_arguments, two_folders, refusal_names, tmp_path_factory):
+@pytest.mark.parametrize(
+    "stored, current, before, now",
+    [
+        (None, QUARTER_OF_24, "no validation", "--val-fraction 0.25 (6 images, of fingerprint bbbbbbbb)"),
+        (QUARTER_OF_24, None, "--val-fraction 0.25 (6 images, of fingerprint bbbbbbbb)", "no validation"),
+        (FOLDER, QUARTER_OF_24, "--val-data-path (9 images, of fingerprint aaaaaaaa)", "--val-fraction 0.25 (6 "),
+        (FOLDER, replace(FOLDER, fingerprint="c"), "--val-data-path (9 images, of fingerprint aaaaaaaa)", "--val-data"),
+        (QUARTER_OF_24, replace(QUARTER_OF_24, fraction=0.26), "--val-fraction 0.25 (6 ", "--val-fraction 0.26 (6 "),
+    ],
+)
+def test_what_is_held_out_stays_the_same(stored, current, before, now):
+    validation.check_same(stored, stored and replace(stored, left_out=["old checkpoints do not list it"]), "x.pt")
+    with pytest.raises(UserError) as error:
+        validation.check_same(stored, current, "x.pt")
+    assert names(str(error.value), "'x.pt' was trained with " + before, "the command has " + now, "--results-dir")
+
+
+def test_an_unreadable_held_out_image_is_named(train_arguments, two_folders, refused, tmp_path_factory):
     training, held_out = two_folders
     (held_out / "bee" / "01.png").write_bytes(b"damaged")
     arguments = train_arguments(tmp_path_factory.mktemp("run"), data_path=training, val_data_path=held_out)
-    refusal_names(train.main, arguments, f"image {str(held_out / 'bee' / '01.png')!r} cannot be read (")
+    assert names(refused(train.main, arguments), f"image {str(held_out / 'bee' / '01.png')!r} cannot be read (")
 
 
-def test_a_cache_without_paths_is_refused_and_completed(
-    image_folder, make_cache, train_arguments, refusal_names, tmp_path
-):
+def test_a_cache_without_paths_is_refused_and_completed(image_folder, make_cache, train_arguments, refused, tmp_path):
     cache = make_cache(image_folder)
     paths, before = cache / "paths.npy", (cache / "paths.npy").read_bytes()
     arguments = train_arguments(tmp_path / "run", latents_dir=cache, val_fraction=0.25, max_steps=1, **CACHED)
     paths.write_bytes(b"damaged")
-    refusal_names(train.main, arguments, cache, "is damaged (paths.npy: ", "remove paths.npy")
+    assert names(refused(train.main, arguments), cache, "is damaged (paths.npy: ", "remove paths.npy")
     paths.unlink()
-    refusal_names(train.main, arguments, cache, "paths.npy is missing", "--val-fraction", "run cache_latents.py")
+    assert names(refused(train.main, arguments), cache, "paths.npy is missing", "run cache_latents.py")
     make_cache(image_folder)
     assert paths.read_bytes() == before
     train.main(arguments)
 
 
-def test_images_that_do_not_fit_the_checkpoint_are_refused(
-    validated, run, image_folder, make_vae, refusal_names, tmp_path
-):
+def test_images_that_do_not_fit_the_checkpoint_are_refused(validated, run, image_folder, make_vae, refused, tmp_path):
     def check(ckpt, *parts, **changes) -> None:
         options = {"ckpt": ckpt, "data_path": image_folder, "out": tmp_path / "loss.json"}
-        refusal_names(evaluate_loss.main, command_line(options | changes), *parts)
+        assert names(refused(evaluate_loss.main, command_line(options | changes)), *parts)
         assert not (tmp_path / "loss.json").exists()
 
     check(run / LAST, "--split val", run / LAST, "without --val-fraction", "leave --split out", split="val")
