@@ -34,7 +34,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--num-fid-samples", type=options.count, default=50_000, help="images to make")
     add("--per-proc-batch-size", type=options.count, default=32, help="images at a time for each process")
     add("--global-seed", type=options.seed, default=0, help="with the index of an image, decides its label and noise")
-    add("--class-balanced", action="store_true", help="labels in turn instead of uniformly random")
+    balanced = argparse.BooleanOptionalAction
+    add("--class-balanced", action=balanced, default=False, help="labels in turn instead of uniformly random")
     add("--print-name", action="store_true", help="print the path of the .npz that would be made, and stop")
     sampling.add_sampling_options(parser, sampler="ddpm", steps=250, cfg_scale=1.5)
     return parser.parse_args(argv)
