@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from runtime import checkpoint, data, distributed, holdout, monitor, options, sampling, validation
+from runtime import data, distributed, files, holdout, monitor, options, validation
 from runtime.options import UserError
+from runtime.pretrained import Trained, load_trained, settings
 from runtime.vae import VAE, load_vae
 
 
@@ -24,11 +25,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default="all",
         help="val: the part of --data-path that the checkpoint's run held out with --val-fraction",
     )
-    add("--vae", default=None, help="ema, mse, hub id or folder of an AutoencoderKL (None: the one of the training)")
+    options.add_vae(parser, none="the one of the training")
     add("--batch-size", type=options.count, default=8, help="images at a time for each process, ten timesteps each")
-    add("--num-workers", type=options.non_negative_int, default=4, help="image-reading processes for each process")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16: autocast; auto: if it is native")
-    add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 for float32 products on CUDA")
+    options.add_num_workers(parser, "image-reading processes for each process")
+    options.add_precision(parser)
     add("--out", type=Path, default=None, help="JSON file for the loss and what decides it (None: print only)")
     options.add_checkpoint_options(parser)
     args = parser.parse_args(argv)
@@ -39,16 +39,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def select_images(args: argparse.Namespace, trained: checkpoint.Trained) -> data.ImageList:
+def select_images(args: argparse.Namespace, trained: Trained) -> data.ImageList:
     """The images to evaluate, labelled as the model knows their classes. Raises UserError."""
     images = data.ImageList(args.data_path)
     if args.split == "val":
         images = held_out_part(images, trained)
     if trained.classes is None:
-        if len(images.classes) != trained.config.num_classes:
+        if len(images.classes) != trained.config.model.num_classes:
             raise UserError(
                 f"--data-path {str(args.data_path)!r} has {len(images.classes)} class folders and checkpoint "
-                f"{args.ckpt!r}, which does not name its classes, has {trained.config.num_classes}; give one "
+                f"{args.ckpt!r}, which does not name its classes, has {trained.config.model.num_classes}; give one "
                 "folder for each class, sorted as in training"
             )
         return images
@@ -62,21 +62,21 @@ def select_images(args: argparse.Namespace, trained: checkpoint.Trained) -> data
     return images
 
 
-def held_out_part(images: data.ImageList, trained: checkpoint.Trained) -> data.ImageList:
+def held_out_part(images: data.ImageList, trained: Trained) -> data.ImageList:
     """What the checkpoint's run held out of these images. Raises UserError when it cannot be told."""
-    stored = trained.validation or {}
-    if stored.get("fraction") is None:
+    stored = trained.config.validation
+    if stored is None or stored.fraction is None:
         raise UserError(
             f"--split val: checkpoint {str(trained.path)!r} was trained without --val-fraction, so nothing of "
             "--data-path was held out; give held-out images as --data-path and leave --split out"
         )
-    left_out = set(stored["left_out"])
+    left_out = set(stored.left_out)
     readable = images.subset(np.array([holdout.hash_path(path) not in left_out for path in images.paths]))
-    part = readable.subset(holdout.split(readable.paths, readable.labels, readable.classes, stored["fraction"]))
-    if part.fingerprint == stored["fingerprint"]:
+    part = readable.subset(holdout.split(readable.paths, readable.labels, readable.classes, stored.fraction))
+    if part.fingerprint == stored.fingerprint:
         return part
-    lost = f"so its {stored['images']} held-out images cannot be told"
-    if images.fingerprint == trained.data_fingerprint:
+    lost = f"so its {stored.images} held-out images cannot be told"
+    if images.fingerprint == trained.config.data.fingerprint:
         raise UserError(
             f"--split val: the training of checkpoint {str(trained.path)!r} used a latent cache without the unreadable "
             f"images of --data-path {str(images.root)!r}, and does not list them, {lost}; remove the files that "
@@ -88,22 +88,22 @@ def held_out_part(images: data.ImageList, trained: checkpoint.Trained) -> data.I
     )
 
 
-def is_trained_on(images: data.ImageList, trained: checkpoint.Trained) -> bool | None:
+def is_trained_on(images: data.ImageList, trained: Trained) -> bool | None:
     """Whether these are the images that the checkpoint was trained on, by relative paths; None where nobody knows."""
-    was_trained_on = images.fingerprint == trained.data_fingerprint
-    was_held_out = trained.validation is not None and images.fingerprint == trained.validation["fingerprint"]
+    was_trained_on = images.fingerprint == trained.config.data.fingerprint
+    was_held_out = trained.config.validation is not None and images.fingerprint == trained.config.validation.fingerprint
     return None if was_trained_on == was_held_out else was_trained_on
 
 
-def warn_of_training_images(images: data.ImageList, trained: checkpoint.Trained, logger) -> None:
+def warn_of_training_images(images: data.ImageList, trained: Trained, logger) -> None:
     """Say so where this is the loss of images that the checkpoint has seen."""
-    held_out = trained.validation
+    held_out = trained.config.validation
     if held_out is None:
         remedy = "give images that it was not trained on"
-    elif held_out["fraction"] is None:
+    elif held_out.fraction is None:
         remedy = "give the images of its --val-data-path"
     else:
-        remedy = f"pass --split val for the {held_out['images']:,} that its run held out of them"
+        remedy = f"pass --split val for the {held_out.images:,} that its run held out of them"
     if is_trained_on(images, trained):
         logger.warning(
             f"warning: --data-path {str(images.root)!r} holds the images that checkpoint {str(trained.path)!r} was "
@@ -111,12 +111,12 @@ def warn_of_training_images(images: data.ImageList, trained: checkpoint.Trained,
         )
 
 
-def describe(trained: checkpoint.Trained, images: data.ImageList, vae: VAE, precision: str, args) -> dict:
+def describe(trained: Trained, images: data.ImageList, vae: VAE, precision: str, args) -> dict:
     """What decides the loss."""
     return {
-        **trained.describe(args.ckpt, args.weights),
+        **settings(trained, trained.sha256, args.ckpt, args.weights),
         "vae": vae.source,
-        "vae_sha256": vae.describe()["sha256"],
+        "vae_sha256": vae.config.sha256,
         "data_path": str(args.data_path),
         "split": args.split,
         "fingerprint": images.fingerprint,
@@ -147,27 +147,24 @@ def format_table(scores: dict) -> str:
 @options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    trained = checkpoint.load_trained(args.ckpt, args.weights, options.given_model(args))
+    trained = load_trained(args.ckpt, args.weights, options.given_model(args))
     images = select_images(args, trained)
     device = distributed.setup(args.tf32)
     vae, logger = load_vae(args.vae, trained, device), monitor.make_logger()
-    precision = sampling.resolve_precision(args.precision, device)
+    precision = distributed.resolve_precision(args.precision, device)
     warn_of_training_images(images, trained, logger)
     encoded = validation.encode(images, trained.image_size, vae, args.num_workers)
-    losses = validation.image_losses([trained.model.to(device)], encoded, device, precision, args.batch_size)
+    losses = validation.image_losses(
+        [trained.model.to(device)], encoded, device, precision, args.batch_size, trained.config.objective
+    )
     check_finite(losses[0], args, precision)
     scores = validation.summarize(losses[0])
     logger.info(f"noise MSE of {len(images):,} images, {args.weights} weights: {validation.describe(scores)}")
     logger.info(format_table(scores))
     if args.out is not None:
-        distributed.on_main(write, args.out, scores | describe(trained, images, vae, precision, args))
-
-
-def write(path: Path, values: dict) -> None:
-    try:
-        monitor.write_json(path, values)
-    except OSError as error:
-        raise UserError(f"--out {str(path)!r} cannot be written ({error.strerror}); choose another") from error
+        found = scores | describe(trained, images, vae, precision, args)
+        with files.cannot_write(f"--out {str(args.out)!r}"):
+            distributed.on_main(lambda: files.write_json(args.out, found))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from runtime import checkpoint, options
+from runtime import checkpoint, files, options
 from runtime.options import UserError
+from runtime.pretrained import Trained, load_trained
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -19,18 +20,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="file to write: .safetensors")
     add("--half", action="store_true", help="float16: half the size, and images that are only nearly the same")
     add("--overwrite", action="store_true", help="replace --out where it exists")
+    options.add_dry_run(parser)
     args = parser.parse_args(argv)
     if args.rope_extend is not None:
         raise UserError(
             "--rope-extend is of no use here: the file has the trained size; give it to the sampling command"
         )
-    name = f"--out {str(args.out)!r}"
-    if args.out.suffix != ".safetensors":
-        raise UserError(f"{name} is not the name of a safetensors file; end it in .safetensors")
-    if not args.out.parent.is_dir():
-        raise UserError(f"{name} is in a folder that does not exist; make the folder first")
-    if args.out.is_dir() or (args.out.exists() and not args.overwrite):
-        raise UserError(f"{name} exists; choose another name, or pass --overwrite to replace a file")
+    files.check_output(args.out, (".safetensors",))
+    if args.out.exists() and not args.overwrite:
+        raise UserError(f"--out {str(args.out)!r} exists; choose another name, or pass --overwrite to replace it")
     return args
 
 
@@ -43,40 +41,35 @@ def halve(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return halved
 
 
-def describe(trained: checkpoint.Trained, tensors: dict[str, Tensor], weights: str) -> dict:
+def describe(trained: Trained, tensors: dict[str, Tensor], weights: str) -> dict:
     """What the file says about itself, of which load_trained needs weights, config and step."""
     return {
         "weights": weights,
         "step": trained.step,
-        "weights_sha256": checkpoint.weights_hash(tensors),
+        "weights_sha256": checkpoint.tensor_hash(tensors),
         "source": {"file": trained.path.name, "weights_sha256": trained.sha256},
-        "config": {
-            "model": trained.config.to_dict(),
-            "image_size": list(trained.image_size),
-            "vae": trained.vae,
-            "data": {"classes": trained.classes, "fingerprint": trained.data_fingerprint},
-            "validation": trained.validation,
-        },
+        "config": trained.config.to_dict(),
     }
 
 
 def write(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
     """Write the file whole or not at all. Raises UserError."""
     metadata = {"format": "pt", checkpoint.METADATA: json.dumps(about)}
-    try:
-        with checkpoint.whole_file(path, checkpoint.tensor_bytes(tensors)) as file:
+    with files.cannot_write(f"--out {str(path)!r}", "free some space, or choose another"):
+        with files.whole_file(path, checkpoint.tensor_bytes(tensors)) as file:
             file.write(safetensors.torch.save(tensors, metadata))  # its own save_file would keep others from reading
-    except checkpoint.SaveError as error:
-        raise UserError(f"{error}; free some space, or choose another --out") from error
 
 
 @options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    trained = checkpoint.load_trained(args.ckpt, args.weights, options.given_model(args))
+    trained = load_trained(args.ckpt, args.weights, options.given_model(args))
     tensors = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
     tensors = halve(tensors) if args.half else tensors
     about = describe(trained, tensors, args.weights)
+    if args.dry_run:
+        size = files.format_bytes(checkpoint.tensor_bytes(tensors))
+        return print(f"dry run: would export the {args.weights} weights of {trained.path}, {size}, to {args.out}")
     write(args.out, tensors, about)
     size, source_size = (path.stat().st_size for path in (args.out, trained.path))
     print(

@@ -148,7 +148,7 @@ appears() { # FILE: a shared file system may show another machine's file only af
 run_stages() { # sets NPZ; a stage that ends well without its file was itself told to stop
   local training="Stage 1 (training)" sampling="Stage 2 (sampling)" evaluation="Stage 3 (evaluation)"
   if [[ -n $DIGITS && ! -d $DIGITS ]]; then # the folder appears when it is whole
-    run_stage "Data (the digits as a folder of images)" "$PYTHON" -m runtime.data --digits "$DIGITS"
+    run_stage "Data (the digits as a folder of images)" "$PYTHON" -m demo.digits "$DIGITS"
   fi
   if ((${#CACHE[@]} > 0)); then run_stage "Stage 0 (latents)" "${LAUNCH[@]}" cache_latents.py "${CACHE[@]}"; fi
   run_stage "$training" "${LAUNCH[@]}" train.py "${TRAIN[@]}"
@@ -160,7 +160,7 @@ run_stages() { # sets NPZ; a stage that ends well without its file was itself to
   appears "$NPZ" || say_how_to_go_on "$sampling"
 
   if ((NODE_RANK > 0)); then return; fi # machine 0 measures for all
-  if [[ -n $DIGITS ]]; then run_stage "$evaluation" "$PYTHON" evaluate.py --digits --samples "$NPZ"; fi
+  if [[ -n $DIGITS ]]; then run_stage "$evaluation" "$PYTHON" -m demo.measure --samples "$NPZ"; fi
   if ((${#EVALUATE[@]} > 0)); then
     run_stage "$evaluation" "${LAUNCH_HERE[@]}" evaluate.py "${EVALUATE[@]}" --samples "$NPZ"
   fi

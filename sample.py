@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from runtime import checkpoint, classes, distributed, monitor, options, pictures, sampling
+from runtime import classes, distributed, files, hub, monitor, options, pictures, sampling
 from runtime.options import UserError
+from runtime.pretrained import Trained, load_trained
 from runtime.sampling import SamplingConfig
 from runtime.vae import VAE, load_vae
 
@@ -25,7 +26,7 @@ FRAMES = 10
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(description=__doc__.splitlines()[0])
-    options.add_checkpoint_options(parser)
+    options.add_checkpoint_options(parser, none="DiT-XL/2 as published, of --image-size")
     add = parser.add_argument
     add(
         "--classes",
@@ -43,14 +44,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=options.count, default=16, help="images at a time")
     note = "; the published FIDs are of 250"
     sampling.add_sampling_options(parser, sampler="ddpm", steps=50, cfg_scale=4.0, note=note)
+    options.add_dry_run(parser)
     args = parser.parse_args(argv)
-    options.check_picture(args.out, (".png",))
+    files.check_output(args.out, (".png",))
+    args.ckpt = args.ckpt or hub.dit_of(args.model, args.image_size)
     return args
 
 
-def chosen_labels(args: argparse.Namespace, trained: checkpoint.Trained) -> list[int]:
+def chosen_labels(args: argparse.Namespace, trained: Trained) -> list[int]:
     """Labels of the images, those of a class one after the other. Raises UserError."""
-    num_classes = trained.config.num_classes
+    num_classes = trained.config.model.num_classes
     if args.classes is None:
         chosen = classes.default_labels(trained.classes, num_classes)
     else:
@@ -77,17 +80,25 @@ def shown_states(steps: int, strip: bool) -> list[int]:
 
 
 def sample_states(
-    trained: checkpoint.Trained, config: SamplingConfig, labels: list[int], kept: list[int], args, device: torch.device
+    trained: Trained, config: SamplingConfig, labels: list[int], kept: list[int], args, device: torch.device
 ) -> tuple[list[int | None], Tensor]:
     """Timesteps of the kept states, and latents (n, len(kept), C, h, w) on device."""
-    precision = sampling.resolve_precision(args.precision, device)
-    model, shape = trained.model.to(device), (trained.config.in_channels, *trained.latent_size)
-    indices, batches = noise_indices(labels), []
+    precision = distributed.resolve_precision(args.precision, device)
+    model, indices, batches = trained.model.to(device), noise_indices(labels), []
     starts = range(0, len(labels), args.batch_size)
     with monitor.progress_bar(len(starts) * config.steps, description="sampling") as bar:
         for first in starts:
             part = slice(first, first + args.batch_size)
-            states = sampling.sample_progressive(model, config, indices[part], labels[part], shape, device, precision)
+            states = sampling.sample_progressive(
+                model,
+                config,
+                indices[part],
+                labels[part],
+                trained.latent_shape,
+                device,
+                precision,
+                trained.config.objective,
+            )
             found = []
             for number, state in enumerate(states):
                 if number in kept:
@@ -111,9 +122,9 @@ def columns_of(labels: list[int], per_class: int) -> int:
     return min(len(labels), 10, per_class * together)
 
 
-def describe(trained: checkpoint.Trained, config: SamplingConfig) -> str:
+def describe(trained: Trained, config: SamplingConfig) -> str:
     """The settings in a line, to stand above the pictures."""
-    parts = [trained.config.model, trained.path.stem, f"cfg {config.cfg_scale:g}"]
+    parts = [trained.config.model.model, trained.path.stem, f"cfg {config.cfg_scale:g}"]
     parts += [f"{config.sampler} {config.steps} steps", f"seed {config.seed}"]
     if trained.rope_extend:
         parts.append(f"{options.format_size(trained.image_size)} by {trained.rope_extend}")
@@ -121,17 +132,16 @@ def describe(trained: checkpoint.Trained, config: SamplingConfig) -> str:
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    try:
+    with files.cannot_write(f"--out {str(path)!r}"):
         pictures.save_png(picture, path)
-    except OSError as error:
-        raise UserError(f"--out {str(path)!r} cannot be written ({error.strerror}); choose another") from error
 
 
 @options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     config = sampling.config_from_args(args, args.seed)
-    trained = checkpoint.load_trained(args.ckpt, args.weights, options.given_model(args))
+    trained = load_trained(args.ckpt, args.weights, options.given_model(args))
+    sampling.check_sampler(config, trained.config.objective)
     labels = chosen_labels(args, trained)
     device = distributed.setup(args.tf32)
     if distributed.world_size() > 1:
@@ -139,6 +149,8 @@ def main(argv: list[str] | None = None) -> None:
             f"sample.py is one process, not {distributed.world_size()}; use python sample.py, or sample_ddp.py"
         )
     vae = load_vae(args.vae, trained, device, args.vae_precision)
+    if args.dry_run:
+        return print(f"dry run: would draw {len(labels)} images to {args.out}: {describe(trained, config)}")
     kept = shown_states(config.steps, args.progress_strip)
     timesteps, latents = sample_states(trained, config, labels, kept, args, device)
     frames = decode(vae, latents, args.batch_size)

@@ -6,7 +6,6 @@ interrupted command goes on with the missing ones.
 
 import argparse
 import os
-import shutil
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -16,37 +15,48 @@ import numpy as np
 import torch
 from PIL import Image
 
-from runtime import checkpoint, distributed, monitor, options, pictures, sampling
+from runtime import distributed, files, hub, monitor, options, pictures, pretrained, sampling
+from runtime.config import VAEConfig
 from runtime.options import UserError
+from runtime.pretrained import Description, Trained
 from runtime.sampling import SamplingConfig
-from runtime.vae import VAE, load_vae
+from runtime.vae import VAE, is_surely, load_vae
 
 GRID_SAMPLES = 100
 WHERE = ("checkpoint", "vae")  # settings that tell where something was found; hashes tell what it is
 PNG_END = b"IEND\xaeB`\x82"  # type and checksum of the chunk that ends every PNG
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> options.Parser:
     parser = options.Parser(description=__doc__.splitlines()[0])
-    options.add_checkpoint_options(parser)
+    options.add_checkpoint_options(parser, none="DiT-XL/2 as published, of --image-size")
     add = parser.add_argument
     add("--sample-dir", type=Path, default=Path("samples"), help="where the folder of images and the .npz go")
     add("--num-fid-samples", type=options.count, default=50_000, help="images to make")
     add("--per-proc-batch-size", type=options.count, default=32, help="images at a time for each process")
     add("--global-seed", type=options.seed, default=0, help="with the index of an image, decides its label and noise")
-    balanced = argparse.BooleanOptionalAction
-    add("--class-balanced", action=balanced, default=False, help="labels in turn instead of uniformly random")
+    help = "labels in turn instead of uniformly random"
+    add("--class-balanced", action=argparse.BooleanOptionalAction, default=False, help=help)
     add("--print-name", action="store_true", help="print the path of the .npz that would be made, and stop")
     sampling.add_sampling_options(parser, sampler="ddpm", steps=250, cfg_scale=1.5)
-    return parser.parse_args(argv)
+    options.add_dry_run(parser, planned=True)
+    return parser
 
 
-def run_name(trained: checkpoint.Trained, vae_source: str, args: argparse.Namespace) -> str:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    args = build_parser().parse_args(argv)
+    args.ckpt = args.ckpt or hub.dit_of(args.model, args.image_size)
+    args.sampling = sampling.config_from_args(args, args.global_seed, args.class_balanced)
+    options.given_model(args)
+    return args
+
+
+def run_name(found: Description, vae_source: str, args: argparse.Namespace) -> str:
     """DiT-B-4-0400000-size-256-vae-mse-cfg-1.0-seed-100; size-512-interpolate beyond the trained size."""
-    model = trained.config.model.replace("/", "-")
-    size, vae = options.format_size(trained.image_size), Path(vae_source).resolve().name
-    size += f"-{trained.rope_extend}" if trained.rope_extend else ""
-    return f"{model}-{trained.path.stem}-size-{size}-vae-{vae}-cfg-{args.cfg_scale}-seed-{args.global_seed}"
+    model = found.config.model.model.replace("/", "-")
+    size, vae = options.format_size(found.image_size), Path(vae_source).resolve().name
+    size += f"-{found.rope_extend}" if found.rope_extend else ""
+    return f"{model}-{found.path.stem}-size-{size}-vae-{vae}-cfg-{args.cfg_scale}-seed-{args.global_seed}"
 
 
 class SampleFolder:
@@ -57,23 +67,24 @@ class SampleFolder:
         self.images = root / name
         self.settings, self.npz, self.grid = (root / f"{name}{suffix}" for suffix in (".json", ".npz", ".png"))
 
-    def open(self, settings: dict) -> None:
-        """Create it, or check that it was begun with the same settings. Raises UserError."""
+    def check(self, settings: dict) -> None:
+        """Raise UserError when it was begun with other settings, or cannot be written."""
         if self.settings.exists():
-            stored = monitor.read_json(self.settings)
-            listed = options.differences(stored, settings, ignored=WHERE)
+            listed = options.differences(files.read_json(self.settings), settings, ignored=WHERE)
             if listed:
                 raise UserError(
                     f"{str(self.images)!r} was begun with other settings: {listed}; repeat them, or use another "
                     "--sample-dir"
                 )
-        try:
+        files.check_folder(self.root, "--sample-dir")
+
+    def open(self, settings: dict) -> None:
+        """Create it, or go on with it where it was begun with the same settings. Raises UserError."""
+        self.check(settings)
+        with files.cannot_write(f"--sample-dir {str(self.root)!r}"):
             self.images.mkdir(parents=True, exist_ok=True)
-            monitor.write_json(self.settings, settings)
-            for partial in self.images.glob("*.partial"):
-                partial.unlink()
-        except OSError as error:
-            raise UserError(f"--sample-dir {str(self.root)!r} cannot be written ({error.strerror})") from error
+            files.write_json(self.settings, settings)
+            files.remove_partial(self.images)
 
     def path(self, index: int) -> Path:
         return self.images / f"{index:06d}.png"
@@ -97,12 +108,17 @@ class SampleFolder:
         """Raise UserError when the disk cannot hold the missing images, each at half its raw size, and the .npz."""
         packed = self.npz.stat().st_size if self.npz.exists() else 0
         needed = size[0] * size[1] * 3 * (missing // 2 + total) - packed
-        free = shutil.disk_usage(self.root).free
-        if free < needed:
-            raise UserError(
-                f"--sample-dir {str(self.root)!r} needs at least {monitor.format_bytes(needed)} for {missing:,} images "
-                f"and the .npz of {total:,}, and its disk has {monitor.format_bytes(free)} free; choose another"
-            )
+        files.check_folder(self.root, "--sample-dir", max(needed, 0))
+
+    def is_packed(self, total: int) -> bool:
+        """Whether the .npz and the grid of exactly total images are there."""
+        if not (self.npz.exists() and self.grid.exists()):
+            return False
+        try:
+            with np.load(self.npz) as archive:
+                return len(archive["arr_1"]) == total
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # damaged: it is made again from the images
+            return False
 
     def read(self, index: int) -> np.ndarray:
         with Image.open(self.path(index)) as image:
@@ -135,15 +151,14 @@ class BackgroundWriter:
         self.encoders.shutdown()
 
 
-def sample_missing(trained, vae: VAE, folder: SampleFolder, config: SamplingConfig, args, device) -> bool:
+def sample_missing(trained: Trained, vae: VAE, folder: SampleFolder, args, device: torch.device) -> bool:
     """Make this process's share of the missing images. Returns whether all of them were made, or a signal came."""
     missing = distributed.on_main(folder.missing, args.num_fid_samples)
     distributed.on_main(folder.check_space, len(missing), args.num_fid_samples, trained.image_size)
     if missing and distributed.is_main():
         folder.npz.unlink(missing_ok=True)  # whoever finds one may take it for complete
     mine = missing[distributed.rank() :: distributed.world_size()]
-    shape = (trained.config.in_channels, *trained.latent_size)
-    precision = sampling.resolve_precision(args.precision, device)
+    config, precision = args.sampling, distributed.resolve_precision(args.precision, device)
     model = trained.model.to(device)
     writer, begun = BackgroundWriter(vae, folder), args.num_fid_samples - len(missing)
     bar = monitor.progress_bar(args.num_fid_samples, begun, "image", "sampling")
@@ -152,8 +167,11 @@ def sample_missing(trained, vae: VAE, folder: SampleFolder, config: SamplingConf
             if stop.received:
                 break
             indices = mine[first : first + args.per_proc_batch_size]
-            labels = [sampling.label_of(index, trained.config.num_classes, config) for index in indices]
-            writer.put(sampling.sample_latents(model, config, indices, labels, shape, device, precision), indices)
+            labels = [sampling.label_of(index, trained.config.model.num_classes, config) for index in indices]
+            latents = sampling.sample_latents(
+                model, config, indices, labels, trained.latent_shape, device, precision, trained.config.objective
+            )
+            writer.put(latents, indices)
             bar.update(min(len(indices) * distributed.world_size(), bar.total - bar.n))
         writer.close()
     return int(distributed.all_reduce(torch.tensor(int(stop.received is not None)), "max")) == 0
@@ -161,10 +179,9 @@ def sample_missing(trained, vae: VAE, folder: SampleFolder, config: SamplingConf
 
 def write_npz(folder: SampleFolder, labels: list[int], size: tuple[int, int]) -> None:
     """Stream images and labels into <name>.npz: arr_0 uint8 (N, H, W, 3), arr_1 int64 (N,), the ADM convention."""
-    partial = folder.npz.with_name(folder.npz.name + ".partial")
     shape = (len(labels), *size, 3)
     bar = monitor.progress_bar(len(labels), unit="image", description="packing")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with bar, files.whole_file(folder.npz) as whole, zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file, ThreadPoolExecutor(8) as pool:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
@@ -174,66 +191,93 @@ def write_npz(folder: SampleFolder, labels: list[int], size: tuple[int, int]) ->
                     bar.update()
         with archive.open("arr_1.npy", "w") as file:
             np.lib.format.write_array(file, np.array(labels, dtype=np.int64))
-    bar.close()
-    os.replace(partial, folder.npz)
 
 
-def write_results(folder: SampleFolder, trained: checkpoint.Trained, config: SamplingConfig, total: int) -> None:
+def write_results(folder: SampleFolder, trained: Trained, config: SamplingConfig, total: int) -> None:
     """The .npz and the labelled grid of the first samples."""
-    labels = [sampling.label_of(index, trained.config.num_classes, config) for index in range(total)]
+    labels = [sampling.label_of(index, trained.config.model.num_classes, config) for index in range(total)]
     shown = range(min(total, GRID_SAMPLES))
     captions = [pictures.class_name(labels[index], trained.classes) for index in shown]
     grid = pictures.draw_grid([folder.read(index) for index in shown], captions, columns=10, title=folder.name)
     pictures.save_png(grid, folder.grid)
-    try:
-        write_npz(folder, labels, trained.image_size)
-    except OSError:
-        folder.npz.with_name(folder.npz.name + ".partial").unlink(missing_ok=True)  # it may fill the disk
-        raise
+    write_npz(folder, labels, trained.image_size)
 
 
-def is_packed(folder: SampleFolder, total: int) -> bool:
-    """Whether the .npz and the grid of exactly total images are there."""
-    if not (folder.npz.exists() and folder.grid.exists()):
+def settings_of(found: Description, sha256: str, vae_source: str, vae_sha256: str | None, args, device) -> dict:
+    """What decides the images, for the folder's .json."""
+    return {
+        **pretrained.settings(found, sha256, args.ckpt, args.weights),
+        "vae": vae_source,
+        "vae_sha256": vae_sha256,
+        "precision": distributed.resolve_precision(args.precision, device),
+        "vae_precision": args.vae_precision,
+        **asdict(args.sampling),
+        "guidance_interval": list(args.sampling.guidance_interval),
+    }
+
+
+def is_finished(found: Description, folder: SampleFolder, vae_source: str, args, device: torch.device) -> bool:
+    """Whether everything is there, made with these settings; neither model nor autoencoder is loaded to tell."""
+    if not (folder.settings.exists() and folder.is_packed(args.num_fid_samples)):
         return False
-    try:
-        with np.load(folder.npz) as archive:
-            return len(archive["arr_1"]) == total
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # damaged: it is made again from the images
+    stored = files.read_json(folder.settings)
+    made_with = VAEConfig(str(stored.get("vae")), stored.get("vae_sha256"))
+    if not is_surely(vae_source, made_with):
         return False
+    settings = settings_of(found, stored.get("weights_sha256"), vae_source, made_with.sha256, args, device)
+    if options.differences(stored, settings, ignored=WHERE) or folder.missing(args.num_fid_samples):
+        return False
+    return pretrained.weights_sha256(found, args.weights) == stored.get("weights_sha256")
 
 
 @options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    config = sampling.config_from_args(args, args.global_seed, args.class_balanced)
-    trained = checkpoint.load_trained(args.ckpt, args.weights, options.given_model(args))
-    vae_source = args.vae or trained.vae["source"]
-    folder = SampleFolder(args.sample_dir, run_name(trained, vae_source, args))
+    if args.planned and not hub.is_there(args.ckpt):
+        return dry_run_without_checkpoint(args)
+    found = pretrained.describe(args.ckpt, args.weights, options.given_model(args))
+    vae_source = args.vae or found.config.vae.source
+    folder = SampleFolder(args.sample_dir, run_name(found, vae_source, args))
     if args.print_name:
         return print(folder.npz)
-    device = distributed.setup(args.tf32)
+    sampling.check_sampler(args.sampling, found.config.objective)
+    device, logger = distributed.setup(args.tf32), monitor.make_logger()
+    places = f"images: {folder.images}\ngrid: {folder.grid}\nsamples: {folder.npz}"
+    done = f"nothing to do: all {args.num_fid_samples:,} samples are there"
+    if distributed.on_main(is_finished, found, folder, vae_source, args, device):
+        return logger.info(f"{done}\n{places}")
+    trained = pretrained.load_trained(args.ckpt, args.weights, options.given_model(args))
     vae = load_vae(vae_source, trained, device, args.vae_precision)
-    settings = {
-        **trained.describe(args.ckpt, args.weights),
-        "vae": vae_source,
-        "vae_sha256": vae.describe()["sha256"],
-        "precision": sampling.resolve_precision(args.precision, device),
-        "vae_precision": args.vae_precision,
-        **asdict(config),
-        "guidance_interval": list(config.guidance_interval),
-    }
+    settings = settings_of(trained, trained.sha256, vae_source, vae.config.sha256, args, device)
+    if args.dry_run:
+        return dry_run(trained, folder, settings, args, logger)
     distributed.on_main(folder.open, settings)
-    logger = monitor.make_logger()
-    if not sample_missing(trained, vae, folder, config, args, device):
+    if not sample_missing(trained, vae, folder, args, device):
         return logger.info("stopped on request; repeat the same command to go on")
-    if distributed.on_main(is_packed, folder, args.num_fid_samples):
-        logger.info(f"nothing to do: all {args.num_fid_samples:,} samples are there")
+    if distributed.on_main(folder.is_packed, args.num_fid_samples):
+        logger.info(done)
     else:
         with distributed.agreed_failure(f"--sample-dir {str(folder.root)!r}"):
             if distributed.is_main():
-                write_results(folder, trained, config, args.num_fid_samples)
-    logger.info(f"images: {folder.images}\ngrid: {folder.grid}\nsamples: {folder.npz}")
+                write_results(folder, trained, args.sampling, args.num_fid_samples)
+    logger.info(places)
+
+
+def dry_run_without_checkpoint(args: argparse.Namespace) -> None:
+    """What can be checked before there is a model. Raises UserError."""
+    files.check_folder(args.sample_dir, "--sample-dir")
+    print(f"dry run: would make {args.num_fid_samples:,} samples in {args.sample_dir}; {args.ckpt} is not there yet")
+
+
+def dry_run(trained: Trained, folder: SampleFolder, settings: dict, args, logger) -> None:
+    """Check the folder, and say what would be done. Raises UserError."""
+    distributed.on_main(folder.check, settings)
+    missing = distributed.on_main(folder.missing, args.num_fid_samples)
+    distributed.on_main(folder.check_space, len(missing), args.num_fid_samples, trained.image_size)
+    logger.info(
+        f"dry run: would make {len(missing):,} of {args.num_fid_samples:,} samples, {args.sampling.steps} steps of "
+        f"{args.sampling.sampler} each, and pack them into {folder.npz}; nothing was written"
+    )
 
 
 if __name__ == "__main__":

@@ -1,76 +1,50 @@
-"""Compare position encodings by held-out denoising loss, and write what was found to docs/evidence.md.
+"""Compare position encodings by held-out denoising loss: train, measure, print tables, draw figures.
 
-Trains every variant with the same seeds on two small data sets. The same command goes on after an interruption, and
-only writes the report once everything is measured. Run from the repository root:
-python -m experiments.position_encodings
+Every variant is trained with the same seeds on two small data sets. The same command goes on after an interruption, and
+what is recorded is not measured again. Run from the repository root: python -m experiments.position_encodings
 """
 
 import argparse
-import dataclasses
-import multiprocessing
-import os
-import sys
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+import shutil
 from pathlib import Path
 
-from experiments import data, evaluation, report, runs
-from experiments.plan import FULL, MODEL, QUICK, VARIANTS, Run, Study, compared_runs, planned
-from experiments.results import Results, resolve_places
-from experiments.runs import Job, python
+from experiments import data, figures, measurements, runs, tables
+from experiments.plan import FULL, QUICK, VARIANTS, Run, Study
+from experiments.runs import VAE, Job, Results
 from runtime import monitor, options
-from runtime.distributed import StopOnSignal
 from runtime.monitor import REPOSITORY
 from runtime.options import UserError
 
-VAE = REPOSITORY / "assets" / "demo_vae"
+OUT = REPOSITORY / "experiments" / "position_encodings.json"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(description=__doc__.splitlines()[0])
+    out = "None: beside this file; with --quick in --work-dir"
+    figures = "None: docs/images, or beside another --out"
+    runs.add_options(parser, "results/position_encodings", out, figures)
     add = parser.add_argument
-    add("--work-dir", type=Path, default=Path("results/position_encodings"), help="data, latents, runs and weights")
-    add("--out", type=Path, default=None, help="JSON of the results (None: beside this file; quick: in --work-dir)")
-    add("--report", type=Path, default=None, help="page (None: docs/evidence.md, --out with .md; quick: in --work-dir)")
-    add("--jobs", type=options.count, default=None, help="runs at a time, one thread each (None: one per core)")
-    add("--stage", choices=["runs", "measurements", "report"], default=None, help="do one part (None: all)")
+    add("--stage", choices=["runs", "report"], default=None, help="do one part (None: all)")
     add("--quick", action="store_true", help="digits alone, four variants, two seeds, 150 steps: ten minutes")
     args = parser.parse_args(argv)
+    args.data_dir = args.work_dir.resolve() / "data"  # the same for both studies
     args.work_dir = args.work_dir.resolve() / ("quick" if args.quick else "full")
-    folders = (args.work_dir, args.work_dir) if args.quick else (REPOSITORY / "experiments", REPOSITORY / "docs")
-    resolve_places(args, folders[0] / "position_encodings.json", folders[1] / "evidence.md")
-    args.jobs = args.jobs or os.cpu_count()
+    args.out = args.out or (args.work_dir / OUT.name if args.quick else OUT)
+    args.figures = args.figures or (REPOSITORY / "docs" / "images" if args.out == OUT else args.out.parent)
     return args
 
 
-def data_folder(args, data_set: str) -> Path:
-    return args.work_dir.parent / "data" / data_set
-
-
-def latents_folder(args, data_set: str) -> Path:
-    return args.work_dir.parent / "data" / f"{data_set}_latents"
-
-
-def prepare_data(args, study: Study, results: Results, logger) -> None:
-    """Write the data sets and encode their training parts, where that is not done."""
-    for data_set in study.variants:
-        root = data_folder(args, data_set)
-        counts = data.write_data_set(data_set, root)
-        results.add("data", data_set, counts)
-        logger.info(f"{data_set}: {', '.join(f'{number:,} {part}' for part, number in counts.items())}")
-        runs.make_latents(root / "train", latents_folder(args, data_set), VAE, data.SIZE)
-
-
-def training_job(run: Run, study: Study, args) -> Job:
+def training_job(run: Run, study: Study, args: argparse.Namespace) -> Job:
     folder = args.work_dir / "runs" / run.key
-    command = python(
+    command = runs.python(
         "train.py",
-        latents_dir=latents_folder(args, run.data_set),
+        latents_dir=args.data_dir / f"{run.data_set}_latents",
         no_flip=True,
-        val_data_path=data_folder(args, run.data_set) / "val",
+        val_data_path=args.data_dir / run.data_set / "val",
         val_every=study.val_every,
         results_dir=folder,
-        model=MODEL,
-        image_size=data.SIZE,
+        model=study.model,
+        image_size=study.image_size,
         global_batch_size=study.batch,
         global_seed=run.seed,
         max_steps=study.steps,
@@ -85,117 +59,68 @@ def training_job(run: Run, study: Study, args) -> Job:
         ckpt_every=3 * study.val_every,
         keep_checkpoints=1,
         sample_every=0,
-        **VARIANTS[run.variant],
+        **VARIANTS[run.variant].options,
     )
     return Job(run.key, folder, command)
 
 
-def weights_path(run: Run, args) -> Path:
-    return args.work_dir / "weights" / f"{run.key}.pt"
-
-
-def train_all(args, study: Study, results: Results, logger) -> bool:
-    """Train what is not recorded yet. Returns False when stopped on request."""
-    by_key = {run.key: run for run in planned(study)}
-    missing = [run for run in by_key.values() if run.key not in results.section("runs")]
-    if not missing:
-        logger.info(
-            f"all {len(by_key)} runs are recorded in {str(args.out)!r}, nothing is trained; --out elsewhere repeats"
-        )
-        return True
-    prepare_data(args, study, results, logger)
-    origin = {"git_commit": monitor.git_commit(), "environment": results.environment(runs.environment())}
+def train_all(missing: list[Run], args: argparse.Namespace, study: Study, results: Results) -> None:
+    """Train and measure runs, and record each. Raises UserError."""
+    for data_set in study.variants:
+        root = args.data_dir / data_set
+        results.add("data", data_set, data.write_data_set(data_set, root, study))
+        runs.make_latents(root / "train", args.data_dir / f"{data_set}_latents", study.image_size)
+        psnr = measurements.reconstruction_psnr(root, VAE, study.image_size)
+        results.add("reconstruction", data_set, {"psnr": psnr})
+    by_key, origin = {run.key: run for run in missing}, results.origin()
 
     def record(job: Job) -> None:
         run = by_key[job.key]
         if run.lr == study.lr:
-            path = weights_path(run, args)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            runs.keep_weights(job.folder, path)
-        curve = runs.validation_curve(job.folder)
-        last = {name: curve.pop(name)[-1] for name in ("val_loss_tenths", "val_loss_ema_tenths")}
-        seconds = monitor.read_json(job.folder / runs.CPU_SECONDS)["cpu_seconds"]
-        results.add("runs", run.key, {"cpu_seconds": seconds, **origin, **curve, **last})
-        runs.remove_run(job.folder)
+            measured = measurements.measure(job.folder, args.data_dir / run.data_set, VAE, study, run)
+            for section, values in measured.items():
+                results.add(section, run.key, values)
+        results.add("runs", run.key, origin | validation_curve(job.folder))  # last: it marks the run as done
+        shutil.rmtree(job.folder)
 
-    logger.info(f"{len(missing)} of {len(by_key)} runs to train, {args.jobs} at a time")
-    return runs.run_all([training_job(run, study, args) for run in missing], args.jobs, record, logger)
+    runs.run_all([training_job(run, study, args) for run in missing], args.jobs, record)
 
 
-def measure_all(args, study: Study, results: Results, logger) -> bool:
-    """Measure every trained run beyond its loss. Returns False when stopped on request."""
-    missing = [run for run in compared_runs(study) if run.key not in results.section("translation")]
-    lost = [run.key for run in missing if not weights_path(run, args).exists()]
-    if lost:
-        raise UserError(
-            f"the weights of run {lost[0]} are not in {str(args.work_dir / 'weights')!r}, {len(lost)} in all; remove "
-            f"their lines from {str(args.out)!r} to train them again"
-        )
-    for data_set in study.variants:
-        if data_set not in results.section("reconstruction"):
-            psnr = evaluation.reconstruction_psnr(data_folder(args, data_set), VAE)
-            results.add("reconstruction", data_set, {"psnr": psnr})
-    if not missing:
-        return True
-    logger.info(f"{len(missing)} trained runs to measure at other sizes and under translation")
-    workers = multiprocessing.get_context("spawn")
-    with (
-        StopOnSignal() as stop,
-        monitor.progress_bar(len(missing), unit="run") as bar,
-        ProcessPoolExecutor(args.jobs, workers, evaluation.start_worker) as pool,
-    ):
-        futures = {submit(pool, run, study, args): run for run in missing}
-        for future in as_completed(futures):
-            for section, values in sorted(future.result().items()):  # "translation", which marks it as done, last
-                results.add(section, futures[future].key, values)
-            bar.update()
-            if stop.received:
-                pool.shutdown(cancel_futures=True)
-                return False
-    return True
+def validation_curve(folder: Path) -> dict[str, list]:
+    """Steps with a validation and every val_ value at them; losses by tenth of the schedule at the last one alone."""
+    records = [record for record in monitor.read_metrics(folder / "metrics.jsonl") if "val_loss" in record]
+    names = ["step", *(name for name in records[0] if name.startswith("val_"))]
+    curves = {name: [record[name] for record in records] for name in names}
+    return {name: curve[-1] if name.endswith("_tenths") else curve for name, curve in curves.items()}
 
 
-def submit(pool: ProcessPoolExecutor, run: Run, study: Study, args) -> Future:
-    draws_attention = run.seed == 0 and run.variant in study.attention_variants
-    return pool.submit(
-        evaluation.measure,
-        weights_path(run, args),
-        data_folder(args, run.data_set),
-        VAE,
-        beyond_grid=run.variant in study.beyond_grid_variants,
-        attention=evaluation.ATTENTION_IMAGES[run.data_set] if draws_attention else None,
-    )
-
-
-def write_report(args, study: Study, results: Results, logger) -> None:
-    """Write the page and its figures from what is recorded."""
-    measured = report.Measured(study, results)
-    folders = {data_set: data_folder(args, data_set) for data_set in study.variants}
-    for data_set, folder in folders.items():  # the attention figure shows images of them
-        data.write_data_set(data_set, folder)
-    report.write_page(args.report, "experiments/position_encodings.py", measured, folders)
-    logger.info(f"report: {args.report}")
+def report(args: argparse.Namespace, study: Study, results: Results) -> None:
+    """Print the tables and draw the figures from what is recorded."""
+    folders = {data_set: args.data_dir / data_set for data_set in study.variants}
+    for data_set, folder in folders.items():  # the figure of the attention shows images of them
+        data.write_data_set(data_set, folder, study)
+    args.figures.mkdir(parents=True, exist_ok=True)
+    measured = tables.Measured(study, results.sections)
+    figures.draw_all(measured, folders, args.figures)
+    print(tables.all_tables(measured))
 
 
 @options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     study = QUICK if args.quick else FULL
-    logger = monitor.make_logger()
-    settings = {
-        "model": MODEL,
-        **dataclasses.asdict(study),
-        "options": VARIANTS,
-        **data.SETTINGS,
-        **evaluation.SETTINGS,
-    }
-    results = Results(args.out, settings)
-    for name, stage in (("runs", train_all), ("measurements", measure_all)):
-        if args.stage in (None, name) and not stage(args, study, results, logger):
-            logger.info("stopped on request; repeat the same command to go on")
-            sys.exit(130)
-    if args.stage in (None, "report"):
-        write_report(args, study, results, logger)
+    runs.check_places(args)
+    results = Results(args.out, study.settings())
+    missing = [run for run in study.runs if run.key not in results.section("runs")]
+    if missing and args.stage == "report":
+        raise UserError(f"{str(args.out)!r} lacks run {missing[0].key}; repeat the command without --stage to make it")
+    runs.say(f"{len(missing)} of {len(study.runs)} runs to train, {args.jobs} at a time; {args.out} has the others")
+    if args.dry_run:
+        return
+    if missing:
+        train_all(missing, args, study, results)
+    if args.stage != "runs":
+        report(args, study, results)
 
 
 if __name__ == "__main__":

@@ -1,176 +1,171 @@
-"""Training runs of a study: each is train.py in a process of its own, several at a time, one thread each."""
+"""Training runs of a study: each is train.py in a process of its own, several at a time, one thread each.
 
+What they gave is kept in one JSON file, which is replaced whole after every finished part.
+"""
+
+import argparse
+import json
 import os
-import platform
-import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from runtime import checkpoint, monitor
+from runtime import files, monitor, options
 from runtime.distributed import StopOnSignal
 from runtime.monitor import REPOSITORY
-from runtime.options import UserError
+from runtime.options import UserError, differences
 
+VAE = REPOSITORY / "assets" / "demo_vae"
 ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}  # the same results with and without CUDA
 ONE_THREAD = ON_CPU | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-CPU_SECONDS = "cpu_seconds.json"  # in a run's folder, summed over interruptions
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
     """One run: its name in the results, its folder, and the command that makes or goes on with it."""
 
     key: str
     folder: Path
     command: list[str]
-    process: subprocess.Popen | None = field(default=None, repr=False)
 
     @property
     def log(self) -> Path:
         return self.folder / "output.txt"
 
-    @property
-    def finished(self) -> bool:
-        """Whether train.py came to its last step, as opposed to having stopped on request."""
-        return (self.folder / "finished.json").exists()
-
-    def start(self) -> None:
+    def start(self) -> subprocess.Popen:
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.log, "a") as output:
-            self.process = subprocess.Popen(
-                self.command,
-                cwd=REPOSITORY,
-                env=os.environ | ONE_THREAD,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,  # Ctrl-C is this process's to pass on, once
+            streams = dict(stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+            # In a session of its own: Ctrl-C is this process's to pass on, once.
+            environment = os.environ | ONE_THREAD
+            return subprocess.Popen(self.command, cwd=REPOSITORY, env=environment, start_new_session=True, **streams)
+
+    def check_finished(self, status: int) -> None:
+        """Raise UserError unless train.py came to its last step, as opposed to having stopped on request."""
+        if not (self.folder / "finished.json").exists():
+            last = (self.log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
+            raise UserError(
+                f"run {self.key} ended with status {status}: {last}; its output is in {str(self.log)!r}, repeat the "
+                "command to go on"
             )
 
-    def poll(self) -> int | None:
-        """The exit status, None while it runs; adds the processor time of an ended process to its folder."""
-        pid, status, usage = os.wait4(self.process.pid, os.WNOHANG)
-        if pid == 0:
-            return None
-        path = self.folder / CPU_SECONDS
-        before = monitor.read_json(path)["cpu_seconds"] if path.exists() else 0.0
-        monitor.write_json(path, {"cpu_seconds": before + usage.ru_utime + usage.ru_stime})
-        self.process.returncode = os.waitstatus_to_exitcode(status)
-        return self.process.returncode
 
+def run_all(jobs: list[Job], parallel: int, record: Callable[[Job], None]) -> None:
+    """Run jobs, parallel at a time, and record each that finishes.
 
-def python(script: str, **options) -> list[str]:
-    """A command of the repository: python("train.py", lr=0.1, use_rope=True, no_flip=True)."""
-    command = [sys.executable, script]
-    for name, value in options.items():
-        command.append(f"--{name.replace('_', '-')}")
-        command += [] if value is True else [str(value)]
-    return command
-
-
-def make_latents(images: Path, latents: Path, vae: Path, image_size: int) -> None:
-    """Encode a folder of images, unmirrored, unless that is done. Raises UserError when it does not succeed."""
-    command = python(
-        "cache_latents.py",
-        data_path=images,
-        latents_dir=latents,
-        vae=vae,
-        image_size=image_size,
-        no_flip=True,
-        num_workers=0,
-    )
-    if subprocess.run(command, cwd=REPOSITORY, env=os.environ | ON_CPU).returncode:
-        raise UserError(f"the latents in {str(latents)!r} are not finished; see above, then repeat the command")
-
-
-def run_all(jobs: list[Job], parallel: int, record: Callable[[Job], None], logger) -> bool:
-    """Run jobs, parallel at a time, and record each that finishes. Returns False when a signal asked to stop.
-
-    Raises UserError when a run fails; the others are stopped so that they can go on later.
+    Raises UserError when a run fails, and ends this process when a signal asks to stop; the others are then stopped so
+    that they can go on later.
     """
-    waiting, running, began, done = list(jobs), [], time.monotonic(), 0
-    with StopOnSignal() as stop, monitor.progress_bar(len(jobs), unit="run") as bar:
+    waiting, running, done, began = list(jobs), {}, 0, time.monotonic()
+    with StopOnSignal() as stop:
         try:
             while (waiting or running) and not stop.received:
                 while waiting and len(running) < parallel:
-                    running.append(waiting.pop(0))
-                    running[-1].start()
-                for job in [job for job in running if job.poll() is not None]:
-                    running.remove(job)
-                    check_finished(job)
-                    record(job)
-                    done += 1
-                    bar.update()
-                    eta = (time.monotonic() - began) / done * (len(jobs) - done)
-                    logger.info(f"run {done} of {len(jobs)} finished: {job.key}, ETA {monitor.format_seconds(eta)}")
+                    job = waiting.pop(0)
+                    running[job.key] = job, job.start()
                 time.sleep(0.1)
+                for job, process in list(running.values()):
+                    if process.poll() is not None:
+                        del running[job.key]
+                        job.check_finished(process.returncode)
+                        record(job)
+                        done += 1
+                        eta = monitor.format_seconds((time.monotonic() - began) / done * (len(jobs) - done))
+                        say(f"run {done} of {len(jobs)} finished: {job.key}, ETA {eta}")
         finally:
-            end(running)
-    return stop.received is None
+            for _, process in running.values():
+                process.terminate()  # train.py leaves a checkpoint
+            for _, process in running.values():
+                process.wait()
+    if stop.received:
+        say("stopped on request; repeat the same command to go on")
+        sys.exit(130)
 
 
-def check_finished(job: Job) -> None:
-    """Raise UserError unless the ended run came to its last step."""
-    if not job.finished:
-        lines = job.log.read_text(errors="replace").strip().splitlines()
-        last = lines[-1] if lines else "it printed nothing"
-        raise UserError(
-            f"run {job.key} ended with status {job.process.returncode}: {last}; its output is in {str(job.log)!r}, "
-            "repeat the command to go on"
-        )
+def say(line: str) -> None:
+    """Progress, beside the tables on stdout."""
+    print(line, file=sys.stderr, flush=True)
 
 
-def end(running: list[Job]) -> None:
-    """Ask runs to stop, which leaves a checkpoint each, and wait for them."""
-    for job in running:
-        if job.process.returncode is None:  # else it is gone, and its number may be another's
-            os.kill(job.process.pid, signal.SIGTERM)  # Popen's own way would collect it, and its times with it
-    while any(job.process.returncode is None and job.poll() is None for job in running):
-        time.sleep(0.1)
+def python(script: str, *arguments, **options) -> list[str]:
+    """A command of the repository: python("train.py", lr=0.1, use_rope=True, no_flip=True)."""
+    command = [sys.executable, script, *map(str, arguments)]
+    for name, value in options.items():
+        command += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return command
 
 
-def validation_curve(folder: Path) -> dict[str, list]:
-    """Columns of a run's metrics.jsonl at the steps with a validation: step and every val_ key."""
-    records = [record for record in monitor.read_metrics(folder / "metrics.jsonl") if "val_loss" in record]
-    names = ["step", *(name for name in records[0] if name.startswith("val_"))]
-    return {name: [record[name] for record in records] for name in names}
+def make_latents(images: Path, latents: Path, image_size: int | str) -> None:
+    """Encode a folder of images, unmirrored, unless that is done. Raises UserError when it does not succeed."""
+    settings = dict(vae=VAE, image_size=image_size, no_flip=True, num_workers=0)
+    command = python("cache_latents.py", data_path=images, latents_dir=latents, **settings)
+    if subprocess.run(command, cwd=REPOSITORY, env=os.environ | ON_CPU, stdout=sys.stderr).returncode:
+        raise UserError(f"the latents in {str(latents)!r} are not finished; see above, then repeat the command")
 
 
-def keep_weights(folder: Path, path: Path) -> None:
-    """Write what later measurements need of a finished run's checkpoint, without its optimizer, to path."""
-    newest = checkpoint.training_checkpoints(folder / "checkpoints")[-1]
-    state = checkpoint.load(newest)
-    checkpoint.save(path, {name: state[name] for name in ("model", "ema", "step", "config")})
+class Results:
+    """Measurements by section ("runs", "beyond_grid", ...) and key, under the settings that they belong to.
+
+    Raises UserError when the file holds results of other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict):
+        self.path, self.sections = path, {"settings": json.loads(json.dumps(settings))}
+        if path.exists():
+            stored = files.read_json(path)
+            if not all(isinstance(part, dict) for part in stored.values()):
+                raise UserError(f"{str(path)!r} holds no results of a study; use another --out")
+            if listed := differences(stored.get("settings", {}), self.sections["settings"]):
+                raise UserError(
+                    f"{str(path)!r} holds results of other settings: {listed}; remove it or use another --out"
+                )
+            self.sections = stored
+
+    def section(self, name: str) -> dict:
+        return self.sections.get(name, {})
+
+    def add(self, name: str, key: str, value: dict) -> None:
+        """Set one entry and write the file, with a line for every entry, so that a run is one line of a diff."""
+        # Seven significant digits are what float32 losses have.
+        rounded = json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.7g}"))
+        self.sections[name] = {**self.section(name), key: rounded}
+        sections = []
+        for title, entries in self.sections.items():
+            lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(entry)}" for key, entry in entries.items())
+            sections.append(f"  {json.dumps(title)}: {{\n{lines}\n  }}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(self.path, "{\n" + ",\n".join(sections) + "\n}\n")
+
+    def origin(self) -> dict:
+        """Commit of new runs, and the number of their environment, which is added where it is new."""
+        described = monitor.describe_environment(torch.device("cpu")) | {"cores": os.cpu_count()}
+        commit = described.pop("git_commit")
+        described["versions"] |= {name: monitor.version_of(name) for name in ("scikit-learn", "scikit-image", "scipy")}
+        known = self.section("environment")
+        number = next((number for number, other in known.items() if other == described), str(len(known) + 1))
+        if number not in known:
+            self.add("environment", number, described)
+        return {"git_commit": commit, "environment": number}
 
 
-def remove_run(folder: Path) -> None:
-    """Delete the folder of a run whose results are recorded."""
-    shutil.rmtree(folder, ignore_errors=True)
+def add_options(parser: options.Parser, work: str, out: str, figures: str) -> None:
+    """The options that the studies share."""
+    add = parser.add_argument
+    add("--work-dir", type=Path, default=Path(work), help="data, latents, runs and weights")
+    add("--out", type=Path, default=None, help=f"JSON of the results ({out})")
+    add("--figures", type=Path, default=None, help=f"folder of the figures ({figures})")
+    add("--jobs", type=options.count, default=os.cpu_count(), help="runs at a time, one thread each")
+    options.add_dry_run(parser)
 
 
-def environment() -> dict:
-    """Versions, with those of the packages that data and statistics come from, and processor."""
-    described = monitor.describe_environment(torch.device("cpu"))
-    del described["git_commit"]  # each run has its own
-    installed = {name: monitor.version_of(name) for name in ("scikit-learn", "scikit-image", "scipy")}
-    return {
-        **described,
-        "versions": described["versions"] | installed,
-        "processor": processor_name(),
-        "cores": os.cpu_count(),
-    }
-
-
-def processor_name() -> str:
-    """As Linux names it, else the machine's architecture."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+def check_places(args: argparse.Namespace) -> None:
+    """Raise UserError for a place that cannot be written."""
+    if args.out.is_dir():
+        raise UserError(f"--out {str(args.out)!r} is a folder; expected the name of a file")
+    for option, folder in (("--work-dir", args.work_dir), ("--out", args.out.parent), ("--figures", args.figures)):
+        files.check_folder(folder, option)

@@ -1,11 +1,8 @@
-"""Data of a run: image folder and its preparation, latent cache, resumable batches, the demo digits."""
+"""Data of a run: image folder and its preparation, latent cache, resumable batches."""
 
 import copy
 import hashlib
-import json
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from runtime.distributed import hash_seed, ignore_stop_signals, rank, world_size
-from runtime.options import Parser, UserError, command, count, is_utf8
+from runtime.options import UserError, is_utf8
 
 PREPARATION = "box-halving, bicubic, centre crop; EXIF orientation applied"  # named in every latent cache
 
@@ -188,90 +185,6 @@ def is_flipped(seed: int, epoch: int, index: int) -> bool:
     return hash_seed(seed, "flip", epoch, index) % 2 == 1
 
 
-class LatentData(Dataset):
-    """Posterior moments from a latent cache: item (epoch, index) is (moments (2C, h, w) float16, label)."""
-
-    def __init__(self, cache: "LatentCache", flip: bool, seed: int):
-        self.cache, self.flip, self.seed = cache, flip, seed
-
-    def __getitem__(self, item: tuple[int, int]):
-        epoch, index = item
-        flipped = self.flip and is_flipped(self.seed, epoch, index)
-        moments = self.cache.moments[self.cache.rows[index], int(flipped)]
-        return torch.from_numpy(moments.copy()), int(self.cache.labels[index])
-
-    def __len__(self) -> int:
-        return len(self.cache)
-
-
-class LatentCache:
-    """A finished latent cache: moments.npy (N, flips, 2C, h, w) float16 memory-mapped, labels, paths, meta.json.
-
-    Raises UserError for a folder that is not a finished cache.
-    """
-
-    def __init__(self, root: str | Path):
-        self.root = Path(root)
-        try:
-            self.meta = json.loads((self.root / "meta.json").read_text(encoding="utf-8"))
-            self.classes: list[str] = self.meta["classes"]
-            self.fingerprint: str = self.meta["fingerprint"]
-            labels = np.load(self.root / "labels.npy")
-            shapes = [*self.moments.shape], [*labels.shape]
-            if shapes != (self.meta["shape"], self.meta["shape"][:1]):
-                raise ValueError(f"it holds {shapes[0]} moments and {shapes[1]} labels for {self.meta['shape']}")
-        except FileNotFoundError as error:
-            raise UserError(
-                f"--latents-dir {str(root)!r} is not a finished latent cache ({Path(error.filename).name} is missing); "
-                "run cache_latents.py with this folder first"
-            ) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--latents-dir {str(root)!r} is damaged ({error}); remove it and make it again") from error
-        self.rows, self.rows_left_out = np.flatnonzero(labels >= 0), np.flatnonzero(labels < 0)  # -1: unreadable
-        self.labels = labels[self.rows]
-
-    @cached_property
-    def moments(self) -> np.ndarray:
-        return np.load(self.root / "moments.npy", mmap_mode="r")
-
-    @property
-    def paths(self) -> np.ndarray:
-        """Relative paths (N,) bytes of the images in the cache. Raises UserError where an old cache has none."""
-        return self._paths_of(self.rows)
-
-    @property
-    def paths_left_out(self) -> np.ndarray:
-        """Relative paths of the images that could not be read. Raises UserError where an old cache has none."""
-        return self._paths_of(self.rows_left_out)
-
-    def _paths_of(self, rows: np.ndarray) -> np.ndarray:
-        try:
-            return np.load(self.root / "paths.npy")[rows]
-        except FileNotFoundError as error:
-            raise UserError(
-                f"--latents-dir {str(self.root)!r} does not tell the images' paths (paths.npy is missing), by which "
-                "--val-fraction splits; run cache_latents.py with this folder again, which adds them"
-            ) from error
-        except (OSError, ValueError, EOFError, IndexError) as error:
-            raise UserError(
-                f"--latents-dir {str(self.root)!r} is damaged (paths.npy: {error}); remove paths.npy and run "
-                "cache_latents.py with this folder again"
-            ) from error
-
-    def subset(self, chosen: np.ndarray) -> "LatentCache":
-        """The images whose entry of chosen (N,) is true, with all classes; fingerprint stays the whole cache's."""
-        part = copy.copy(self)
-        part.rows, part.labels = self.rows[chosen], self.labels[chosen]
-        return part
-
-    def __getstate__(self):
-        """A worker that is spawned maps the file itself in place of being sent its contents."""
-        return {key: value for key, value in self.__dict__.items() if key != "moments"}
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
 class EpochBatches(Sampler):
     """This process's part of every global batch, as lists of (epoch, index), from start_step on for ever.
 
@@ -326,57 +239,3 @@ def open_loader(
     finally:
         if num_workers:  # they ignore SIGTERM, by which the interpreter would try to end them at its own end
             iterator._shutdown_workers()
-
-
-def enlarged_digits(size: int) -> tuple[list[Image.Image], np.ndarray]:
-    """scikit-learn's 1,797 handwritten digits (8 x 8, values 0 to 16) as size x size RGB images, and their labels.
-
-    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (its test part).
-    """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    grey = [Image.fromarray(values) for values in (digits.images * (255 / 16)).round().astype(np.uint8)]
-    images = [image.resize((size, size), Image.Resampling.BICUBIC).convert("RGB") for image in grey]
-    return images, digits.target.astype(np.int64)
-
-
-def write_digits(root: Path, size: int = 64) -> None:
-    """Write the digits as a class-folder data set of PNGs, root/<digit>/<index>.png, unless it is there.
-
-    The folder appears under its name only when every file is in it.
-    """
-    root = Path(root)
-    if root.exists():
-        return
-    root.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
-    images, labels = enlarged_digits(size)
-    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-        folder = partial / str(label)
-        folder.mkdir(exist_ok=True)
-        image.save(folder / f"{index:04d}.png")
-    partial.chmod(0o755)
-    try:
-        partial.rename(root)
-    except OSError:  # another process was faster, and its files are the same
-        shutil.rmtree(partial)
-        if not root.is_dir():
-            raise
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Write the demo digits from the command line: python -m runtime.data --digits FOLDER."""
-    parser = Parser(description="Write scikit-learn's handwritten digits as a class-folder data set.")
-    parser.add_argument("--digits", type=Path, required=True, metavar="FOLDER", help="where to write it")
-    parser.add_argument("--size", type=count, default=64, help="height and width in pixels")
-    args = parser.parse_args(argv)
-    try:
-        write_digits(args.digits, args.size)
-    except OSError as error:
-        raise UserError(f"--digits {str(args.digits)!r} cannot be written ({error.strerror})") from error
-    print(f"demo data: 1797 handwritten digits in {args.digits}")
-
-
-if __name__ == "__main__":
-    command(main)()

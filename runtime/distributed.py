@@ -1,4 +1,4 @@
-"""Processes of a run: group, device, seeds, agreement between ranks, stopping on a signal.
+"""Processes of a run: group, device, precision, seeds, agreement between ranks, stopping on a signal.
 
 One process without torchrun takes the same lines as many: collectives over one process return at once.
 """
@@ -35,6 +35,11 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def expected_processes() -> int:
+    """Processes that torchrun says there are, before they have met."""
+    return world_size() if dist.is_initialized() else _environment("WORLD_SIZE", 1)
 
 
 def is_main() -> bool:
@@ -112,6 +117,26 @@ def hash_seed(*values: int | str) -> int:
 def seed_step(seed: int, step: int, micro_batch: int = 0) -> None:
     """Seed this process's generators for one step: random state never needs to be stored."""
     torch.manual_seed(hash_seed(seed, "step", rank(), step, micro_batch))
+
+
+def autocast(device: torch.device, precision: str):
+    """Context in which matrix products run in bfloat16 (bf16) or as they are (fp32)."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """What "auto" means on this device: bf16 where the hardware multiplies it natively, else fp32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        fast = False
+    return "bf16" if fast else "fp32"
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 
 from runtime import checkpoint, distributed, options
-from runtime.data import ImageList, LatentCache, hash_paths
+from runtime.config import HeldOutConfig, VAEConfig
+from runtime.data import ImageList, hash_paths
+from runtime.latents import LatentCache
 from runtime.options import UserError
-from runtime.vae import VAE
+from runtime.vae import VAE, load_same
 
 BEGINNING = 4096  # bytes that tell nearly all files apart
 SHOWN = 5  # class names in a message
@@ -55,28 +57,23 @@ class HeldOut:
     fraction: float | None = None  # part of each class of the training data; None = a folder of their own
     left_out: tuple[str, ...] = ()  # hash_path of the unreadable images that the split was made without
 
-    def describe(self) -> dict:
+    @property
+    def config(self) -> HeldOutConfig:
         """What the checkpoint stores and a resumed run has to repeat."""
         paths = self.source.paths
-        return {
-            "fraction": self.fraction,
-            "fingerprint": hash_paths(paths),
-            "images": len(paths),
-            "left_out": list(self.left_out),
-        }
+        return HeldOutConfig(self.fraction, hash_paths(paths), len(paths), list(self.left_out))
 
 
 def hold_out(
     source: ImageList | LatentCache,
     vae: VAE | None,
-    decoder: VAE | None,
-    vae_config: dict,
+    vae_config: VAEConfig,
     args: argparse.Namespace,
     device: torch.device,
 ) -> tuple[ImageList | LatentCache, HeldOut | None]:
     """The images to train on, and those held out, None without validation.
 
-    vae is None for a cache; decoder is the autoencoder of its latents where this process has loaded it already.
+    vae is None for a cache, whose autoencoder vae_config describes.
 
     Raises UserError for a held-out set that is empty, has other classes, or overlaps the training data.
     """
@@ -89,21 +86,23 @@ def hold_out(
     images = ImageList(args.val_data_path, "--val-data-path")
     check_classes(images, source.classes)
     distributed.on_main(check_overlap, images, source, args.results_dir)
-    return source, HeldOut(images, vae or decoder or cache_vae(args, vae_config, device))
+    return source, HeldOut(
+        images, vae or load_same(args.vae, vae_config, device, f"--latents-dir {str(args.latents_dir)!r}")
+    )
 
 
-def check_same(stored: dict | None, current: dict | None, path: Path) -> None:
+def check_same(stored: HeldOutConfig | None, current: HeldOutConfig | None, path: Path) -> None:
     """Raise UserError where a command holds out other images than the checkpoint that it would resume.
 
-    Both are what HeldOut.describe gives, None without validation, for the same training data.
+    Both are for the same training data; None is no validation.
     """
     if _decisive(stored) == _decisive(current):
         return
     if stored is None:
         remedy = f"leave {_option(current)} out"
     elif _option(stored) != _option(current):
-        remedy = f"pass {_option(stored)}" + (" with the folder it had" if stored["fraction"] is None else "")
-    elif stored["fraction"] is None:
+        remedy = f"pass {_option(stored)}" + (" with the folder it had" if stored.fraction is None else "")
+    elif stored.fraction is None:
         remedy = "pass the folder with the same files"
     else:
         remedy = "give the images that it had, without the unreadable ones that its latent cache left out"
@@ -113,21 +112,21 @@ def check_same(stored: dict | None, current: dict | None, path: Path) -> None:
     )
 
 
-def _decisive(held_out: dict | None) -> dict | None:
+def _decisive(held_out: HeldOutConfig | None) -> tuple | None:
     """Without the files left out, which an old checkpoint does not list and the fingerprint covers."""
-    return held_out and {key: value for key, value in held_out.items() if key != "left_out"}
+    return held_out and (held_out.fraction, held_out.fingerprint, held_out.images)
 
 
-def _option(held_out: dict | None) -> str | None:
+def _option(held_out: HeldOutConfig | None) -> str | None:
     if held_out is None:
         return None
-    return "--val-data-path" if held_out["fraction"] is None else f"--val-fraction {held_out['fraction']}"
+    return "--val-data-path" if held_out.fraction is None else f"--val-fraction {held_out.fraction}"
 
 
-def _name(held_out: dict | None) -> str:
+def _name(held_out: HeldOutConfig | None) -> str:
     if held_out is None:
         return "no validation"
-    return f"{_option(held_out)} ({held_out['images']:,} images, of fingerprint {held_out['fingerprint'][:8]})"
+    return f"{_option(held_out)} ({held_out.images:,} images, of fingerprint {held_out.fingerprint[:8]})"
 
 
 def split(paths: np.ndarray, labels: np.ndarray, classes: list[str], fraction: float) -> np.ndarray:
@@ -183,7 +182,7 @@ def check_overlap(images: ImageList, source: ImageList | LatentCache, results_di
         return
     if isinstance(source, LatentCache):
         try:
-            source = images_of(source)
+            source = source.images()
         except UserError as error:
             message = f"the validation set was not compared with the images of the cache: {error}"
             warnings.warn(message, stacklevel=2)
@@ -194,14 +193,6 @@ def check_overlap(images: ImageList, source: ImageList | LatentCache, results_di
             f"--val-data-path {str(images.root)!r} overlaps the training data: {str(pairs[0][0])!r} is the same image "
             f"as {str(pairs[0][1])!r}, {len(pairs)} in all; remove them from one of the two"
         )
-
-
-def images_of(cache: LatentCache) -> ImageList:
-    """The images that a cache was made of. Raises UserError where they are gone or others."""
-    images = ImageList(cache.meta["data_path"], "their folder")
-    if images.fingerprint != cache.fingerprint:
-        raise UserError(f"their folder {str(images.root)!r} holds other files by now")
-    return images
 
 
 def same_files(images: ImageList, others: ImageList) -> list[tuple[Path, Path]]:
@@ -247,14 +238,3 @@ def _hash_beginning(path: Path) -> bytes:
 def _hash(path: Path) -> bytes:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
-
-
-def cache_vae(args: argparse.Namespace, vae_config: dict, device: torch.device) -> VAE:
-    """The autoencoder that made the latent cache. Raises UserError when --vae is another."""
-    vae = VAE(args.vae or vae_config["source"], device)
-    if vae.describe()["sha256"] != vae_config["sha256"]:
-        raise UserError(
-            f"--vae {vae.source!r} is another autoencoder than the one that made --latents-dir "
-            f"{str(args.latents_dir)!r}; pass that one, it was {vae_config['source']!r}"
-        )
-    return vae

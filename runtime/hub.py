@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 import torch
 
 from rope import RopeConfig
-from runtime.options import UserError, root_cause
+from runtime.checkpoint import training_checkpoints
+from runtime.options import UserError, format_size, root_cause
 
 SPIRAL_ROPE = "hf://haoyuliu00/Spiral_RoPE"
 DIT = "https://dl.fbaipublicfiles.com/DiT/models"
@@ -51,15 +52,41 @@ PUBLISHED = {
 }
 
 
+def dit_of(model: str | None, image_size: tuple[int, int] | None) -> str:
+    """The checkpoint that DiT's own commands take where none is named: DiT-XL/2 of that size. Raises UserError."""
+    size = format_size(image_size or (256, 256))
+    name = f"DiT-XL-2-{size}x{size}.pt"
+    if model not in (None, "DiT-XL/2") or name not in PUBLISHED:
+        wanted = model or f"image size {size}"
+        raise UserError(
+            f"there is no published checkpoint of DiT for {wanted}; name one with --ckpt: a file, or one of "
+            f"{', '.join(PUBLISHED)}"
+        )
+    return name
+
+
+def is_there(name: str) -> bool:
+    """Whether a checkpoint's name is one to download, a file, or the folder of a run with checkpoints."""
+    if name in PUBLISHED or "://" in name or os.path.isfile(name):
+        return True
+    return bool(training_checkpoints(Path(name) / "checkpoints"))
+
+
 def find(name: str | Path) -> Source:
     """The local file of a path, a key of PUBLISHED or hf://user/repo[@revision]/file, downloaded if need be.
 
-    A file that exists wins over a name. Of the processes on a node one downloads, and the others wait for its lock.
-    Raises UserError when a name is unknown or its file cannot be fetched.
+    The folder of a run stands for its newest checkpoint. A file or folder that exists wins over a name. Of the
+    processes on a node one downloads, and the others wait for its lock. Raises UserError when a name is unknown or
+    its file cannot be fetched.
     """
     text = str(name)
     if os.path.isfile(text):
         return Source(Path(text))
+    if os.path.isdir(text):
+        found = training_checkpoints(Path(text) / "checkpoints")
+        if not found:
+            raise UserError(f"checkpoint {text!r} is a folder without checkpoints/0050000.pt or the like; give a file")
+        return Source(found[-1])
     url = PUBLISHED[text].url if text in PUBLISHED else text
     if "://" in url:
         path, url = _from_url(url) if url.startswith(DIT) else _from_hub(url)

@@ -1,6 +1,7 @@
 """What a run shows: log, metrics.jsonl, config.json, progress bar and loss plot, written by rank 0."""
 
 import errno
+import io
 import json
 import logging
 import math
@@ -16,8 +17,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from runtime import files
 from runtime.distributed import is_main
-from runtime.options import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VALIDATED = {"val_loss": ("raw", "C2"), "val_loss_ema": ("EMA", "C3")}  # key of a record: weights, colour
@@ -75,25 +76,6 @@ def progress_bar(total: int, initial: int = 0, unit: str = "step", description: 
     return tqdm(total=total, initial=initial, unit=unit, desc=description, disable=hidden, dynamic_ncols=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", errors="surrogateescape")  # names of files can be any bytes
-    os.replace(partial, path)
-
-
-def write_json(path: Path, values: dict) -> None:
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises UserError when the file is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(path)!r} cannot be read ({error}); remove it together with what it describes") from error
-
-
 class Metrics:
     """metrics.jsonl: one line a record, each step once. On resume, lines past the checkpoint are dropped.
 
@@ -104,7 +86,7 @@ class Metrics:
         self.path, self.trackers = folder / "metrics.jsonl", trackers
         if is_main():
             kept = [record for record in read_metrics(self.path) if record["step"] <= step]
-            write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+            files.write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, record: dict) -> None:
         """Append a record, whole or not at all. Raises OSError."""
@@ -118,6 +100,13 @@ class Metrics:
             except OSError:
                 os.truncate(self.path, size)
                 raise
+
+    def try_write(self, record: dict, logger: logging.Logger) -> None:
+        """As write; a failed write is a warning."""
+        try:
+            self.write(record)
+        except OSError as error:
+            logger.info(f"warning: step {record['step']} is missing in {self.path}: {error}")
 
     def write_image(self, name: str, path: Path, step: int) -> None:
         """Hand a picture in a file to the trackers."""
@@ -195,6 +184,15 @@ def plot_loss(folder: Path) -> None:
     save_figure(figure, folder / "loss.png")
 
 
+def draw_nowhere() -> None:
+    """Draw a plot of made-up losses and keep nothing of it, to see what that takes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    draw_losses(figure.subplots(), [{"step": step, "loss": 1.0, "grad_norm": 1.0} for step in (1, 2)])
+    figure.savefig(io.BytesIO(), dpi=150, format="png")
+
+
 def draw_losses(left, found: list[dict]) -> None:
     """Training loss, gradient norm and validation losses by step."""
     records = [record for record in found if record.get("loss") is not None]
@@ -258,18 +256,8 @@ def use_log_scale(axes) -> None:
 
 def save_figure(figure, path: Path) -> None:
     """Save a figure at 150 dpi, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=150, format=path.suffix[1:])
-    os.replace(partial, path)
-
-
-def format_bytes(size: float) -> str:
-    """1.5 GB: decimal units, as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
+    with files.whole_file(path, durable=False) as file:
+        figure.savefig(file, dpi=150, format=path.suffix[1:])
 
 
 def format_seconds(seconds: float) -> str:

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import errno
 import functools
 import inspect
 import math
@@ -109,7 +108,10 @@ class Parser(argparse.ArgumentParser):
                 )
             if text.startswith("@"):
                 check_argument_file(Path(text[1:]))
-        return super().parse_known_args(args, namespace)
+        found, rest = super().parse_known_args(args, namespace)
+        if getattr(found, "planned", None) is not None and found.dry_run in (None, False):
+            raise UserError(f"--planned {found.planned} given without --dry-run; add --dry-run, or leave it out")
+        return found, rest
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         try:
@@ -221,6 +223,43 @@ def add_rope_options(parser: Parser) -> None:
         )
 
 
+def add_vae(parser: Parser, default: str | None = None, none: str | None = None) -> None:
+    """Add --vae; none says what leaving it out means where there is no default."""
+    help = "ema, mse, hub id or folder of an AutoencoderKL" + (f" (None: {none})" if none else "")
+    parser.add_argument("--vae", default=default, help=help)
+
+
+def add_precision(parser: Parser) -> None:
+    """Add --precision and --tf32."""
+    help = "bf16: autocast; auto: bf16 where the hardware computes in it"
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=help)
+    help = "TF32 for float32 products on CUDA"
+    parser.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True, help=help)
+
+
+def add_num_workers(parser: Parser, what: str) -> None:
+    """Add --num-workers, which is a number of what."""
+    parser.add_argument("--num-workers", type=non_negative_int, default=4, help=what)
+
+
+def add_dry_run(parser: Parser, planned: bool = False) -> None:
+    """Add --dry-run, and with planned --planned, for commands whose inputs an earlier command makes."""
+    help = "make all checks, print what would be done, write nothing"
+    parser.add_argument("--dry-run", action="store_true", help=help)
+    if planned:
+        add_planned(parser)
+
+
+def add_planned(parser: Parser) -> None:
+    parser.add_argument(
+        "--planned",
+        type=count,
+        default=None,
+        metavar="PROCESSES",
+        help="with --dry-run: of so many processes, and what an earlier command makes may be missing yet",
+    )
+
+
 def add_rope_extend(parser: Parser) -> None:
     """Add --rope-extend, for commands that run a trained model at other image sizes."""
     parser.add_argument(
@@ -231,12 +270,14 @@ def add_rope_extend(parser: Parser) -> None:
     )
 
 
-def add_checkpoint_options(parser: Parser) -> None:
-    """Add --ckpt, --weights and what describes the model, for commands that run a trained one."""
+def add_checkpoint_options(parser: Parser, none: str | None = None) -> None:
+    """Add --ckpt, --weights and what describes the model; none says what leaving --ckpt out means, if one may."""
     parser.add_argument(  # text and not a Path, which would make hf:/user of hf://user; load_trained resolves it
         "--ckpt",
-        required=True,
-        help="a file of train.py, export.py or DiT, hf://user/repo/file, or the name of a published one, as in dit_b2",
+        required=none is None,
+        default=None,
+        help="a file of train.py, export.py or DiT, a run's folder, hf://user/repo/file, or the name of a published "
+        "one, as in dit_b2" + (f" (None: {none})" if none else ""),
     )
     parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged or raw weights")
     group = parser.add_argument_group("model: needed only where the checkpoint does not tell, or at another image size")
@@ -288,18 +329,6 @@ def check_image_size(size: tuple[int, int], downsampling: int, patch_size: int) 
             f"{patch_size}); choose a multiple of {unit}"
         )
     return size[0] // downsampling, size[1] // downsampling
-
-
-def check_picture(path: Path, suffixes: tuple[str, ...]) -> None:
-    """Raise UserError where a picture of these formats cannot be written at --out."""
-    if path.suffix not in suffixes:
-        formats = f"one of {', '.join(suffixes)}" if len(suffixes) > 1 else suffixes[0]
-        raise UserError(f"--out {str(path)!r} is not a picture's name; end it in {formats}")
-    if not path.parent.is_dir():
-        raise UserError(f"--out {str(path)!r} is in a folder that does not exist; make the folder first")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        reason = os.strerror(errno.EISDIR if path.is_dir() else errno.EACCES)
-        raise UserError(f"--out {str(path)!r} cannot be written ({reason}); choose another")
 
 
 def format_size(size: tuple[int, int]) -> str:

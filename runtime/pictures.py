@@ -1,13 +1,13 @@
 """Labelled grids of images, as PNG files."""
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from runtime import files
 from runtime.classes import names_of
 
 GAP = 4  # pixels between images
@@ -16,13 +16,8 @@ LEADING = 6  # pixels of a line beside its font size
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG whole or not at all. Raises OSError."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        image.save(partial, format="PNG")
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    with files.whole_file(path, durable=False) as file:
+        image.save(file, format="PNG")
 
 
 def class_name(label: int, classes: list[str] | None) -> str:

@@ -107,6 +107,13 @@ class Stage:
     def parse(self, *needed: str) -> argparse.Namespace:
         return self.ask(self.command.parse_args, [*needed, *self.arguments])
 
+    def dry_run(self, processes: int) -> None:
+        """All checks that the command makes before it begins. Raises UserError."""
+        planned = [*self.arguments, "--dry-run", "--planned", str(processes)]
+        if "--samples" in self.actions:
+            planned.append("--samples=planned.npz")
+        self.ask(self.command.main.__wrapped__, planned)
+
     def ask(self, call: Callable, arguments: list[str]):
         """call(arguments). A UserError then names the variable or the position that set the option it speaks of."""
         try:
@@ -293,6 +300,7 @@ def give_folders(stages: dict[str, Stage], environment: Mapping[str, str], start
     samples = str(sample.parse().sample_dir)
     if "FID_REFERENCE" in folders:
         evaluate.give_first("--reference", folders["FID_REFERENCE"], "FID_REFERENCE")
+        evaluate.give_first("--samples-expected", str(sample.parse().num_fid_samples), "NUM_FID_SAMPLES")
     else:
         del stages["evaluate"]
     return {"RUN_DIR": results, "SAMPLE_DIR": samples, "DIGITS": digits}
@@ -358,9 +366,9 @@ def make_plan(start: str, positions: list[str], environment: Mapping[str, str]) 
     processes = count_processes(environment)
     shell["NPROC_PER_NODE"] = str(processes)
     print(describe(stages, shell), file=sys.stderr)
-    for name, stage in stages.items():
-        with contextlib.redirect_stdout(sys.stderr):
-            stage.parse(*(["--samples=none.npz"] if name == "evaluate" else []))
+    with contextlib.redirect_stdout(sys.stderr):
+        for stage in stages.values():
+            stage.dry_run(processes * int(shell["NNODES"]))
     return [*shell.items(), *((name, argument) for name, stage in stages.items() for argument in stage.arguments)]
 
 

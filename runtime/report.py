@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from runtime import monitor, options, previews
+from runtime import files, monitor, options, previews
 from runtime.options import UserError
 from runtime.trackers import run_name
 
@@ -59,7 +59,7 @@ def write(folder: Path, metrics_files: list[Path] | None = None, out: Path | Non
         section("Settings", settings(config, records)),
     ]
     title = escape(run_name(config))
-    monitor.write_text(
+    files.write_text(
         path,
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -70,7 +70,7 @@ def write(folder: Path, metrics_files: list[Path] | None = None, out: Path | Non
 
 def read_object(path: Path) -> dict:
     """A JSON object. Raises UserError for anything else."""
-    values = monitor.read_json(path)
+    values = files.read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{str(path)!r} holds a JSON {type(values).__name__}, expected an object")
     return values

@@ -4,21 +4,19 @@ The options of commands that sample are declared here too, beside the settings t
 """
 
 import argparse
-import contextlib
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diffusion import create_diffusion
+from diffusion.objectives import OBJECTIVES
 from models import DiT
 from runtime import options
-from runtime.distributed import hash_seed
+from runtime.config import DEFAULT_OBJECTIVE
+from runtime.distributed import autocast, hash_seed
 from runtime.options import UserError
 
-SAMPLERS = ("ddpm", "ddim", "dpm++")
 Index = int | tuple[int | str, ...]
 
 
@@ -26,7 +24,7 @@ Index = int | tuple[int | str, ...]
 class SamplingConfig:
     """What decides the images, beside the weights and the VAE."""
 
-    sampler: str = "ddpm"  # one of SAMPLERS
+    sampler: str = "ddpm"  # one of the objective's
     steps: int = 250
     cfg_scale: float = 1.5  # 1 = no guidance
     cfg_channels: int | str = 3  # latent channels that guidance acts on, or "all"
@@ -38,8 +36,9 @@ class SamplingConfig:
 def add_sampling_options(parser: options.Parser, sampler: str, steps: int, cfg_scale: float, note: str = "") -> None:
     """Add the options that SamplingConfig, the autoencoder and the arithmetic are read from, with these defaults."""
     add = parser.add_argument
-    add("--vae", default=None, help="ema, mse, hub id or folder of an AutoencoderKL (None: the one of the training)")
-    add("--sampler", choices=SAMPLERS, default=sampler, help="ancestral, DDIM, or DPM-Solver++")
+    options.add_vae(parser, none="the one of the training")
+    samplers = list(dict.fromkeys(name for objective in OBJECTIVES.values() for name in objective.samplers))
+    add("--sampler", choices=samplers, default=sampler, help="ancestral (ddpm), DDIM, or DPM-Solver++")
     add(
         "--num-sampling-steps",
         type=options.number(int, 1, 1000),
@@ -56,9 +55,8 @@ def add_sampling_options(parser: options.Parser, sampler: str, steps: int, cfg_s
         metavar=("LO", "HI"),
         help="fractions of the schedule (0 clean, 1 noise) between which guidance acts",
     )
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16: autocast; auto: if it is native")
+    options.add_precision(parser)
     add("--vae-precision", choices=["fp32", "bf16"], default="fp32", help="of the decoding: float32, or bf16 autocast")
-    add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 for float32 products on CUDA")
 
 
 def config_from_args(args: argparse.Namespace, seed: int, class_balanced: bool = False) -> SamplingConfig:
@@ -100,7 +98,17 @@ class IndexedNoise:
         return torch.stack(rows).to(like.device)
 
 
-def guided(model: DiT, config: SamplingConfig, train_steps: int = 1000) -> Callable:
+def check_sampler(config: SamplingConfig, objective: str) -> None:
+    """Raise UserError unless models of this objective can be sampled so."""
+    possible = OBJECTIVES[objective].samplers
+    if config.sampler not in possible:
+        raise UserError(
+            f"--sampler {config.sampler} does not fit a model trained with --objective {objective}; expected one of "
+            f"{', '.join(possible)}"
+        )
+
+
+def guided(model: DiT, config: SamplingConfig, num_timesteps: int = 1000) -> Callable:
     """The model as samplers call it, (x, t, y) -> (n, 2C, H, W): both halves only where guidance acts."""
     if config.cfg_scale == 1:
         return model
@@ -110,7 +118,7 @@ def guided(model: DiT, config: SamplingConfig, train_steps: int = 1000) -> Calla
 
     def within_interval(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         low, high = config.guidance_interval
-        return everywhere(x, t, y) if low <= float(t[0]) / train_steps <= high else model(x, t, y)
+        return everywhere(x, t, y) if low <= float(t[0]) / num_timesteps <= high else model(x, t, y)
 
     return everywhere if config.guidance_interval == (0.0, 1.0) else within_interval
 
@@ -124,9 +132,10 @@ def sample_latents(
     latent_shape: tuple[int, int, int],
     device: torch.device,
     precision: str = "fp32",
+    objective: str = DEFAULT_OBJECTIVE,
 ) -> Tensor:
     """Latents (n, C, h, w) float32 of the images with these indices and labels, on device."""
-    for _, x in sample_progressive(model, config, indices, labels, latent_shape, device, precision):
+    for _, x in sample_progressive(model, config, indices, labels, latent_shape, device, precision, objective):
         latents = x
     return latents
 
@@ -140,7 +149,8 @@ def sample_progressive(
     latent_shape: tuple[int, int, int],
     device: torch.device,
     precision: str = "fp32",
-) -> Iterator[tuple[int | None, Tensor]]:
+    objective: str = DEFAULT_OBJECTIVE,
+) -> Iterator[tuple[float | None, Tensor]]:
     """As sample_latents, yielding (t, latents): the noise, and what each step makes of it.
 
     t is the timestep of the training's noise schedule at which the model sees these latents, 999 at first; None for
@@ -149,70 +159,12 @@ def sample_progressive(
     noise = IndexedNoise(config.seed, indices)
     start = noise(torch.empty(len(indices), *latent_shape, device=device))
     y = torch.tensor(labels, device=device)
-    predict = guided(model, config)
+    process = OBJECTIVES[objective]
+    predict = guided(model, config, process.num_timesteps)
 
     def predict_autocast(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         with autocast(device, precision):
             return predict(x, t, y)
 
-    arguments = dict(model_kwargs={"y": y}, clip_denoised=False, device=device, noise=start)
-    if config.sampler == "dpm++":
-        scheduler = _dpm_scheduler(config.steps, device)
-        timesteps, states = scheduler.timesteps.tolist(), _dpm_solver(scheduler, predict_autocast, start, y)
-    else:
-        diffusion = create_diffusion(str(config.steps), learn_sigma=_learns_sigma(model))
-        timesteps = reversed(diffusion.timestep_map)
-        if config.sampler == "ddim":
-            steps = diffusion.ddim_sample_loop_progressive(predict_autocast, start.shape, **arguments)
-        else:
-            steps = diffusion.p_sample_loop_progressive(predict_autocast, start.shape, noise_sampler=noise, **arguments)
-        states = (step["sample"] for step in steps)
-    yield from zip([*timesteps, None], itertools.chain([start], states), strict=True)
-
-
-def _learns_sigma(model: DiT) -> bool:
-    return model.out_channels == 2 * model.in_channels
-
-
-def _dpm_scheduler(steps: int, device: torch.device):
-    """DPM-Solver++ (arXiv 2211.01095) by diffusers, with the noise schedule of the training."""
-    from diffusers import DPMSolverMultistepScheduler
-
-    scheduler = DPMSolverMultistepScheduler(
-        num_train_timesteps=1000,
-        beta_start=1e-4,
-        beta_end=0.02,
-        beta_schedule="linear",
-        prediction_type="epsilon",
-        algorithm_type="dpmsolver++",
-    )
-    scheduler.set_timesteps(steps, device=device)
-    return scheduler
-
-
-def _dpm_solver(scheduler, predict: Callable, x: Tensor, y: Tensor) -> Iterator[Tensor]:
-    """Latents after every step of a scheduler of diffusers; the learned variance is ignored."""
-    for t in scheduler.timesteps:
-        eps = predict(x, t.expand(x.shape[0]), y)[:, : x.shape[1]].float()
-        x = scheduler.step(eps, t, x).prev_sample
-        yield x
-
-
-def autocast(device: torch.device, precision: str):
-    """Context in which matrix products run in bfloat16 (bf16) or as they are (fp32)."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """What "auto" means on this device: bf16 where the hardware multiplies it natively, else fp32."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif device.type == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        fast = False
-    return "bf16" if fast else "fp32"
+    learn_sigma = model.out_channels == 2 * model.in_channels
+    yield from process.sample(predict_autocast, start, y, config.sampler, config.steps, noise, learn_sigma)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from rope import RopeConfig
-from runtime import monitor
+from runtime import files
 from runtime.options import Parser, UserError
 
 
@@ -139,13 +139,13 @@ class WeightsAndBiases:
 
         stored = folder / "wandb.json"
         if not stored.exists():
-            monitor.write_json(stored, {"id": uuid.uuid4().hex[:12]})
+            files.write_json(stored, {"id": uuid.uuid4().hex[:12]})
         try:
             self.run = wandb.init(
                 project=project,
                 entity=entity,
                 dir=folder,
-                id=monitor.read_json(stored)["id"],
+                id=files.read_json(stored)["id"],
                 resume="allow",
                 name=run_name(settings),
                 group=group_name(settings),

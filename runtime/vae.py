@@ -1,17 +1,22 @@
 """The autoencoder between pixels and latents: a diffusers AutoencoderKL by name or path."""
 
-import hashlib
 import math
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from runtime.checkpoint import Trained
+from runtime import files
+from runtime.checkpoint import tensor_hash
+from runtime.config import VAEConfig
+from runtime.distributed import autocast
 from runtime.options import UserError, first_line, root_cause
-from runtime.sampling import autocast
+from runtime.pretrained import Description
 
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
@@ -28,24 +33,14 @@ class VAE:
         self.decode_precision = decode_precision
         self.model = _checked(_load(source), source).to(device).eval().requires_grad_(False)
         config = self.model.config
-        self.downsampling = 2 ** (len(config.block_out_channels) - 1)
-        self.latent_channels = config.latent_channels
-        self.scaling_factor = config.scaling_factor
-        self.shift_factor = getattr(config, "shift_factor", None) or 0.0
-
-    def describe(self) -> dict:
-        """Identity and geometry as plain types: equal for the same weights, wherever they were loaded from."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        return {
-            "sha256": digest.hexdigest(),
-            "downsampling": self.downsampling,
-            "latent_channels": self.latent_channels,
-            "scaling_factor": self.scaling_factor,
-            "shift_factor": self.shift_factor,
-        }
+        self.config = VAEConfig(
+            source=source,
+            sha256=tensor_hash(self.model.state_dict()),
+            downsampling=2 ** (len(config.block_out_channels) - 1),
+            latent_channels=config.latent_channels,
+            scaling_factor=config.scaling_factor,
+            shift_factor=getattr(config, "shift_factor", None) or 0.0,
+        )
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -58,24 +53,74 @@ class VAE:
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (N, C, h, w) to images (N, H, W, 3) uint8 on the CPU."""
         with autocast(self.model.device, self.decode_precision):
-            pixels = self.model.decode(latents.float() / self.scaling_factor + self.shift_factor).sample
+            pixels = self.model.decode(latents.float() / self.config.scaling_factor + self.config.shift_factor).sample
         pixels = (127.5 * pixels.float() + 128).clamp(0, 255)  # rounds half up once the fraction is cut off
         return pixels.permute(0, 2, 3, 1).to("cpu", torch.uint8)
 
 
-def load_vae(source: str | None, trained: Trained, device: torch.device, decode_precision: str = "fp32") -> VAE:
+def load_vae(source: str | None, trained: Description, device: torch.device, decode_precision: str = "fp32") -> VAE:
     """The autoencoder of a model's latents; None is the one of the training.
 
     Raises UserError when its latents are not of the model's shape.
     """
-    vae = VAE(source or trained.vae["source"], device, decode_precision)
-    expected = (trained.config.in_channels, trained.vae.get("downsampling", vae.downsampling))
-    if (vae.latent_channels, vae.downsampling) != expected:
+    vae = VAE(source or trained.config.vae.source, device, decode_precision)
+    expected = (trained.config.model.in_channels, trained.config.vae.downsampling)
+    if (vae.config.latent_channels, vae.config.downsampling) != expected:
         raise UserError(
-            f"--vae {vae.source!r} has {vae.latent_channels} latent channels and down-sampling {vae.downsampling}; the "
-            f"checkpoint was trained with {expected[0]} and {expected[1]}"
+            f"--vae {vae.source!r} has {vae.config.latent_channels} latent channels and down-sampling "
+            f"{vae.config.downsampling}; the checkpoint was trained with {expected[0]} and {expected[1]}"
         )
     return vae
+
+
+def load_same(source: str | None, config: VAEConfig, device: torch.device, what: str) -> VAE:
+    """The autoencoder that config describes, from where it was found or from source. Raises UserError for another.
+
+    what names the thing that was made with it.
+    """
+    vae = VAE(source or config.source, device)
+    if not vae.config.is_same(config):
+        raise UserError(
+            f"--vae {vae.source!r} has other weights than the VAE that made {what}; leave --vae out, or pass a folder "
+            f"with the same weights: it was {config.source!r}"
+        )
+    return vae
+
+
+def is_given_otherwise(source: str | None, config: VAEConfig) -> bool:
+    """Whether a command names another place than the one where config was found: then the weights have to tell."""
+    return source is not None and source != config.source
+
+
+def downsampling_of(source: str) -> int | None:
+    """Pixels to a latent, where that can be told without loading the autoencoder. Raises UserError."""
+    if source in SHORT_NAMES:
+        return VAEConfig.downsampling
+    if not Path(source).is_dir():
+        return None
+    channels = files.read_json(Path(source) / "config.json").get("block_out_channels")
+    return 2 ** (len(channels) - 1) if isinstance(channels, list) else None
+
+
+def is_surely(source: str, config: VAEConfig) -> bool:
+    """Whether source has the weights that config describes; False also where only loading them would tell."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return source == config.source
+    try:
+        return tensor_hash(load_file(folder / "diffusion_pytorch_model.safetensors")) == config.sha256
+    except (OSError, SafetensorError):  # loading it will say what is wrong
+        return False
+
+
+def latents_from(config: VAEConfig, vae: VAE | None) -> Callable[[Tensor], Tensor]:
+    """What turns a batch into scaled latents: cached moments (n, 2C, h, w), or with vae images (n, 3, H, W) uint8."""
+
+    def draw(inputs: Tensor) -> Tensor:
+        moments = inputs if vae is None else vae.encode(inputs)
+        return sample_latents(moments, config.scaling_factor, config.shift_factor)
+
+    return draw
 
 
 def sample_latents(

@@ -11,19 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion import create_diffusion
+from diffusion.objectives import OBJECTIVES
 from models import DiT
 from runtime import data, distributed, monitor
-from runtime.distributed import hash_seed
+from runtime.config import DEFAULT_OBJECTIVE, VAEConfig
+from runtime.distributed import autocast, hash_seed
 from runtime.holdout import HeldOut
+from runtime.latents import LatentCache
 from runtime.options import UserError
-from runtime.sampling import autocast
 from runtime.vae import VAE, sample_latents
 
 AFFORDABLE = 0.05  # of a training's computation, which validation at the default interval stays below
 SEED = 0  # not the run's: runs with other seeds are compared on the same noise
 TENTHS = 10
-DIFFUSION = create_diffusion(None)
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class EncodedImages:
     total: int  # images of all processes
     moments: Tensor  # (n, 2C, h, w) float16, as a latent cache stores them
     labels: Tensor  # (n,) int64
-    scaling_factor: float
-    shift_factor: float
+    vae: VAEConfig
 
 
 def encode(images: data.ImageList, size: tuple[int, int], vae: VAE, num_workers: int, batch: int = 32) -> EncodedImages:
@@ -58,24 +57,23 @@ def encode(images: data.ImageList, size: tuple[int, int], vae: VAE, num_workers:
         raise UserError(errors[0])
     labels = torch.from_numpy(images.labels[indices])
     stacked = torch.cat(moments) if moments else torch.empty(0)
-    return EncodedImages(indices, total, stacked, labels, vae.scaling_factor, vae.shift_factor)
+    return EncodedImages(indices, total, stacked, labels, vae.config)
 
 
-def from_cache(cache: data.LatentCache) -> EncodedImages:
+def from_cache(cache: LatentCache) -> EncodedImages:
     """This process's share of a latent cache, unmirrored."""
     indices = list(range(len(cache)))[distributed.rank() :: distributed.world_size()]
     moments = torch.from_numpy(cache.moments[cache.rows[indices], 0])
-    vae, labels = cache.meta["vae"], torch.from_numpy(cache.labels[indices])
-    return EncodedImages(indices, len(cache), moments, labels, vae["scaling_factor"], vae["shift_factor"])
+    return EncodedImages(indices, len(cache), moments, torch.from_numpy(cache.labels[indices]), cache.vae)
 
 
-def draw(index: int, latent_shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def draw(index: int, latent_shape: tuple[int, int, int], num_timesteps: int) -> tuple[Tensor, Tensor, Tensor]:
     """What is random about image index: timesteps (10,), their noise (10, C, h, w), posterior noise (C, h, w)."""
     times, noise, posterior = (
         torch.Generator().manual_seed(hash_seed(SEED, "validation", index, name))
         for name in ("timesteps", "noise", "posterior")
     )
-    width = DIFFUSION.num_timesteps // TENTHS
+    width = num_timesteps // TENTHS
     t = torch.arange(TENTHS) * width + torch.randint(width, (TENTHS,), generator=times)
     noise = torch.randn(TENTHS, *latent_shape, generator=noise)
     return t, noise, torch.randn(latent_shape, generator=posterior)
@@ -83,7 +81,12 @@ def draw(index: int, latent_shape: tuple[int, int, int]) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def image_losses(
-    models: list[DiT], held_out: EncodedImages, device: torch.device, precision: str, batch: int = 8
+    models: list[DiT],
+    held_out: EncodedImages,
+    device: torch.device,
+    precision: str,
+    batch: int = 8,
+    objective: str = DEFAULT_OBJECTIVE,
 ) -> Tensor:
     """Noise MSE (models, images, 10) float64 of every held-out image in each tenth of the schedule, on all processes.
 
@@ -93,26 +96,28 @@ def image_losses(
     with evaluating(models):
         for first in range(0, len(held_out.indices), batch):
             rows = slice(first, first + batch)
-            for k, values in enumerate(batch_losses(models, held_out, rows, device, precision)):
+            for k, values in enumerate(batch_losses(models, held_out, rows, device, precision, objective)):
                 losses[k, held_out.indices[rows]] = values.cpu().double()
     return distributed.all_reduce(losses)  # every image is one process's alone: the sum is exact
 
 
-def batch_losses(models: list[DiT], held_out: EncodedImages, rows: slice, device, precision: str) -> list[Tensor]:
+def batch_losses(
+    models: list[DiT], held_out: EncodedImages, rows: slice, device, precision: str, objective: str
+) -> list[Tensor]:
     """Noise MSE (n, 10) of some images, for each model."""
-    moments = held_out.moments[rows]
+    moments, process = held_out.moments[rows], OBJECTIVES[objective]
     shape = (moments.shape[1] // 2, *moments.shape[2:])
-    drawn = zip(*(draw(index, shape) for index in held_out.indices[rows]), strict=True)
+    drawn = zip(*(draw(index, shape, process.num_timesteps) for index in held_out.indices[rows]), strict=True)
     t, noise, posterior = (torch.stack(values).to(device) for values in drawn)
-    x = sample_latents(moments.to(device), held_out.scaling_factor, held_out.shift_factor, posterior)
+    x = sample_latents(moments.to(device), held_out.vae.scaling_factor, held_out.vae.shift_factor, posterior)
     x, y = (values.repeat_interleave(TENTHS, dim=0) for values in (x, held_out.labels[rows].to(device)))
     t, noise = t.flatten(), noise.flatten(0, 1)  # (n, 10, ...) -> (10n, ...)
-    x_t = DIFFUSION.q_sample(x, t, noise)
+    x_t = process.noised(x, t, noise)
     found = []
     for model in models:
         with autocast(device, precision):
-            eps = model.forward(x_t, t, y)[:, : shape[0]]  # past --compile, which would compile for these shapes too
-        found.append((noise - eps.float()).square().flatten(1).mean(1).view(-1, TENTHS))
+            output = model.forward(x_t, t, y)  # past --compile, which would compile for these shapes too
+        found.append(process.validation_loss(output, x, t, noise).view(-1, TENTHS))
     return found
 
 
@@ -189,7 +194,7 @@ class Validator:
     """Validates a run's raw and averaged weights every so many steps and after the last one."""
 
     def __init__(self, held_out: HeldOut, args, total_steps: int, device: torch.device, precision: str):
-        self.device, self.precision = device, precision
+        self.device, self.precision, self.objective = device, precision, args.objective
         source, vae = held_out.source, held_out.vae
         self.images = from_cache(source) if vae is None else encode(source, args.image_size, vae, args.num_workers)
         micro_batch = args.global_batch_size // distributed.world_size() // args.grad_accum_steps
@@ -218,7 +223,7 @@ class Validator:
 
     def measure(self, model: DiT, ema: DiT) -> dict:
         """The keys of a metrics.jsonl record."""
-        losses = image_losses([model, ema], self.images, self.device, self.precision, self.batch)
+        losses = image_losses([model, ema], self.images, self.device, self.precision, self.batch, self.objective)
         return summarize(losses[0], "val_loss") | summarize(losses[1], "val_loss_ema")
 
     def log(self, step: int, scores: dict, logger) -> None:

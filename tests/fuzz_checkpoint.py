@@ -24,7 +24,8 @@ import torch
 
 import models
 import train
-from runtime import checkpoint, data, monitor
+from demo.digits import write_digits
+from runtime import checkpoint, monitor, pretrained
 from runtime.options import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,7 +123,7 @@ def assert_finite(*models: torch.nn.Module) -> None:
 
 
 def read_as_sampling(path: Path) -> None:
-    assert_finite(checkpoint.load_trained(path).model)
+    assert_finite(pretrained.load_trained(path).model)
 
 
 def read_as_training(path: Path, trainer: train.Trainer) -> None:
@@ -176,7 +177,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        data.write_digits(Path(folder) / "digits", 32)
+        write_digits(Path(folder) / "digits", 32)
         path, trainer = prepare(Path(folder), Path(folder) / "digits", ROOT / "assets" / "demo_vae")
         outcomes = fuzz(path, trainer, args.mutations, args.seed)
     for (reader, kind, outcome), times in sorted(outcomes.items()):

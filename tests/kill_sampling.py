@@ -32,7 +32,8 @@ from kill_training import ROOT, die, ended_by
 import models
 import sample_ddp
 import train
-from runtime import data, monitor, pictures, sampling
+from demo.digits import write_digits
+from runtime import monitor, pictures, sampling
 
 MOMENTS = ("random", "half an image", "half the .npz")
 SMALL_RUN = (
@@ -153,7 +154,7 @@ def kill_one(arguments: list[str], noise: Path, processes: int, moment: str, dra
 
 def train_small_model(folder: Path) -> Path:
     """A checkpoint of a short training on the demo's digits."""
-    data.write_digits(folder / "digits", 32)
+    write_digits(folder / "digits", 32)
     arguments = [f"--data-path={folder / 'digits'}", f"--vae={ROOT / 'assets' / 'demo_vae'}"]
     pid = os.fork()
     if pid == 0:

@@ -28,7 +28,8 @@ from conftest import TINY_XS
 
 import models
 import train
-from runtime import checkpoint, data, monitor, report
+from demo.digits import write_digits
+from runtime import checkpoint, monitor, report
 
 ROOT = Path(__file__).resolve().parent.parent
 MOMENTS = ("random", "half-written", "not renamed")
@@ -170,7 +171,7 @@ def main() -> None:
     random.seed(args.seed)
     reference, killed, digits = (args.folder / name for name in ("reference", "killed", "digits"))
     if not args.arguments:
-        data.write_digits(digits, 32)
+        write_digits(digits, 32)
         args.arguments = [*SMALL_RUN.split(), f"--data-path={digits}", f"--vae={ROOT / 'assets' / 'demo_vae'}"]
     assert ended_by(start([*args.arguments, f"--results-dir={reference}"])) == 0
     arguments, steps = [*args.arguments, f"--results-dir={killed}"], 2 * newest_step(reference) // args.kills

@@ -12,8 +12,9 @@ from conftest import command_line
 
 import cache_latents
 import train
-from runtime import data, monitor
-from runtime.data import ImageData, ImageList, LatentCache, LatentData
+from runtime import data, files, latents
+from runtime.data import ImageData, ImageList
+from runtime.latents import LatentCache, LatentData
 from runtime.options import UserError
 from runtime.vae import VAE
 
@@ -158,8 +159,8 @@ def test_the_disk_need_is_printed_before_anything_is_encoded(cache_arguments, tm
     monkeypatch.setattr(cache_latents, "encode_missing", stop)
     cache_latents.main(cache_arguments(tmp_path / "latents"))
     assert printed[0].endswith(f"encoding 24 images, 2 flips each, into {tmp_path / 'latents'}: 12.3 kB\n")
-    imagenet = cache_latents.CacheWriter(tmp_path, (1_281_167, 2, 8, 32, 32))
-    assert monitor.format_bytes(imagenet.shape[0] * imagenet.row_bytes) == "42 GB"
+    imagenet = latents.CacheWriter(tmp_path, (1_281_167, 2, 8, 32, 32))
+    assert files.format_bytes(imagenet.shape[0] * imagenet.row_bytes) == "42 GB"
 
 
 def test_no_more_than_a_batch_of_images_is_in_memory(cache_arguments, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import models
 import sample_ddp
 from models import DiT_models
 from rope import RopeConfig
-from runtime import checkpoint
+from runtime import checkpoint, pretrained
 from runtime.options import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
@@ -55,7 +55,7 @@ def assert_gives_the_same_images(trained, model) -> None:
 def rejection(path, weights="ema", given=None) -> str:
     """The message with which a file is refused, without the name of the file."""
     with pytest.raises(UserError) as error:
-        checkpoint.load_trained(path, weights, given)
+        pretrained.load_trained(path, weights, given)
     return str(error.value).replace(repr(str(path)), "FILE")
 
 
@@ -86,7 +86,7 @@ def test_a_checkpoint_holds_plain_types_only(run):
 def test_a_checkpoint_rebuilds_its_model(run):
     path = run / "checkpoints" / "0000007.pt"
     state = torch.load(path, weights_only=True)
-    averaged, raw = checkpoint.load_trained(path), checkpoint.load_trained(path, "model")
+    averaged, raw = pretrained.load_trained(path), pretrained.load_trained(path, "model")
     for trained, key in ((averaged, "ema"), (raw, "model")):
         assert all(torch.equal(value, state[key][name]) for name, value in trained.model.state_dict().items())
         assert trained.config.rope == RopeConfig(rotate=2) and trained.config.num_classes == 3
@@ -99,7 +99,7 @@ def test_a_checkpoint_rebuilds_its_model(run):
 def test_flags_have_to_agree_with_the_checkpoint(run):
     path = run / "checkpoints" / "0000007.pt"
     agreeing = dict(model="DiT-XS/2", image_size=(32, 32), num_classes=3, use_rope=True, rope={"rotate": 2})
-    checkpoint.load_trained(path, given=agreeing)
+    pretrained.load_trained(path, given=agreeing)
 
     def disagreement(**given):
         return rejection(path, given=given)
@@ -121,7 +121,7 @@ def test_positions_of_another_image_size_go_on_or_are_squeezed(run):
     """At twice the size the first frequency, 1.5 radians per patch, keeps its step or halves it (trained: 2 x 2)."""
     path = run / "checkpoints" / "0000007.pt"
     for mode, step in (("extrapolate", 1.5), ("interpolate", 0.75)):
-        trained = checkpoint.load_trained(path, given=dict(image_size=(64, 96), rope_extend=mode))
+        trained = pretrained.load_trained(path, given=dict(image_size=(64, 96), rope_extend=mode))
         assert (trained.image_size, trained.latent_size, trained.rope_extend) == ((64, 96), (8, 12), mode)
         phases = trained.model.rope_embedder.phases(4, 6).view(4, 6, -1)
         assert torch.allclose(phases[1:, :, 0] - phases[:-1, :, 0], torch.tensor(step))
@@ -129,7 +129,7 @@ def test_positions_of_another_image_size_go_on_or_are_squeezed(run):
         first_of_columns = phases.shape[-1] // 2
         steps = phases[:, 1:, first_of_columns] - phases[:, :-1, first_of_columns]
         assert torch.allclose(steps, torch.tensor(column_step))
-    same = checkpoint.load_trained(path, given=dict(image_size=(32, 32), rope_extend="extrapolate"))
+    same = pretrained.load_trained(path, given=dict(image_size=(32, 32), rope_extend="extrapolate"))
     assert (same.latent_size, same.rope_extend) == ((4, 4), None)
 
 
@@ -147,7 +147,7 @@ def test_sin_cos_positions_reach_no_other_size(tmp_path):
 def test_a_bare_state_dict_loads(tmp_path):
     """As the original DiT publishes them: sin-cos positions, 1000 classes, nothing but weights."""
     model = build(num_classes=1000)
-    trained = checkpoint.load_trained(write(tmp_path / "DiT.pt", model.state_dict()))
+    trained = pretrained.load_trained(write(tmp_path / "DiT.pt", model.state_dict()))
     assert trained.config == models.ModelConfig("DiT-XS/2", (4, 4), num_classes=1000)
     assert (trained.image_size, trained.vae["source"], trained.step) == ((32, 32), "ema", None)
     assert_gives_the_same_images(trained, model)
@@ -161,31 +161,31 @@ def test_a_training_file_with_a_namespace_loads(tmp_path, zipped):
     args = argparse.Namespace(model="DiT-XS/2", image_size=32, num_classes=7, vae="mse", **SPIRAL_ARGS)
     contents = {"model": other.state_dict(), "ema": model.state_dict(), "opt": {}, "args": args, "train_steps": 12}
     path = write(tmp_path / "0400000.pt", contents, _use_new_zipfile_serialization=zipped)
-    trained = checkpoint.load_trained(path)
+    trained = pretrained.load_trained(path)
     assert trained.config.rope == SPIRAL and trained.config.rope.border == "clamp"
     assert (trained.config.num_classes, trained.image_size, trained.vae["source"]) == (7, (32, 32), "mse")
     assert trained.step == 12
     assert_gives_the_same_images(trained, model)
-    assert_gives_the_same_images(checkpoint.load_trained(path, "model"), other)
+    assert_gives_the_same_images(pretrained.load_trained(path, "model"), other)
 
 
 def test_names_from_distributed_training_load(tmp_path):
     model = build(num_classes=5)
     contents = {"ema": {f"module.{name}": value for name, value in model.state_dict().items()}}
-    assert_gives_the_same_images(checkpoint.load_trained(write(tmp_path / "a.pt", contents)), model)
+    assert_gives_the_same_images(pretrained.load_trained(write(tmp_path / "a.pt", contents)), model)
 
 
 def test_half_precision_weights_load(tmp_path):
     model = build(num_classes=5)
     halves = {name: value.half() for name, value in model.state_dict().items()}
-    trained = checkpoint.load_trained(write(tmp_path / "a.pt", halves))
+    trained = pretrained.load_trained(write(tmp_path / "a.pt", halves))
     assert {value.dtype for value in trained.model.state_dict().values()} == {torch.float32}
     assert_gives_the_same_images(trained, model.half().float())
 
 
 def test_a_model_without_learned_variance_loads(tmp_path):
     model = build(learn_sigma=False, num_classes=5)
-    trained = checkpoint.load_trained(write(tmp_path / "a.pt", model.state_dict()))
+    trained = pretrained.load_trained(write(tmp_path / "a.pt", model.state_dict()))
     assert trained.config.learn_sigma is False
     assert_gives_the_same_images(trained, model)
 
@@ -201,7 +201,7 @@ def test_a_rope_file_that_does_not_say_which_takes_flags(tmp_path):
     partly = {"ema": model.state_dict(), "args": argparse.Namespace(use_rope=True, rope_theta=100.0)}
     assert rejection(write(tmp_path / "b.pt", partly)) == needs_flags
     given = dict(use_rope=True, rope=dict(rotate=2, theta=100.0, max_freq_lang=1.25), image_size=(32, 32))
-    trained = checkpoint.load_trained(path, given=given)
+    trained = pretrained.load_trained(path, given=given)
     assert trained.config.rope == SPIRAL
     assert_gives_the_same_images(trained, model)
 
@@ -210,7 +210,7 @@ def test_the_frequencies_of_the_file_win(tmp_path):
     """Flags that say another theta change nothing: tables derive from the buffer that the file holds."""
     model = build(rope=SPIRAL)
     given = dict(use_rope=True, rope=dict(rotate=2), image_size=(32, 32))
-    trained = checkpoint.load_trained(write(tmp_path / "a.pt", model.state_dict()), given=given)
+    trained = pretrained.load_trained(write(tmp_path / "a.pt", model.state_dict()), given=given)
     assert_gives_the_same_images(trained, model)
 
 
@@ -354,7 +354,7 @@ def test_files_that_are_no_checkpoints(run, tmp_path):
     (tmp_path / "loop.pt").symlink_to(tmp_path / "loop.pt")
     assert rejection(tmp_path / "loop.pt").startswith("checkpoint FILE does not exist")
     (tmp_path / "link.pt").symlink_to(run / "checkpoints" / "0000007.pt")
-    assert checkpoint.load_trained(tmp_path / "link.pt").step == 7
+    assert pretrained.load_trained(tmp_path / "link.pt").step == 7
 
 
 def test_a_small_file_cannot_claim_much_memory(tmp_path):
@@ -397,7 +397,7 @@ def test_damaged_files_give_clean_errors(seed, tmp_path):
                 del mutated[int(random.integers(len(whole))) :]
         path.write_bytes(mutated)
         try:
-            checkpoint.load_trained(path)
+            pretrained.load_trained(path)
             outcomes["loaded"] += 1
         except UserError as error:
             assert str(path) in str(error)

@@ -1,7 +1,6 @@
 """Data: preparation, file formats, batches, flips, the latent cache's reader, the demo digits."""
 
 import itertools
-import os
 import pickle
 import struct
 import zlib
@@ -348,21 +347,3 @@ def test_seeds_are_hashed():
     assert len(seeds) == len(streams) and min(seeds) >= 0 and max(seeds) < 2**63
     assert distributed.hash_seed(1, "noise", 2) == distributed.hash_seed(1, "noise", 2)
     assert distributed.hash_seed(2**63 - 1, "noise", 0) != distributed.hash_seed(0, "noise", 0)
-
-
-# The demo
-
-
-def test_digits_are_written_once(tmp_path, capsys):
-    data.main(["--digits", str(tmp_path / "digits"), "--size", "16"])
-    assert capsys.readouterr().out == f"demo data: 1797 handwritten digits in {tmp_path / 'digits'}\n"
-    images = ImageList(tmp_path / "digits")
-    assert len(images) == 1797 and images.classes == list("0123456789")
-    real, labels = data.enlarged_digits(16)
-    order = sorted(range(1797), key=lambda index: (labels[index], index))
-    assert images.labels.tolist() == labels[order].tolist()
-    assert np.array_equal(read_image(images.path(0)), np.asarray(real[order[0]]))
-    before = os.stat(tmp_path / "digits").st_mtime_ns
-    data.main(["--digits", str(tmp_path / "digits"), "--size", "16"])
-    assert os.stat(tmp_path / "digits").st_mtime_ns == before
-    assert [path.name for path in tmp_path.iterdir()] == ["digits"]

@@ -15,7 +15,7 @@ import export
 import sample_ddp
 from models import DiT_models
 from rope import RopeConfig
-from runtime import checkpoint
+from runtime import checkpoint, pretrained
 from runtime.options import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
@@ -43,7 +43,7 @@ def metadata(path) -> dict:
 
 def rejection(path, weights="ema") -> str:
     with pytest.raises(UserError) as error:
-        checkpoint.load_trained(path, weights)
+        pretrained.load_trained(path, weights)
     return str(error.value).replace(repr(str(path)), "FILE")
 
 
@@ -64,7 +64,7 @@ def test_the_file_holds_one_set_of_weights(weights, source, tmp_path, capsys):
     assert tensors.keys() == state[weights].keys()
     assert all(torch.equal(tensors[name], state[weights][name]) for name in tensors)
     about = json.loads(metadata(path)["spiral_rope_dit"])
-    trained = checkpoint.load_trained(source, weights)
+    trained = pretrained.load_trained(source, weights)
     assert (about["weights"], about["step"], about["weights_sha256"]) == (weights, 7, trained.sha256)
     assert about["source"] == {"file": "0000007.pt", "weights_sha256": trained.sha256}
     assert about["config"]["model"] == trained.config.to_dict() and about["config"]["vae"] == trained.vae
@@ -81,7 +81,7 @@ def test_the_file_holds_one_set_of_weights(weights, source, tmp_path, capsys):
 
 
 def test_an_exported_file_is_loaded_as_what_it_was(source, exported):
-    ours, theirs = checkpoint.load_trained(exported), checkpoint.load_trained(source)
+    ours, theirs = pretrained.load_trained(exported), pretrained.load_trained(source)
     for name in ("config", "image_size", "vae", "classes", "step", "sha256", "latent_size"):
         assert getattr(ours, name) == getattr(theirs, name)
     assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True))
@@ -113,11 +113,11 @@ def test_half_keeps_the_frequencies(source, exported, tmp_path):
     assert {name for name, value in half.items() if value.dtype == torch.float32} == {"rope_embedder.freqs"}
     assert all(torch.equal(half[name], whole[name].to(half[name].dtype)) for name in whole)
     assert path.stat().st_size < 0.14 * source.stat().st_size
-    trained = checkpoint.load_trained(path)
+    trained = pretrained.load_trained(path)
     assert trained.sha256 == json.loads(metadata(path)["spiral_rope_dit"])["weights_sha256"]
     assert {value.dtype for value in trained.model.state_dict().values()} == {torch.float32}
     x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([10, 900]), torch.tensor([0, 2])
-    expected = checkpoint.load_trained(source).model(x, t, y)
+    expected = pretrained.load_trained(source).model(x, t, y)
     torch.testing.assert_close(trained.model(x, t, y), expected, atol=0.01, rtol=0.01)
 
 
@@ -127,14 +127,14 @@ def test_files_from_elsewhere_need_no_flags_once_exported(tmp_path):
     torch.save(model.state_dict(), tmp_path / "a.pt")
     flags = "--use-rope --rope-rotate 2 --rope-theta 100 --image-size 32".split()
     path = export_to(tmp_path / "a.safetensors", tmp_path / "a.pt", *flags)
-    trained = checkpoint.load_trained(path)
+    trained = pretrained.load_trained(path)
     assert (trained.config.rope, trained.image_size, trained.step) == (rope, (32, 32), None)
 
 
 def test_a_bare_safetensors_file_loads_as_a_bare_state_dict(tmp_path):
     model = DiT_models["DiT-XS/2"](input_size=4, num_classes=3)
     save_file(model.state_dict(), tmp_path / "a.safetensors")
-    trained = checkpoint.load_trained(tmp_path / "a.safetensors")
+    trained = pretrained.load_trained(tmp_path / "a.safetensors")
     assert (trained.config.num_classes, trained.image_size, trained.step) == (3, (32, 32), None)
 
 

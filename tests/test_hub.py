@@ -22,7 +22,7 @@ import export
 import sample_ddp
 from models import DiT_models
 from rope import RopeConfig
-from runtime import checkpoint, hub
+from runtime import hub, pretrained
 from runtime.options import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
@@ -328,7 +328,7 @@ def test_a_published_file_takes_its_settings_from_the_table(server, tmp_path, ca
         "hf://haoyuliu00/Spiral_RoPE/dit_b2/0400000.pt",
         "hf://haoyuliu00/Spiral_RoPE@v1/dit_b2/0400000.pt",
     ):
-        trained = checkpoint.load_trained(name)
+        trained = pretrained.load_trained(name)
         assert (trained.config.rope, trained.image_size) == (SPIRAL, (256, 256))
         assert trained.path.name == "0400000.pt"
         (line,) = capsys.readouterr().err.splitlines()
@@ -337,12 +337,12 @@ def test_a_published_file_takes_its_settings_from_the_table(server, tmp_path, ca
             f"checkpoint {name}: DiT-XS/2, image size 256, 3 classes, RoPE {asdict(SPIRAL)}; {size:,.1f} MB in "
             f"{trained.path}"
         )
-    checkpoint.load_trained("dit_b2", given=dict(use_rope=True, rope={"rotate": 4, "theta": 10000.0}))
+    pretrained.load_trained("dit_b2", given=dict(use_rope=True, rope={"rotate": 4, "theta": 10000.0}))
     for rope, flag in (({"rotate": 2}, "--rope-rotate 2"), ({"same_theta": True}, "--rope-same-theta True")):
         with pytest.raises(UserError, match=f"{flag} disagrees with checkpoint '.*0400000.pt', which was trained with"):
-            checkpoint.load_trained("dit_b2", given=dict(use_rope=True, rope=rope))
+            pretrained.load_trained("dit_b2", given=dict(use_rope=True, rope=rope))
     with pytest.raises(UserError, match="--image-size 512 disagrees .* trained with 256; pass --rope-extend"):
-        checkpoint.load_trained("dit_b2", given=dict(image_size=(512, 512)))
+        pretrained.load_trained("dit_b2", given=dict(image_size=(512, 512)))
 
 
 def test_the_settings_in_a_published_file_win(server, tmp_path):
@@ -350,12 +350,12 @@ def test_the_settings_in_a_published_file_win(server, tmp_path):
     args = argparse.Namespace(image_size=32, rope_rotate=2, rope_theta=100.0, vae="mse")
     contents = model_bytes(tmp_path / "a.pt", lambda state: {"ema": state, "args": args, "train_steps": 7}, rope=rope)
     server.put("haoyuliu00/Spiral_RoPE/dit_xl2/0700000.pth", contents)
-    trained = checkpoint.load_trained("dit_xl2_7m")
+    trained = pretrained.load_trained("dit_xl2_7m")
     assert (trained.config.rope, trained.image_size, trained.step) == (rope, (32, 32), 7)
 
 
 def test_a_local_path_says_nothing(run, capsys):
-    checkpoint.load_trained(run / "checkpoints" / "0000007.pt")
+    pretrained.load_trained(run / "checkpoints" / "0000007.pt")
     assert capsys.readouterr().err == ""
 
 

@@ -22,7 +22,8 @@ import models
 import sample_ddp
 import train
 import visualize_rope
-from runtime import checkpoint, data, distributed, monitor, options, pictures
+from demo import digits
+from runtime import checkpoint, distributed, monitor, options, pictures
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
 TESTS = Path(__file__).resolve().parent
@@ -355,7 +356,7 @@ def test_awkward_names_work_in_every_command(image_folder, vae_folder, tmp_path,
     evaluate.main(["--samples", str(npz), "--digits"])
     assert json.loads(npz.with_suffix(".metrics.json").read_text())["samples"] == 3
     visualize_rope.main(["--rope-rotate", "2", "--grid", "4", "--only", "directions", "--out", str(root / "r.png")])
-    data.main(["--digits", str(root / "digits"), "--size", "8"])
+    digits.main([str(root / "digits"), "--size", "8"])
     assert (root / "r.png").exists() and (root / "digits" / "9").is_dir()
 
 

@@ -13,7 +13,7 @@ from conftest import TINY_RUN, command_line
 from PIL import Image
 
 import train
-from runtime import checkpoint, monitor, pictures, previews, report
+from runtime import checkpoint, files, monitor, pictures, previews, report
 
 WRITE = report.write  # tiny_commands makes runs without plots
 VOID = {"meta", "img"}
@@ -238,7 +238,7 @@ def test_hostile_names_stay_text(finished, run, tmp_path):
     config["data"]["classes"][1] = "<script>alert(1)</script>"
     config["args"]["data_path"] = '"><img src=http://x onerror=alert(1)>'
     config["versions"]["</table>"] = "<b>"
-    monitor.write_json(finished / "config.json", config)
+    files.write_json(finished / "config.json", config)
     WRITE(finished)
     seen = Balanced((finished / "report.html").read_text())
     assert seen.tags == Balanced(WRITE(shutil.copytree(run, tmp_path / "plain")).read_text()).tags
@@ -249,7 +249,7 @@ def test_hostile_names_stay_text(finished, run, tmp_path):
 def test_many_classes_and_many_records_stay_small(finished):
     config = json.loads((finished / "config.json").read_text())
     config["data"]["classes"] = [f"n{k:08d}" for k in range(1000)]
-    monitor.write_json(finished / "config.json", config)
+    files.write_json(finished / "config.json", config)
     record = monitor.read_metrics(finished / "metrics.jsonl")[0]
     lines = [json.dumps(record | {"step": 100 * k}) + "\n" for k in range(1, 20_001)]
     (finished / "metrics.jsonl").write_text("".join(lines))

@@ -28,15 +28,15 @@ with open(os.environ["STUB_LOG"], "a") as log:
 def value(flag):
     return pathlib.Path(arguments[arguments.index(flag) + 1])
 
-stage = next(a for a in arguments if a.endswith(".py") or a in ("runtime.data", "runtime.report"))
+stage = next(a for a in arguments if a.endswith(".py") or a in ("demo.digits", "runtime.report"))
 if stage == os.environ.get("STUB_WAIT") and "--print-name" not in arguments:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(os.environ.get("STUB_WAIT_STATUS", 0))))
     pathlib.Path(os.environ["STUB_LOG"] + ".ready").touch()
     time.sleep(600)
 if stage == os.environ.get("STUB_FAIL"):
     sys.exit(int(os.environ["STUB_STATUS"]))
-if stage == "runtime.data":
-    (value("--digits") / "0").mkdir(parents=True)
+if stage == "demo.digits":
+    (pathlib.Path(arguments[-1]) / "0").mkdir(parents=True)
 elif stage == "train.py":
     folder = value("--results-dir")
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ def repository(tmp_path):
 
 def scripts(calls: list[list[str]]) -> list[str]:
     """The script or module of each call."""
-    return [next(a for a in call if a.endswith(".py") or a in ("runtime.data", "runtime.report")) for call in calls]
+    return [next(a for a in call if a.endswith(".py") or a in ("demo.digits", "runtime.report")) for call in calls]
 
 
 def stage(calls: list[list[str]], script: str) -> list[str]:
@@ -339,7 +339,7 @@ def test_help_tells_arguments_settings_and_examples(repository):
 def test_demo_runs_the_stages_of_the_full_recipe(repository):
     output, errors, calls = repository.run("True", "2", NPROC_PER_NODE="1")
     assert errors == "" and output.startswith("DATA_PATH is not set: this is the built-in demo")
-    expected = ["runtime.data", "cache_latents.py", "train.py", "sample_ddp.py", "sample_ddp.py", "evaluate.py"]
+    expected = ["demo.digits", "cache_latents.py", "train.py", "sample_ddp.py", "sample_ddp.py", "evaluate.py"]
     expected.append("runtime.report")
     assert scripts(calls) == expected
     run = "results/demo/DiT-XS-2/" + DEFAULT_RUN.replace("rotate0", "rotate2")
@@ -740,7 +740,7 @@ def test_signals_reach_the_stage_and_end_the_script_cleanly(repository, script, 
 @pytest.mark.parametrize(
     "script, status, how",
     [
-        ("runtime.data", 1, "failed with status 1"),
+        ("demo.digits", 1, "failed with status 1"),
         ("cache_latents.py", 2, "failed with status 2"),
         ("train.py", 2, "failed with status 2"),
         ("train.py", 137, "was ended by signal 9"),

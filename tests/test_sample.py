@@ -17,7 +17,7 @@ import sample_ddp
 import train
 from diffusion import create_diffusion
 from models import DiT, DiT_models
-from runtime import checkpoint, sampling
+from runtime import distributed, pretrained, sampling
 from runtime.sampling import SamplingConfig
 from runtime.vae import VAE
 
@@ -297,7 +297,7 @@ def rows(monkeypatch):
 
 
 def latents(run, config: SamplingConfig, indices=(0, 1, 2)):
-    trained = checkpoint.load_trained(run / "checkpoints" / "0000007.pt")
+    trained = pretrained.load_trained(run / "checkpoints" / "0000007.pt")
     labels = [sampling.label_of(index, 3, config) for index in indices]
     return sampling.sample_latents(trained.model, config, list(indices), labels, (4, 4, 4), torch.device("cpu"))
 
@@ -321,7 +321,7 @@ def test_guidance_doubles_the_rows_within_its_interval(sampler, run, rows):
 
 def test_guidance_moves_away_from_the_null_class(run):
     """At scale 1 + w the first three channels move w times the difference; the others stay conditional."""
-    trained = checkpoint.load_trained(run / "checkpoints" / "0000007.pt")
+    trained = pretrained.load_trained(run / "checkpoints" / "0000007.pt")
     torch.manual_seed(0)
     x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([500, 500]), torch.tensor([0, 2])
     with torch.no_grad():
@@ -376,7 +376,7 @@ def test_ancestral_sampling_has_the_deviation_of_the_data():
 def test_dpm_solver_is_the_loop_of_diffusers(run):
     """Guided noise of the model, its learned variance cut off, through the scheduler as diffusers' own pipelines do."""
     config = SamplingConfig(sampler="dpm++", steps=5, cfg_scale=2)
-    model = checkpoint.load_trained(run / "checkpoints" / "0000007.pt").model
+    model = pretrained.load_trained(run / "checkpoints" / "0000007.pt").model
     labels = torch.tensor([sampling.label_of(index, 3, config) for index in (0, 1, 2)])
     scheduler = DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
     scheduler.set_timesteps(5)
@@ -398,12 +398,14 @@ def test_very_few_steps_run(sampler, steps, run):
 
 def test_precision_follows_the_device(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert sampling.resolve_precision("fp32", cuda) == "fp32" and sampling.resolve_precision("bf16", cpu) == "bf16"
+    assert (
+        distributed.resolve_precision("fp32", cuda) == "fp32" and distributed.resolve_precision("bf16", cpu) == "bf16"
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert sampling.resolve_precision("auto", cuda) == "fp32"
+    assert distributed.resolve_precision("auto", cuda) == "fp32"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    assert sampling.resolve_precision("auto", cuda) == "bf16"
-    assert sampling.resolve_precision("auto", torch.device("mps")) == "fp32"
+    assert distributed.resolve_precision("auto", cuda) == "bf16"
+    assert distributed.resolve_precision("auto", torch.device("mps")) == "fp32"
 
 
 def test_the_autoencoder_decodes_in_bfloat16_on_request(vae_folder):

@@ -11,7 +11,7 @@ from PIL import Image
 import sample
 import sample_ddp
 from models import DiT, DiT_models
-from runtime import checkpoint, classes, distributed, pictures, sampling
+from runtime import classes, distributed, pictures, pretrained, sampling
 from runtime.options import UserError
 from runtime.sampling import SamplingConfig
 from runtime.vae import VAE
@@ -143,7 +143,7 @@ def test_a_grid_of_chosen_classes(draw, run, vae_folder, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.width >= 4 * 64
-    trained = checkpoint.load_trained(run / "checkpoints" / "0000007.pt")
+    trained = pretrained.load_trained(run / "checkpoints" / "0000007.pt")
     config = SamplingConfig("ddpm", steps=3, cfg_scale=2, seed=5)
     indices = [("class", 2, 0), ("class", 2, 1), ("class", 0, 0), ("class", 0, 1)]
     latents = sampling.sample_latents(trained.model, config, indices, [2, 2, 0, 0], (4, 4, 4), torch.device("cpu"))
@@ -203,7 +203,7 @@ def test_frames_are_evenly_spread(steps, states):
 
 @pytest.mark.parametrize("sampler", sampling.SAMPLERS)
 def test_each_state_tells_the_timestep_at_which_the_model_sees_it(sampler, run, monkeypatch):
-    trained, seen = checkpoint.load_trained(run / "checkpoints" / "0000007.pt"), []
+    trained, seen = pretrained.load_trained(run / "checkpoints" / "0000007.pt"), []
     forward = DiT.forward
     monkeypatch.setattr(DiT, "forward", lambda self, x, t, y: (seen.append((int(t[0]), x)), forward(self, x, t, y))[1])
     config = SamplingConfig(sampler, steps=5, cfg_scale=1)

@@ -22,7 +22,7 @@ import cache_latents
 import evaluate_loss
 import train
 from diffusion.gaussian_diffusion import GaussianDiffusion
-from runtime import checkpoint, data, monitor, sampling
+from runtime import checkpoint, data, distributed, latents, monitor
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
 TESTS = Path(__file__).resolve().parent
@@ -232,7 +232,7 @@ def test_bf16_multiplies_in_bfloat16_and_keeps_everything_else_in_float32(train_
         update(self)
 
     monkeypatch.setattr(train.Trainer, "update", watched)
-    monkeypatch.setattr(train, "autocast", lambda *args: (asked.append(args[1]), sampling.autocast(*args))[1])
+    monkeypatch.setattr(train, "autocast", lambda *args: (asked.append(args[1]), distributed.autocast(*args))[1])
     predicted, losses = [], GaussianDiffusion.training_losses
 
     def seen(self, model, *args, **kwargs):
@@ -686,7 +686,7 @@ def test_an_unreadable_image_ends_all_processes_with_its_name(two):
 def test_two_processes_fill_the_cache_of_one(two, image_folder, vae_folder, tmp_path):
     arguments = {"data_path": image_folder, "latents_dir": tmp_path / "one", "vae": vae_folder, "image_size": 32}
     cache_latents.main(command_line(arguments | {"num_workers": 0}))
-    one, other = data.LatentCache(tmp_path / "one"), data.LatentCache(two.folder / "cached")
+    one, other = latents.LatentCache(tmp_path / "one"), latents.LatentCache(two.folder / "cached")
     assert one.fingerprint == other.fingerprint and one.labels.tolist() == other.labels.tolist()
     torch.testing.assert_close(torch.tensor(one.moments), torch.tensor(other.moments), atol=2e-3, rtol=2e-3)
 

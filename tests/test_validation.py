@@ -21,7 +21,7 @@ import export
 import train
 from diffusion import create_diffusion
 from models import ModelConfig
-from runtime import checkpoint, data, holdout, monitor, report, validation
+from runtime import checkpoint, data, holdout, monitor, pretrained, report, validation
 from runtime.distributed import hash_seed
 from runtime.options import UserError
 from runtime.vae import VAE
@@ -441,7 +441,7 @@ def test_a_separate_validation_set_has_the_loss_of_the_metrics(held_out_validati
     vae = VAE(checkpoint.load(tmp_path / "run/checkpoints/0000007.pt")["config"]["vae"]["source"])
     images = data.ImageList(held_out)
     images.labels = images.labels + 1
-    model = checkpoint.load_trained(tmp_path / "run/checkpoints/0000007.pt").model
+    model = pretrained.load_trained(tmp_path / "run/checkpoints/0000007.pt").model
     losses = validation.image_losses([model], validation.encode(images, (32, 32), vae, 0), torch.device("cpu"), "fp32")
     assert part["images"] == 6 and part["loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
 
@@ -764,7 +764,7 @@ def test_a_split_that_cannot_be_told_is_refused(validated, run, image_folder, ma
 def test_an_exported_checkpoint_knows_its_split(validated, loss_of, tmp_path):
     ckpt, exported = validated / "checkpoints" / "0000007.pt", tmp_path / "run.safetensors"
     export.main(["--ckpt", str(ckpt), "--out", str(exported)])
-    assert checkpoint.load_trained(exported).validation == checkpoint.load_trained(ckpt).validation
+    assert pretrained.load_trained(exported).validation == pretrained.load_trained(ckpt).validation
     assert loss_of(validated, ckpt=exported, split="val")["loss"] == loss_of(validated, split="val")["loss"]
 
 
@@ -774,7 +774,7 @@ def test_a_split_that_no_run_writes_is_refused(validated, tmp_path, stored):
     state["config"]["validation"] = stored
     checkpoint.save(tmp_path / "hostile.pt", state)
     with pytest.raises(UserError, match=r"has a config that cannot be read \(\w+Error"):
-        checkpoint.load_trained(tmp_path / "hostile.pt")
+        pretrained.load_trained(tmp_path / "hostile.pt")
 
 
 def test_a_file_without_class_names_needs_all_classes(run, image_folder, refused, tmp_path):

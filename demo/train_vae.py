@@ -1,9 +1,10 @@
 """Train the demo's AutoencoderKL on scikit-learn's handwritten digits and save it in diffusers' format.
 
-Run from the repository root: python -m assets.demo_vae.train_vae
+Run from the repository root: python -m demo.train_vae
 """
 
 import argparse
+import copy
 import csv
 import math
 import time
@@ -18,26 +19,34 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from runtime.data import enlarged_digits
+from demo.digits import enlarged_digits
+from runtime import files, options
+from runtime.monitor import REPOSITORY, format_seconds
+from runtime.options import UserError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags; the defaults are what made the shipped file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to save the model in")
-    parser.add_argument("--channels", type=int, nargs=4, default=[4, 8, 16, 32], help="per resolution, finest first")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch-size", type=int, default=16, help="64 x 64 images per step; a quarter at 128 x 128")
-    parser.add_argument("--large-every", type=int, default=5, help="every so many steps the images are 128 x 128")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate, decayed to 0 by a half cosine")
-    parser.add_argument("--warmup-steps", type=int, default=100)
-    parser.add_argument("--kl-weight", type=float, default=3e-5, help="weight of the KL per latent value")
-    parser.add_argument("--jitter", type=float, default=0.2, help="largest random loss of contrast, as a fraction")
-    parser.add_argument("--ema-decay", type=float, default=0.99)
-    parser.add_argument("--log-every", type=int, default=50, help="steps")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; another number, other last bits")
-    return parser.parse_args(argv)
+    parser = options.Parser(description=__doc__.splitlines()[0])
+    add, count = parser.add_argument, options.count
+    add("--out", type=Path, default=REPOSITORY / "assets" / "demo_vae", help="folder to save the model in")
+    add("--channels", type=count, nargs=4, default=[4, 8, 16, 32], help="per resolution, finest first")
+    add("--steps", type=count, default=1500, help="training steps")
+    add("--batch-size", type=options.number(int, 4), default=16, help="64 x 64 images per step; a quarter at 128 x 128")
+    add("--large-every", type=count, default=5, help="every so many steps the images are 128 x 128")
+    add("--lr", type=options.positive, default=3e-3, help="peak learning rate, decayed to 0 by a half cosine")
+    add("--warmup-steps", type=options.non_negative_int, default=100, help="steps of linear warm-up")
+    add("--kl-weight", type=options.non_negative, default=3e-5, help="weight of the KL per latent value")
+    add("--jitter", type=options.fraction, default=0.2, help="largest random loss of contrast, as a fraction")
+    add("--ema-decay", type=options.number(float, 0, 1, open_high=True), default=0.99, help="of the averaged weights")
+    add("--log-every", type=count, default=50, help="steps")
+    add("--seed", type=options.seed, default=0, help="of weights, batches and noise")
+    add("--threads", type=count, default=1, help="CPU threads; another number, other last bits")
+    options.add_dry_run(parser)
+    args = parser.parse_args(argv)
+    if args.warmup_steps >= args.steps:
+        raise UserError(f"--warmup-steps {args.warmup_steps} is not less than --steps {args.steps}; lower it")
+    return args
 
 
 def load_images(size: int) -> torch.Tensor:
@@ -98,7 +107,7 @@ def train(vae: AutoencoderKL, small: torch.Tensor, large: torch.Tensor, args: ar
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, args))
     log = []
-    progress = tqdm(range(1, args.steps + 1), unit="step")
+    progress = tqdm(range(1, args.steps + 1), unit="step", disable=None)
     for step in progress:
         grey, count = (large, args.batch_size // 4) if step % args.large_every == 0 else (small, args.batch_size)
         images = jitter_contrast(to_rgb(grey[torch.randint(len(grey), (count,))]), args.jitter)
@@ -225,14 +234,30 @@ def report_speed(vae: AutoencoderKL, grey: torch.Tensor) -> None:
     )
 
 
+def estimated_seconds(vae: AutoencoderKL, small: torch.Tensor, large: torch.Tensor, args: argparse.Namespace) -> float:
+    """Time of the whole training, from two rounds of steps of either size on a copy; the first round warms up."""
+    tried = argparse.Namespace(**vars(args) | {"steps": args.large_every, "warmup_steps": args.large_every + 1})
+    for _ in range(2):
+        start = time.perf_counter()
+        train(copy.deepcopy(vae), small, large, tried)
+    return (time.perf_counter() - start) * args.steps / args.large_every
+
+
+@options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    files.check_folder(args.out, "--out")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     small, large = load_images(64), load_images(128)
 
     vae = build_vae(args.channels)
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters")
+    if args.dry_run:
+        seconds = estimated_seconds(vae, small, large, args)
+        length = format_seconds(seconds)
+        print(f"dry run: would train for {args.steps} steps, about {length}, and save the model in {args.out}")
+        return
     start = time.perf_counter()
     log = train(vae, small, large, args)
     print(f"trained in {time.perf_counter() - start:.0f} s")

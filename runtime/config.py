@@ -1,0 +1,132 @@
+"""What a run is: the settings that decide it, as checkpoints and config.json store them.
+
+Stored settings are completed by the defaults that stand here, in rope.py and in models.py: a setting that is added
+with a default leaves old runs as they are.
+"""
+
+from dataclasses import asdict, dataclass, fields
+
+from models import ModelConfig
+
+DEFAULT_OBJECTIVE = "eps"  # a key of diffusion.objectives.OBJECTIVES
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder of the latents."""
+
+    source: str = "ema"  # where it was found: a name, a hub id or a folder; sha256 tells what it is
+    sha256: str | None = None  # of its weights; None = unknown
+    downsampling: int = 8  # pixels to a latent, along each axis
+    latent_channels: int = 4
+    scaling_factor: float = 0.18215  # latents are multiplied by it
+    shift_factor: float = 0.0  # subtracted from latents before they are scaled
+
+    def is_same(self, other: "VAEConfig") -> bool:
+        """Whether both are the same autoencoder, wherever they were found."""
+        return self.sha256 is not None and {**asdict(self), "source": ""} == {**asdict(other), "source": ""}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images that a run trains on."""
+
+    fingerprint: str | None = None  # of the relative paths of all images, held-out ones included; None = unknown
+    images: int | None = None  # trained on
+    classes: list[str] | None = None  # names of the class folders by label; None = unknown
+
+
+@dataclass(frozen=True)
+class HeldOutConfig:
+    """The images that a run validates on and never trains on."""
+
+    fraction: float | None  # part of every class of the training data; None = a folder of their own
+    fingerprint: str  # of their relative paths
+    images: int
+    left_out: list[str]  # hash_path of the unreadable images that the split was made without
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "HeldOutConfig":
+        """Raises KeyError, TypeError or ValueError for what train.py never wrote."""
+        fraction = values["fraction"]
+        if fraction is not None and not 0 < fraction < 1:
+            raise ValueError(f"validation.fraction is {fraction!r}")
+        left_out = [str(digest) for digest in values.get("left_out", [])]  # early runs did not list them
+        return cls(fraction, str(values["fingerprint"]), int(values["images"]), left_out)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options that decide the weights. A resumed run has to repeat them."""
+
+    global_batch_size: int = 256  # images a step, over all processes
+    global_seed: int = 0
+    flip: bool = True
+    lr: float = 1e-4
+    lr_schedule: str = "constant"  # or "linear": to 0 at the last step
+    warmup_steps: int = 0  # of linear rise to lr
+    weight_decay: float = 0.0
+    grad_clip: float | None = None  # largest gradient norm; None = not limited
+    ema_decay: float = 0.9999
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All of it. A checkpoint from elsewhere knows the model, and of the rest what its file and its name tell."""
+
+    model: ModelConfig
+    image_size: tuple[int, int]  # height and width in pixels
+    vae: VAEConfig = VAEConfig()
+    data: DataConfig = DataConfig()
+    recipe: Recipe | None = None  # None = unknown
+    validation: HeldOutConfig | None = None  # None = nothing held out
+    objective: str = DEFAULT_OBJECTIVE
+
+    def to_dict(self) -> dict:
+        """As plain types; what is unknown or the only one there was in the beginning is left out."""
+        values = {
+            "model": self.model.to_dict(),
+            "image_size": list(self.image_size),
+            "vae": asdict(self.vae),
+            "data": asdict(self.data),
+        }
+        if self.recipe is not None:
+            values["recipe"] = asdict(self.recipe)
+        if self.validation is not None:
+            values["validation"] = asdict(self.validation)
+        if self.objective != DEFAULT_OBJECTIVE:
+            values["objective"] = self.objective
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "RunConfig":
+        """Inverse of to_dict, for files of earlier versions too; keys that stand beside a run's config are left alone.
+
+        Raises KeyError, TypeError or ValueError for values that train.py and export.py never wrote.
+        """
+        model, vae = ModelConfig.from_dict(values["model"]), VAEConfig(**values["vae"])
+        lengths = [length * int(vae.downsampling) for length in model.input_size]
+        recipe, validation = values.get("recipe"), values.get("validation")
+        return cls(
+            model=model,
+            image_size=(lengths[0], lengths[1]),
+            vae=VAEConfig(**{**asdict(vae), "source": str(vae.source)}),
+            data=DataConfig(**values["data"]),
+            recipe=None if recipe is None else Recipe(**recipe),
+            validation=None if validation is None else HeldOutConfig.from_dict(validation),
+            objective=str(values.get("objective", DEFAULT_OBJECTIVE)),
+        )
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipe's settings, which are those of train.py's options."""
+    return [field.name for field in fields(Recipe)]
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    """Nested settings as {"recipe.lr": 0.0001, ...}."""
+    flat = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,165 @@
+"""What a run will take: time, memory and disk, from its settings and from a few steps on made-up data."""
+
+import io
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+from torch import Tensor
+
+from models import ModelConfig
+from runtime import distributed, files, monitor, options, previews, validation
+from runtime.latents import LatentData
+from runtime.training import Trainer
+from runtime.vae import VAE
+
+WARM_UP = 2  # steps before those that count
+BYTES_PER_VALUE = 4  # everything in a checkpoint is float32
+
+
+def add_options(parser: options.Parser) -> None:
+    """Add --dry-run, here with a number of steps, and --planned."""
+    group = parser.add_argument_group("before a run")
+    group.add_argument(
+        "--dry-run",
+        nargs="?",
+        type=options.count,
+        const=0,
+        default=None,
+        metavar="STEPS",
+        help="make all checks, print what would be done, write nothing; with STEPS (10 are enough) also take so many "
+        "steps on made-up data and print time, memory and disk of the whole run",
+    )
+    options.add_planned(group)
+
+
+def parameters_of(config: ModelConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in config.build().parameters())
+
+
+def checkpoint_bytes(config: ModelConfig) -> int:
+    """Of one checkpoint: weights, their average, and two moments of the optimizer."""
+    with torch.device("meta"):
+        state = config.build().state_dict()
+    return 4 * BYTES_PER_VALUE * sum(tensor.numel() for tensor in state.values())
+
+
+def checkpoint_disk(config: ModelConfig, total_steps: int, ckpt_every: int, keep: int | None) -> str:
+    size, saves = checkpoint_bytes(config), math.ceil(total_steps / ckpt_every)
+    kept = min(saves, keep or saves)
+    return f"disk for {kept} checkpoints: {files.format_bytes(size * kept)} ({files.format_bytes(size)} each)"
+
+
+def measure(job, decoder: VAE | None, done: int) -> list[str]:
+    """Take the steps of --dry-run, and say what the rest of the run will take from step done on, a line each.
+
+    job is what train.plan returns. Called on every process; nothing is written.
+    """
+    args, started = job.args, time.time() - psutil.Process().create_time()
+    trainer = job.trainer()
+    batches = made_up_batches(job)
+    seconds = [timed(lambda: trainer.train_step(batches), job.device) for _ in range(WARM_UP + args.dry_run)]
+    step, counted = statistics.median(seconds[WARM_UP:]), sorted(seconds[WARM_UP:])
+    left = job.total_steps - done
+    parts = {f"{left:,} steps of {step:.3g} s": left * step}
+    parts |= interruptions(job, trainer, decoder, step, done)
+    parts[f"start-up {started + seconds[0]:.0f} s"] = started + seconds[0]
+    total = sum(parts.values())
+    rate = args.global_batch_size / step
+    return [
+        f"speed: {step:.3g} s a step ({counted[0]:.3g} to {counted[-1]:.3g}, median of {args.dry_run} on made-up "
+        f"data, after {WARM_UP} to warm up), {rate:.4g} images/s with batch {args.global_batch_size}",
+        f"time: {total / 3600:.3g} hours ({monitor.format_seconds(total)}) = {' + '.join(parts)}; reading the data, and "
+        "the disk that checkpoints are written to, are not in it",
+        f"memory: {memory(job.device, args.num_workers)}",
+        f"disk: {cache_disk(job)}",
+    ]
+
+
+def made_up_batches(job) -> list[tuple[Tensor, Tensor]]:
+    """This process's micro-batches of a step, of the shapes that its data set gives."""
+    args, model = job.args, job.config.model
+    count = args.global_batch_size // distributed.world_size() // args.grad_accum_steps
+    if job.vae is None:
+        inputs = torch.rand(count, 2 * model.in_channels, *model.input_size).half()
+    else:
+        inputs = torch.randint(256, (count, 3, *job.config.image_size), dtype=torch.uint8)
+    return [(inputs, torch.randint(model.num_classes, (count,))) for _ in range(args.grad_accum_steps)]
+
+
+def timed(function: Callable, device: torch.device) -> float:
+    """Seconds that a call takes, until the device has done it."""
+    began = time.perf_counter()
+    function()
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+    return time.perf_counter() - began
+
+
+def interruptions(job, trainer: Trainer, decoder: VAE | None, step: float, done: int) -> dict[str, float]:
+    """Seconds of what training stops for, in the rest of the run: checkpoints, samples, validations."""
+    args, parts = job.args, {}
+    remaining = range(done + 1, job.total_steps + 1)
+    saves = sum(map(job.checkpoint_due, remaining))
+    save = timed(lambda: save_nowhere(trainer), job.device) if distributed.is_main() else 0.0
+    parts[f"{saves:,} checkpoints of {save:.2g} s"] = saves * save
+    grids = sum(map(job.samples_due, remaining))
+    if grids:
+        drawn = 0.0
+        if distributed.is_main():
+            arguments = (trainer.ema, job.config, decoder, "made up", job.device, trainer.precision)
+            drawn = timed(lambda: previews.draw(*arguments), job.device)
+        parts[f"{grids:,} sample grids of {drawn:.2g} s"] = grids * drawn
+    if job.held_out is not None:
+        images = job.held_out.config.images
+        every = args.val_every or validation.default_interval(
+            images, args.global_batch_size, args.ckpt_every, job.total_steps
+        )
+        times = sum(number % every == 0 or number == job.total_steps for number in remaining)
+        one = validation.cost_in_steps(images, args.global_batch_size) * step
+        parts[f"{times:,} validations of about {one:.2g} s"] = times * one
+    return parts
+
+
+class _Nowhere(io.RawIOBase):
+    """A file that keeps nothing."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, contents) -> int:
+        return len(contents)
+
+
+def save_nowhere(trainer: Trainer) -> None:
+    """What a checkpoint takes apart from the disk: its bytes, and the plot that is drawn with it."""
+    torch.save({"ema": trainer.ema.state_dict(), "opt": trainer.optimizer.state_dict()}, _Nowhere())
+    monitor.draw_nowhere()
+
+
+def memory(device: torch.device, workers: int) -> str:
+    """Peak use of this process so far, on the host and on its device."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    host = f"{files.format_bytes(peak)} of the host at the peak of this process"
+    if workers:
+        host += f", and what {workers} data-loading processes take beside it"
+    if device.type != "cuda":
+        return host
+    taken, total = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
+    return f"{files.format_bytes(taken)} of {files.format_bytes(total)} of the GPU, and {host}"
+
+
+def cache_disk(job) -> str:
+    """What a latent cache takes."""
+    if isinstance(job.dataset, LatentData):
+        cache = job.dataset.cache
+        return f"the latent cache in {cache.root} takes {files.format_bytes(cache.moments.nbytes)}"
+    model, images = job.config.model, job.config.data.images + (job.held_out.config.images if job.held_out else 0)
+    size = images * (2 if job.args.flip else 1) * 2 * 2 * model.in_channels * math.prod(model.input_size)
+    return f"a latent cache, which saves the encoding in every epoch, would take {files.format_bytes(size)}"

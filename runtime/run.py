@@ -1,0 +1,213 @@
+"""The run's folder: locked against a second run, gone on with, saved, finished.
+
+<results-dir>/ has checkpoints/, log.txt, metrics.jsonl, config.json, loss.png, samples/, report.html, and, once the run
+has all its steps, finished.json.
+"""
+
+import argparse
+import fcntl
+from logging import Logger
+from pathlib import Path
+
+import torch
+
+from runtime import checkpoint, distributed, files, holdout, monitor, options, previews, report, trackers
+from runtime.config import RunConfig, flatten
+from runtime.options import UserError
+from runtime.training import NonFiniteWatch, Trainer
+from runtime.vae import VAE
+
+NOT_STORED = ("dry_run", "planned")  # arguments that a run never has
+
+
+def check_same(stored: dict | None, config: RunConfig, path: Path) -> None:
+    """Raise UserError, naming what differs, unless model, data and recipe are the checkpoint's.
+
+    The model is compared first, then the data: what follows from another model is not listed beside it.
+    """
+    if not isinstance(stored, dict):
+        raise UserError(f"checkpoint {str(path)!r} has no config, so it cannot be resumed; use another --results-dir")
+    before = RunConfig.from_dict(stored)
+    if before.data.fingerprint == config.data.fingerprint:
+        holdout.check_same(before.validation, config.validation, path)
+    old, new = flatten(before.to_dict()), flatten(config.to_dict())
+    # Where weights came from, and what the fingerprints cover.
+    ignored = ("vae.source", "data.classes", "validation.left_out")
+    for what, sections in (
+        ("another model", ("model", "image_size", "objective", "vae")),
+        ("other data", ("data", "validation")),
+        ("other settings", ("recipe",)),
+    ):
+        compared = {key: new.get(key) for key in {**old, **new} if key.split(".")[0] in sections}
+        listed = options.differences(old, compared, ignored)
+        if listed:
+            raise UserError(
+                f"checkpoint {str(path)!r} was trained with {what}: {listed}; repeat the run's own command, or use "
+                "another --results-dir"
+            )
+
+
+def steps_done(folder: Path, config: RunConfig) -> int:
+    """Step of the newest checkpoint in a run's folder, 0 without a readable one; nothing is verified or locked.
+
+    Raises UserError where the folder belongs to a run with other settings.
+    """
+    for path in reversed(checkpoint.training_checkpoints(folder / "checkpoints")):
+        try:
+            state = checkpoint.load(path)
+        except UserError:  # resuming will report it
+            continue
+        check_same(state.get("config"), config, path)
+        return int(state["step"])
+    return 0
+
+
+def is_finished(folder: Path, config: RunConfig, total_steps: int) -> bool:
+    """Whether the run in this folder has all its steps. Raises UserError as steps_done does."""
+    return (folder / "finished.json").exists() and steps_done(folder, config) >= total_steps
+
+
+class RunFolder:
+    """The folder of a run with these settings, in use from now on until close.
+
+    args are the command's, which checkpoints and config.json record. Raises UserError when it cannot be written, or
+    another process uses it.
+    """
+
+    def __init__(self, path: Path, config: RunConfig, args: argparse.Namespace):
+        self.path, self.config = path, config
+        self.args = {name: _as_stored(value) for name, value in vars(args).items() if name not in NOT_STORED}
+        self.keep_checkpoints, self.max_bad_steps = args.keep_checkpoints, args.max_bad_steps
+        self.checkpoints, self.finished = path / "checkpoints", path / "finished.json"
+        self._lock = None
+        distributed.on_main(self._take)
+        self.logger: Logger = monitor.make_logger(path)
+
+    def _take(self) -> None:
+        name = f"--results-dir {str(self.path)!r}"
+        with files.cannot_write(name):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")
+        try:
+            # lockf and not flock: a record lock dies with this process even when a data worker outlives it.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{name} is in use by another run; wait for it or choose another") from error
+        files.remove_partial(self.checkpoints)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def resume(self, trainer: Trainer) -> dict | None:
+        """Load the newest checkpoint of the run, and return its args; None where there is none.
+
+        Raises UserError when it is of another model, data set or recipe.
+        """
+        path = distributed.on_main(checkpoint.latest, self.checkpoints, self.logger.info)
+        if path is None:
+            return None
+        state = checkpoint.load(path)
+        try:
+            check_same(state.get("config"), self.config, path)
+            checkpoint.check_training_state(state, trainer.model, path)
+            trainer.load(state)
+            args = dict(state["args"])
+        except UserError:
+            raise
+        except Exception as error:  # whatever a hostile file makes these raise
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"checkpoint {str(path)!r} cannot be resumed ({reason}); use another") from error
+        if trainer.watch.seen >= self.max_bad_steps:  # a run that a streak has ended gets all its tries again
+            trainer.watch = NonFiniteWatch(trainer.device)
+        self.logger.info(f"resumed from {path} at step {trainer.step:,}")
+        return args
+
+    def begin(self, device: torch.device) -> None:
+        """Take back the mark that the run is finished, and write config.json."""
+        with distributed.agreed_failure(f"--results-dir {str(self.path)!r}"):
+            if distributed.is_main():
+                self.finished.unlink(missing_ok=True)
+                settings = {"args": self.args, **self.config.to_dict()}
+                files.write_json(self.path / "config.json", settings | monitor.describe_environment(device))
+
+    def open_metrics(self, args: argparse.Namespace, step: int) -> monitor.Metrics:
+        """metrics.jsonl and the trackers, at a step. Raises UserError on all ranks."""
+        found = []
+
+        def open_trackers() -> None:
+            found.extend(trackers.open_trackers(args, self.config.to_dict(), self.path, step, self.logger.info))
+
+        with distributed.agreed_failure(f"--results-dir {str(self.path)!r}"):
+            distributed.on_main(open_trackers)
+            return monitor.Metrics(self.path, step, found)
+
+    def save(self, trainer: Trainer, required: bool) -> bool:
+        """Write a checkpoint and return whether it is there. A failure is a warning, unless the run ends with it."""
+        found = trainer.state()
+        log = found.pop("log")
+        state = {**found, "config": self.config.to_dict(), "args": self.args, "log": log}
+
+        def write() -> bool:
+            path = checkpoint.step_path(self.checkpoints, trainer.step)
+            try:
+                checkpoint.save(path, state)
+            except checkpoint.SaveError as error:
+                if required:
+                    raise UserError(
+                        f"{error}; earlier checkpoints are whole: free space and repeat the command"
+                    ) from error
+                self.logger.info(f"warning: {error}; training goes on, earlier checkpoints are whole")
+                return False
+            self.logger.info(f"saved {path}")
+            try:
+                checkpoint.prune(path, self.keep_checkpoints)
+                monitor.plot_loss(self.path)
+            except OSError as error:
+                left = f"{self.path / 'loss.png'} and old checkpoints are left as they were"
+                self.logger.info(f"warning: {left}: {error}")
+            return True
+
+        return distributed.on_main(write)
+
+    def draw_samples(self, trainer: Trainer, decoder: VAE | None, metrics: monitor.Metrics) -> None:
+        """The grid of this step, made by rank 0 while the others wait. A failure is a warning; trackers get it too."""
+
+        def draw() -> None:
+            try:
+                path = previews.make(
+                    self.path, trainer.ema, self.config, decoder, trainer.step, trainer.device, trainer.precision
+                )
+            except (OSError, torch.OutOfMemoryError) as error:
+                reason = str(error).splitlines()[0]
+                return self.logger.info(
+                    f"warning: no samples of step {trainer.step:,}: {reason}; training goes on (--sample-every 0: none)"
+                )
+            metrics.write_image("samples", path, trainer.step)
+
+        distributed.on_main(draw)
+
+    def has_samples(self, step: int) -> bool:
+        """Whether the grid of a step is there, on all ranks."""
+        return distributed.on_main(previews.step_path(self.path, step).exists)
+
+    def write_report(self) -> None:
+        """report.html anew. A failed write is a warning."""
+        if distributed.is_main():
+            try:
+                report.write(self.path)
+            except (OSError, UserError) as error:
+                self.logger.info(f"warning: {self.path / 'report.html'} is left as it was: {error}")
+
+    def finish(self, step: int) -> None:
+        """Mark the run as finished and say where its results are."""
+        with distributed.agreed_failure(f"--results-dir {str(self.path)!r}"):
+            if distributed.is_main():
+                files.write_json(self.finished, {"step": step})
+        newest = checkpoint.step_path(self.checkpoints, step)
+        self.logger.info(f"finished at step {step:,}: {newest}, loss curve {self.path / 'loss.png'}")
+
+
+def _as_stored(value):
+    """A value of plain types: paths as text."""
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
