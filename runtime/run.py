@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from runtime import checkpoint, distributed, files, holdout, monitor, options, previews, report, trackers
+from runtime import checkpoint, distributed, files, holdout, monitor, options, pictures, report, trackers
 from runtime.config import RunConfig, flatten
 from runtime.options import UserError
 from runtime.training import NonFiniteWatch, Trainer
@@ -175,7 +175,7 @@ class RunFolder:
 
         def draw() -> None:
             try:
-                path = previews.make(
+                path = pictures.save_samples(
                     self.path, trainer.ema, self.config, decoder, trainer.step, trainer.device, trainer.precision
                 )
             except (OSError, torch.OutOfMemoryError) as error:
@@ -189,7 +189,7 @@ class RunFolder:
 
     def has_samples(self, step: int) -> bool:
         """Whether the grid of a step is there, on all ranks."""
-        return distributed.on_main(previews.step_path(self.path, step).exists)
+        return distributed.on_main(pictures.grid_path(self.path, step).exists)
 
     def write_report(self) -> None:
         """report.html anew. A failed write is a warning."""
