@@ -114,13 +114,18 @@ def measure(job, decoder: VAE | None, done: int) -> list[str]:
 
 def made_up_batches(job) -> list[tuple[Tensor, Tensor]]:
     """This process's micro-batches of a step, of the shapes that its data set gives."""
-    args, model = job.args, job.config.model
+    args, image_size = job.args, None if job.vae is None else job.config.image_size
     count = args.global_batch_size // distributed.world_size() // args.grad_accum_steps
-    if job.vae is None:
+    return [made_up_batch(count, job.config.model, image_size) for _ in range(args.grad_accum_steps)]
+
+
+def made_up_batch(count: int, model: ModelConfig, image_size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+    """Cached moments (n, 2C, h, w) float16, or with a size images (n, 3, H, W) uint8; and labels (n,)."""
+    if image_size is None:
         inputs = torch.rand(count, 2 * model.in_channels, *model.input_size).half()
     else:
-        inputs = torch.randint(256, (count, 3, *job.config.image_size), dtype=torch.uint8)
-    return [(inputs, torch.randint(model.num_classes, (count,))) for _ in range(args.grad_accum_steps)]
+        inputs = torch.randint(256, (count, 3, *image_size), dtype=torch.uint8)
+    return inputs, torch.randint(model.num_classes, (count,))
 
 
 def timed(function: Callable, device: torch.device) -> float:
