@@ -64,7 +64,9 @@ def test_no_attention_matrix_is_ever_made(encoding):
 def test_operations_of_a_step_are_those_of_its_matrix_products(model, published):
     """A closed form, and the GFLOP of DiT's paper for a 256² image, times 6 for multiply-adds and backward pass."""
     config = benchmark.ModelConfig(model, rope=benchmark.ENCODINGS["spiral"])
-    built, flops = config.build(), benchmark.flops_of(config)
+    with torch.device("meta"):
+        built = config.build()
+    flops = benchmark.flops_of(config)
     n, d, p = math.prod(built.grid), built.x_embedder.proj.out_channels, built.patch_size
     block = 24 * n * d**2 + 4 * n**2 * d + 12 * d**2  # qkv, projection and MLP; attention; modulation
     ends = 2 * n * d * p**2 * (4 + 8) + 4 * d**2 + 2 * (256 * d + d**2)
@@ -117,13 +119,6 @@ def test_what_is_written(tmp_path, capsys):
             numbers = [value for value in row.values() if isinstance(value, float)] + list(row["ms"].values())
             assert all(0 < number < 1e6 for number in numbers), row
     assert [row["encoding"] for row in parts["position"]["rows"][::2]] == list(benchmark.ENCODINGS)
-    assert [row["latents"].split()[0] for row in parts["latents"]["rows"]] == [
-        "online",
-        "cached",
-        "encoding",
-        "reading",
-    ]
-    assert [row["tokens"] for row in parts["tokens"]["rows"]] == [16, 64]
 
 
 @pytest.mark.parametrize(
