@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from runtime import checkpoint, distributed, files, holdout, monitor, options, previews, report, trackers
+from runtime import checkpoint, distributed, files, monitor, options, pictures, report, trackers, validation
 from runtime.config import RunConfig, flatten
 from runtime.options import UserError
 from runtime.training import NonFiniteWatch, Trainer
@@ -29,7 +29,7 @@ def check_same(stored: dict | None, config: RunConfig, path: Path) -> None:
         raise UserError(f"checkpoint {str(path)!r} has no config, so it cannot be resumed; use another --results-dir")
     before = RunConfig.from_dict(stored)
     if before.data.fingerprint == config.data.fingerprint:
-        holdout.check_same(before.validation, config.validation, path)
+        validation.check_same(before.validation, config.validation, path)
     old, new = flatten(before.to_dict()), flatten(config.to_dict())
     # Where weights came from, and what the fingerprints cover.
     ignored = ("vae.source", "data.classes", "validation.left_out")
@@ -175,7 +175,7 @@ class RunFolder:
 
         def draw() -> None:
             try:
-                path = previews.make(
+                path = pictures.save_samples(
                     self.path, trainer.ema, self.config, decoder, trainer.step, trainer.device, trainer.precision
                 )
             except (OSError, torch.OutOfMemoryError) as error:
@@ -189,7 +189,7 @@ class RunFolder:
 
     def has_samples(self, step: int) -> bool:
         """Whether the grid of a step is there, on all ranks."""
-        return distributed.on_main(previews.step_path(self.path, step).exists)
+        return distributed.on_main(pictures.grid_path(self.path, step).exists)
 
     def write_report(self) -> None:
         """report.html anew. A failed write is a warning."""

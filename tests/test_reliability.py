@@ -17,12 +17,11 @@ from conftest import TINY_RUN, TORCHRUN, command_line
 from test_run_all import Repository
 
 import cache_latents
-import evaluate
 import models
 import sample_ddp
 import train
 import visualize_rope
-from demo import digits
+from demo import digits, measure
 from runtime import checkpoint, distributed, monitor, options, pictures
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
@@ -353,8 +352,8 @@ def test_awkward_names_work_in_every_command(image_folder, vae_folder, tmp_path,
     options = {"ckpt": results / "checkpoints" / "0000002.pt", "sample_dir": samples, "num_fid_samples": 3}
     sample_ddp.main(command_line(options | {"num_sampling_steps": 2, "precision": "fp32"}))
     (npz,) = samples.glob("*.npz")
-    evaluate.main(["--samples", str(npz), "--digits"])
-    assert json.loads(npz.with_suffix(".metrics.json").read_text())["samples"] == 3
+    measure.main(["--samples", str(npz)])
+    assert json.loads(npz.with_suffix(".digits.metrics.json").read_text())["samples"] == 3
     visualize_rope.main(["--rope-rotate", "2", "--grid", "4", "--only", "directions", "--out", str(root / "r.png")])
     digits.main([str(root / "digits"), "--size", "8"])
     assert (root / "r.png").exists() and (root / "digits" / "9").is_dir()
@@ -388,7 +387,7 @@ def test_names_that_are_not_utf8(image_folder, train_arguments, sample_arguments
     not_utf8 = f"argument {os.fsencode(link)!r} is not UTF-8; rename what it names, or pass a link to it"
     assert refused(train.main, train_arguments(tmp_path / "run", data_path=link)) == not_utf8
     assert refused(sample_ddp.main, sample_arguments(link)) == not_utf8
-    assert refused(evaluate.main, ["--digits", "--samples", link]) == not_utf8
+    assert refused(measure.main, ["--samples", link]) == not_utf8
     assert refused(options.command(visualize_rope.main), ["--out", link]) == not_utf8
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["images", name])
 
@@ -434,8 +433,8 @@ def test_real_processes_end_with_one_line(image_folder, vae_folder, run, tmp_pat
          "asks for posix.mkdir; only tensors and plain values load"),
         ("sample_ddp.py", [*ckpt, "--guidance-interval", "0", "9"], "argument --guidance-interval: '9' is not a number "
          "with 0 <= value <= 1"),
-        ("evaluate.py", ["--digits", "--samples", "none.npz"], "--samples 'none.npz' does not exist; expected an .npz "
-         "of sample_ddp.py, with images arr_0 uint8 (N, H, W, 3) and labels arr_1 (N,)"),
+        ("evaluate.py", ["--metrics=is", "--samples=none.npz"], "--samples 'none.npz' does not exist; expected an .npz "
+         "with images arr_0 uint8 (N, H, W, 3)"),
         ("visualize_rope.py", ["--rope-theta", "-1"], "argument --rope-theta: '-1' is not a number > 0"),
     ]  # fmt: skip
     commands = [[sys.executable, ROOT / script, *arguments] for script, arguments, _ in cases]

@@ -15,6 +15,7 @@ import evaluate_loss
 import sample
 import sample_ddp
 import train
+from demo import measure
 from runtime import checkpoint, distributed, options
 from runtime.vae import VAE
 
@@ -350,12 +351,12 @@ def test_geometry_is_read_from_the_autoencoder(make_vae):
 # The other commands
 
 
-def test_evaluation(refused, tmp_path):
+def test_measuring(refused, tmp_path):
     path = tmp_path / "samples.npz"
     expected = "expected an .npz of sample_ddp.py, with images arr_0 uint8 (N, H, W, 3) and labels arr_1 (N,)"
 
     def message():
-        found = refused(evaluate.main, ["--samples", path, "--digits"]).replace(repr(str(path)), "FILE")
+        found = refused(measure.main, ["--samples", path]).replace(repr(str(path)), "FILE")
         assert found.startswith("--samples FILE ") and found.endswith(f"; {expected}")
         return found.removeprefix("--samples FILE ").removesuffix(f"; {expected}")
 
