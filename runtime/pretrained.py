@@ -250,8 +250,8 @@ def _check_objective(objective: str, path: Path) -> None:
     """Raise UserError unless this version knows how such a model is sampled."""
     if objective not in OBJECTIVES:
         raise UserError(
-            f"checkpoint {str(path)!r} was trained with --objective {objective}, which diffusion/objectives.py does not "
-            f"have; expected one of {', '.join(OBJECTIVES)}"
+            f"checkpoint {str(path)!r} was trained with --objective {objective}, which diffusion/objectives.py does "
+            f"not have; expected one of {', '.join(OBJECTIVES)}"
         )
 
 

@@ -3,8 +3,6 @@
 import argparse
 import hashlib
 import json
-import resource
-import signal
 import socket
 import threading
 import time
@@ -17,6 +15,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from test_checkpoint import disk_full_at
 
 import export
 import sample_ddp
