@@ -5,6 +5,8 @@ import math
 import os
 import shutil
 import tracemalloc
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,17 +14,19 @@ import torch
 from conftest import command_line
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
+from test_checkpoint import build, write
 
 import sample_ddp
-import train
 from diffusion import create_diffusion
-from models import DiT, DiT_models
+from diffusion.objectives import OBJECTIVES
+from models import DiT
+from rope import RopeConfig
 from runtime import distributed, pretrained, sampling
 from runtime.sampling import SamplingConfig
 from runtime.vae import VAE
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
-NAME = "DiT-XS-2-0000007-size-32-vae-{}-cfg-1.5-seed-0"
+SAMPLERS = OBJECTIVES["eps"].samplers
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,7 @@ def assert_same_images(images, reference) -> None:
 
 
 def test_what_is_written(finished, vae_folder):
-    assert stem(finished).name == NAME.format(vae_folder.name)
+    assert stem(finished).name == f"DiT-XS-2-0000007-size-32-vae-{vae_folder.name}-cfg-1.5-seed-0"
     assert pngs(finished) == [f"{index:06d}.png" for index in range(13)]
     images, labels = arrays(finished)
     assert (images.dtype, images.shape) == (np.uint8, (13, 32, 32, 3))
@@ -83,11 +87,15 @@ def read_settings(folder) -> dict:
     return json.loads((folder / f"{stem(folder).name}.json").read_text())
 
 
-def test_names_follow_the_settings(run, sample_arguments, tmp_path, capsys):
-    changes = dict(cfg_scale=1, global_seed=100, print_name=True, vae="mse")
-    sample_ddp.main(sample_arguments(tmp_path / "samples", **changes))
-    expected = tmp_path / "samples" / "DiT-XS-2-0000007-size-32-vae-mse-cfg-1.0-seed-100.npz"
-    assert capsys.readouterr().out == f"{expected}\n"
+def test_the_name_is_told_from_the_settings_alone(run, sample_arguments, tmp_path, capsys, monkeypatch):
+    """Neither weights nor an autoencoder are read, and nothing is written."""
+    monkeypatch.setattr(pretrained, "load_trained", None)
+    monkeypatch.setattr(sample_ddp, "load_vae", None)
+    for ckpt in (run, run / "checkpoints" / "0000007.pt"):
+        changes = dict(ckpt=ckpt, cfg_scale=1, global_seed=100, print_name=True, vae="mse")
+        sample_ddp.main(sample_arguments(tmp_path / "samples", **changes))
+        expected = tmp_path / "samples" / "DiT-XS-2-0000007-size-32-vae-mse-cfg-1.0-seed-100.npz"
+        assert capsys.readouterr().out == f"{expected}\n"
     assert not (tmp_path / "samples").exists()
 
 
@@ -107,7 +115,7 @@ def test_an_interrupted_run_makes_the_missing_images_only(
     assert not list(tmp_path.glob("*.npz"))
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert sorted(path.name for path in folder.iterdir()) == [f"{index:06d}.png" for index in range(5)]
-    (folder / "000002.png").write_bytes((folder / "000002.png").read_bytes()[:-7])  # as a killed run may leave it
+    (folder / "000002.png").write_bytes((folder / "000002.png").read_bytes()[:-7])  # as a kill may leave it
     (folder / "000004.png").unlink()
     (folder / "000009.png.partial").write_bytes(b"half")
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("00000[013].png")}
@@ -121,29 +129,58 @@ def test_an_interrupted_run_makes_the_missing_images_only(
     assert arrays(tmp_path)[1].tolist() == arrays(finished)[1].tolist()
 
 
-def test_a_finished_run_does_nothing_twice(finished, sample_arguments, tmp_path, monkeypatch, capsys):
+def times(folder) -> dict:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_finished_run_is_told_without_model_or_autoencoder(
+    moved, finished, run, sample_arguments, tmp_path, monkeypatch, capsys
+):
+    """Their weights tell, and not where they lie."""
+    copy, changes = shutil.copytree(finished, tmp_path / "samples"), {}
+    if moved:
+        trained = pretrained.describe(run)
+        changes["ckpt"] = shutil.copy(trained.path, tmp_path / "0000007.pt")
+        name = Path(trained.config.vae.source).name
+        changes["vae"] = shutil.copytree(trained.config.vae.source, tmp_path / "moved" / name)
+    before = times(copy)
+    monkeypatch.setattr(pretrained, "load_trained", None)
+    monkeypatch.setattr(sample_ddp, "load_vae", None)
+    for more in ({}, {"dry_run": True}):
+        sample_ddp.main(sample_arguments(copy, **changes, **more))
+        assert "nothing to do: all 13 samples are there" in capsys.readouterr().out
+    assert times(copy) == before
+
+
+def test_a_dry_run_tells_what_is_missing_and_writes_nothing(finished, run, sample_arguments, refused, tmp_path, capsys):
     copy = shutil.copytree(finished, tmp_path / "samples")
-    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*.[pn][np][gz]")}
-    monkeypatch.setattr(sampling, "sample_latents", None)
-    sample_ddp.main(sample_arguments(copy))
-    assert "nothing to do: all 13 samples are there" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+    (stem(copy) / "000003.png").unlink()
+    before = times(tmp_path)
+    for folder, missing in ((copy, 1), (tmp_path / "new", 13)):
+        sample_ddp.main(sample_arguments(folder, ckpt=run, dry_run=True))
+        assert f"dry run: would make {missing} of 13 samples, 4 steps of ddpm each" in capsys.readouterr().out
+    assert refused(sample_ddp.main, sample_arguments(copy, global_seed=0, sampler="ddim", dry_run=True))
+    options = dict(ckpt=tmp_path / "run", dry_run=True, planned=2)
+    sample_ddp.main(sample_arguments(tmp_path / "new", **options))
+    assert f"{tmp_path / 'run'} is not there yet" in capsys.readouterr().out
+    file = tmp_path / "file"
+    file.touch()
+    expected = f"--sample-dir {str(file / 'a')!r} cannot be written ({str(file)!r} is a file); choose another"
+    assert refused(sample_ddp.main, sample_arguments(file / "a", **options)) == expected
+    file.unlink()
+    assert times(tmp_path) == before
 
 
-def test_a_damaged_npz_is_made_again(finished, sample_arguments, tmp_path):
+def test_a_damaged_npz_is_made_again_and_more_samples_may_come_later(finished, sample_arguments, tmp_path):
     copy = shutil.copytree(finished, tmp_path / "samples")
     npz = stem(copy).with_name(f"{stem(copy).name}.npz")
-    npz.write_bytes(npz.read_bytes()[:1000])
-    sample_ddp.main(sample_arguments(copy))
-    assert np.array_equal(arrays(copy)[0], arrays(finished)[0])
-
-
-def test_more_samples_later(finished, sample_arguments, tmp_path):
-    copy = shutil.copytree(finished, tmp_path / "samples")
-    sample_ddp.main(sample_arguments(copy, num_fid_samples=15))
-    images, labels = arrays(copy)
-    assert len(images) == len(labels) == len(pngs(copy)) == 15
-    assert np.array_equal(images[:13], arrays(finished)[0])
+    for total in (13, 15):
+        npz.write_bytes(npz.read_bytes()[:1000])
+        sample_ddp.main(sample_arguments(copy, num_fid_samples=total))
+        images, labels = arrays(copy)
+        assert len(images) == len(labels) == len(pngs(copy)) == total
+        assert np.array_equal(images[:13], arrays(finished)[0])
 
 
 def test_a_folder_begun_with_other_settings_is_refused_by_name(finished, sample_arguments, refused, tmp_path):
@@ -151,34 +188,19 @@ def test_a_folder_begun_with_other_settings_is_refused_by_name(finished, sample_
     start = f"{str(stem(copy))!r} was begun with other settings: "
     end = "; repeat them, or use another --sample-dir"
 
-    def message(**changes):
-        text = refused(sample_ddp.main, sample_arguments(copy, **changes))
-        assert text.startswith(start) and text.endswith(end)
-        return text[len(start) : -len(end)]
-
-    assert message(num_sampling_steps=5) == "steps 4 (now 5)"
-    assert message(sampler="ddim") == "sampler 'ddpm' (now 'ddim')"
-    assert message(class_balanced=True) == "class_balanced False (now True)"
-    assert message(cfg_channels="all", guidance_interval=(0, 0.5)) == (
-        "cfg_channels 3 (now 'all'), guidance_interval [0.0, 1.0] (now [0.0, 0.5])"
-    )
-    assert message(weights="model").startswith("weights_sha256 ")
+    for listed, changes in {
+        "steps 4 (now 5)": dict(num_sampling_steps=5),
+        "sampler 'ddpm' (now 'ddim')": dict(sampler="ddim"),
+        "class_balanced False (now True)": dict(class_balanced=True),
+        "cfg_channels 3 (now 'all'), guidance_interval [0.0, 1.0] (now [0.0, 0.5])": dict(
+            cfg_channels="all", guidance_interval=(0, 0.5)
+        ),
+        "weights_sha256 ": dict(weights="model"),
+    }.items():
+        message = refused(sample_ddp.main, sample_arguments(copy, **changes))
+        assert message.startswith(f"{start}{listed}") and message.endswith(end)
     assert read_settings(copy) == read_settings(finished)
     assert np.array_equal(arrays(copy)[0], arrays(finished)[0])
-
-
-def test_a_moved_checkpoint_goes_on(finished, run, sample_arguments, tmp_path, capsys):
-    copy = shutil.copytree(finished, tmp_path / "samples")
-    moved = shutil.copy(run / "checkpoints" / "0000007.pt", tmp_path / "0000007.pt")
-    sample_ddp.main(sample_arguments(copy, ckpt=moved))
-    assert "nothing to do" in capsys.readouterr().out
-
-
-def test_the_averaged_weights_are_the_default(finished, sample_arguments, tmp_path):
-    sample_ddp.main(sample_arguments(tmp_path / "ema", weights="ema", num_fid_samples=2))
-    sample_ddp.main(sample_arguments(tmp_path / "model", weights="model", num_fid_samples=2))
-    assert_same_images(arrays(tmp_path / "ema")[0], arrays(finished)[0][:2])
-    assert (arrays(tmp_path / "ema")[0] != arrays(tmp_path / "model")[0]).mean() > 0.01
 
 
 def test_every_setting_that_should_changes_the_images(finished, sample_arguments, tmp_path):
@@ -191,29 +213,13 @@ def test_every_setting_that_should_changes_the_images(finished, sample_arguments
         "steps": dict(num_sampling_steps=5),
         "ddim": dict(sampler="ddim"),
         "dpm++": dict(sampler="dpm++"),
+        "raw": dict(weights="model"),
     }.items():
         sample_ddp.main(sample_arguments(tmp_path / name, num_fid_samples=2, **changes))
         images = arrays(tmp_path / name)[0]
         assert (images != reference).mean() > 0.01, name
     for first, second in (("cfg", "channels"), ("cfg", "interval"), ("ddim", "dpm++")):
         assert (arrays(tmp_path / first)[0] != arrays(tmp_path / second)[0]).any()
-
-
-def test_more_classes_than_folders(train_arguments, sample_arguments, tmp_path):
-    """Labels without a folder are drawn too, and named by their number."""
-    train.main(train_arguments(tmp_path / "run", num_classes=40, max_steps=1))
-    path = tmp_path / "run" / "checkpoints" / "0000001.pt"
-    sample_ddp.main(sample_arguments(tmp_path / "samples", ckpt=path, num_classes=40))
-    assert arrays(tmp_path / "samples")[1].max() > 2
-
-
-def test_sizes_other_than_square(train_arguments, sample_arguments, tmp_path):
-    spiral = dict(use_rope=True, rope_rotate=2)
-    train.main(train_arguments(tmp_path / "run", image_size="16x32", max_steps=1, **spiral))
-    path = tmp_path / "run" / "checkpoints" / "0000001.pt"
-    sample_ddp.main(sample_arguments(tmp_path / "samples", ckpt=path, num_fid_samples=3))
-    assert arrays(tmp_path / "samples")[0].shape == (3, 16, 32, 3)
-    assert "-size-16x32-" in stem(tmp_path / "samples").name
 
 
 def test_another_vae_has_to_fit(make_vae, sample_arguments, refused, tmp_path):
@@ -225,15 +231,22 @@ def test_another_vae_has_to_fit(make_vae, sample_arguments, refused, tmp_path):
     assert not (tmp_path / "samples").exists()
 
 
-def test_published_files_sample(vae_folder, sample_arguments, tmp_path):
-    torch.manual_seed(0)
-    model = DiT_models["DiT-XS/2"](input_size=4, num_classes=6)
-    torch.save(model.state_dict(), tmp_path / "DiT-XS-2-32x32.pt")
-    options = dict(ckpt=tmp_path / "DiT-XS-2-32x32.pt", vae=vae_folder, num_fid_samples=3, class_balanced=True)
-    sample_ddp.main(sample_arguments(tmp_path / "samples", **options))
+@pytest.mark.parametrize(("size", "classes"), [((4, 4), 40), ((2, 4), 6)])
+def test_files_from_elsewhere_sample(size, classes, run, vae_folder, sample_arguments, tmp_path):
+    """Of any size and number of classes; labels are in turn where that is asked for."""
+    path, rope = tmp_path / "DiT-XS-2.pt", RopeConfig(rotate=2)
+    config = pretrained.describe(run).config
+    config = replace(config, model=replace(config.model, input_size=size, num_classes=classes, rope=rope))
+    write(
+        path, {"ema": build(input_size=size, num_classes=classes, rope=rope).state_dict(), "config": config.to_dict()}
+    )
+    changes = dict(ckpt=path, vae=vae_folder, class_balanced=classes == 6 or None)
+    sample_ddp.main(sample_arguments(tmp_path / "samples", **changes))
     images, labels = arrays(tmp_path / "samples")
-    assert images.shape == (3, 32, 32, 3) and labels.tolist() == [0, 1, 2]
-    assert stem(tmp_path / "samples").name == f"DiT-XS-2-DiT-XS-2-32x32-size-32-vae-{vae_folder.name}-cfg-1.5-seed-0"
+    assert images.shape == (13, 8 * size[0], 8 * size[1], 3) and images.std() > 1
+    assert labels.max() > 2 and (classes == 40 or labels.tolist() == [k % 6 for k in range(13)])
+    written = "32" if size == (4, 4) else "16x32"
+    assert stem(tmp_path / "samples").name == f"DiT-XS-2-DiT-XS-2-size-{written}-vae-{vae_folder.name}-cfg-1.5-seed-0"
 
 
 def test_packing_holds_a_few_images_however_many_there_are(tmp_path):
@@ -302,21 +315,20 @@ def latents(run, config: SamplingConfig, indices=(0, 1, 2)):
     return sampling.sample_latents(trained.model, config, list(indices), labels, (4, 4, 4), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("sampler", sampling.SAMPLERS)
-def test_no_guidance_makes_no_null_rows(sampler, run, rows):
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_guidance_doubles_the_rows_within_its_interval(sampler, run, rows):
     latents(run, SamplingConfig(sampler=sampler, steps=5, cfg_scale=1))
     assert [row[1:] for row in rows] == [(3, 0)] * 5
     assert rows[0][0] == 999 and [row[0] for row in rows] == sorted((row[0] for row in rows), reverse=True)
-
-
-@pytest.mark.parametrize("sampler", sampling.SAMPLERS)
-def test_guidance_doubles_the_rows_within_its_interval(sampler, run, rows):
+    rows.clear()
     latents(run, SamplingConfig(sampler=sampler, steps=8, cfg_scale=2))
     assert [row[1:] for row in rows] == [(3, 3)] * 8
     rows.clear()
     latents(run, SamplingConfig(sampler=sampler, steps=8, cfg_scale=2, guidance_interval=(0.25, 0.75)))
     expected = [(3, 3) if 250 <= t <= 750 else (3, 0) for t, _, _ in rows]
     assert [row[1:] for row in rows] == expected and 0 < expected.count((3, 3)) < 8
+    for steps in (1, 2, 3):
+        assert torch.isfinite(latents(run, SamplingConfig(sampler=sampler, steps=steps))).all()
 
 
 def test_guidance_moves_away_from_the_null_class(run):
@@ -388,12 +400,6 @@ def test_dpm_solver_is_the_loop_of_diffusers(run):
             eps = torch.cat([null[:, :3] + 2 * (conditional - null)[:, :3], conditional[:, 3:]], 1)
             x = scheduler.step(eps, t, x, return_dict=False)[0]
     torch.testing.assert_close(latents(run, config), x, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("sampler", sampling.SAMPLERS)
-@pytest.mark.parametrize("steps", [1, 2, 3])
-def test_very_few_steps_run(sampler, steps, run):
-    assert torch.isfinite(latents(run, SamplingConfig(sampler=sampler, steps=steps))).all()
 
 
 def test_precision_follows_the_device(monkeypatch):
