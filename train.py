@@ -118,6 +118,10 @@ class Job:
     total_steps: int
     steps_per_epoch: int
 
+    @property
+    def processes(self) -> int:
+        return self.args.planned or distributed.world_size()
+
     def checkpoint_due(self, step: int) -> bool:
         return step % self.args.ckpt_every == 0 or step == self.total_steps
 
@@ -358,7 +362,7 @@ def describe(job: Job) -> list[str]:
         f"model: {args.model}, {parameters:,} parameters, {position}",
         f"data: {config.data.images:,} images in {len(config.data.classes)} classes, {source}, "
         f"{job.steps_per_epoch:,} steps an epoch",
-        f"run: {job.total_steps:,} steps of batch {args.global_batch_size} on {distributed.world_size()} x "
+        f"run: {job.total_steps:,} steps of batch {args.global_batch_size} on {job.processes} x "
         f"{job.device.type} in {precision}; "
         + estimate.checkpoint_disk(config.model, job.total_steps, args.ckpt_every, args.keep_checkpoints),
     ]
@@ -376,7 +380,9 @@ def dry_run_without_data(args: argparse.Namespace, logger: Logger) -> None:
 
 def dry_run(job: Job, decoder: VAE | None, logger: Logger) -> None:
     """Say what would be done, and with --dry-run STEPS what it would take. Raises UserError."""
-    done = distributed.on_main(steps_done, job.args.results_dir, job.config)
+    done = distributed.on_main(steps_done, job.args.results_dir, job.config, logger.info)
+    if done >= job.total_steps:
+        return logger.info(f"dry run: nothing to do: the run has {done:,} of {job.total_steps:,} steps")
     for line in describe(job):
         logger.info(line)
     begin = f"go on from step {done:,}" if done else "start"

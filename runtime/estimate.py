@@ -85,7 +85,7 @@ def measure(job, decoder: VAE | None, done: int) -> list[str]:
 def made_up_batches(job) -> list[tuple[Tensor, Tensor]]:
     """This process's micro-batches of a step, of the shapes that its data set gives."""
     args, model = job.args, job.config.model
-    count = args.global_batch_size // distributed.world_size() // args.grad_accum_steps
+    count = args.global_batch_size // job.processes // args.grad_accum_steps
     if job.vae is None:
         inputs = torch.rand(count, 2 * model.in_channels, *model.input_size).half()
     else:

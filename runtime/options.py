@@ -100,7 +100,7 @@ class Parser(argparse.ArgumentParser):
                     f"argument {os.fsencode(text)!r} is not UTF-8; rename what it names, or pass a link to it"
                 )
         found, rest = super().parse_known_args(args, namespace)
-        if getattr(found, "planned", None) is not None and found.dry_run in (None, False):
+        if getattr(found, "planned", None) is not None and (found.dry_run is None or found.dry_run is False):  # 0: yes
             raise UserError(f"--planned {found.planned} given without --dry-run; add --dry-run, or leave it out")
         return found, rest
 
