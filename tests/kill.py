@@ -28,14 +28,14 @@ import random
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ import train
 from demo.digits import write_digits
 from runtime import checkpoint, monitor, pictures, report, sampling
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL_RUN = (
     "--model=DiT-XS/2 --image-size=32 --use-rope --rope-rotate=2 --global-batch-size=8 --max-steps=240 --ckpt-every=6 "
     "--log-every=3 --keep-checkpoints=3 --lr=0.001 --ema-decay=0.9 --num-workers=1 --precision=fp32"
@@ -63,8 +64,8 @@ FORKS = multiprocessing.get_context("forkserver")
 
 def start(function: Callable, *arguments):
     """Start a process that calls a function of a module, with small checkpoints and on one thread."""
-    FORKS.set_forkserver_preload(["kill"])
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])  # the server that forks reads it, once
+    FORKS.set_forkserver_preload(["kill", "diffusers.models.autoencoders.autoencoder_kl"])
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))  # for the server that forks
     process = FORKS.Process(target=call, args=(function, arguments, dict(os.environ)))
     process.start()
     return process
@@ -73,6 +74,7 @@ def start(function: Callable, *arguments):
 def call(function: Callable, arguments: tuple, environment: dict) -> None:
     os.environ |= environment
     monitor.plot_loss = report.write = lambda _: None
+    monitor.tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process would leave
     models.SIZES["XS"].update(TINY_XS)
     torch.set_num_threads(1)
     function(*arguments)

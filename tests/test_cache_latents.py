@@ -144,7 +144,9 @@ def test_other_settings_are_refused_by_name(
         return text[len(start) : -len(end)]
 
     assert message(image_size=16) == "image_size [32, 32] (now [16, 16]), shape [24, 2, 8, 4, 4] (now [24, 2, 8, 2, 2])"
-    assert message(no_flip=True) == message(["--dry-run"], no_flip=True) == "shape [24, 2, 8, 4, 4] (now [24, 1, 8, 4, 4])"
+    assert (
+        message(no_flip=True) == message(["--dry-run"], no_flip=True) == "shape [24, 2, 8, 4, 4] (now [24, 1, 8, 4, 4])"
+    )
     named = []
     for source in (vae_folder, make_vae(seed=1)):
         sha256 = VAE(str(source)).config.sha256
@@ -257,13 +259,17 @@ def test_what_cannot_be_cached_is_refused_before_writing(cache_arguments, refuse
         def message(root=folder, extra=tuple(extra), **changes):
             return refused(cache_latents.main, [*cache_arguments(root, **changes), *extra])
 
-        assert message(image_size=36).startswith("--image-size 36 is not divisible by 8 (VAE down-sampling 8 x patch 1)")
-        assert message(data_path=tmp_path / "none").startswith(f"--data-path {str(tmp_path / 'none')!r} is not a folder")
+        assert message(image_size=36).startswith(
+            "--image-size 36 is not divisible by 8 (VAE down-sampling 8 x patch 1)"
+        )
+        assert message(data_path=tmp_path / "none").startswith(
+            f"--data-path {str(tmp_path / 'none')!r} is not a folder"
+        )
         assert "--latents-dir" in message(tmp_path / "file" / "latents")
         with monkeypatch.context() as patch:
             usage = shutil.disk_usage(tmp_path)
             patch.setattr(files.shutil, "disk_usage", lambda _, usage=usage: usage._replace(free=1000))
             assert message() == (
-                f"--latents-dir {str(folder)!r} cannot be written (it needs 12.3 kB and 1 kB are free on the disk); free "
-                "space, or choose another"
+                f"--latents-dir {str(folder)!r} cannot be written (it needs 12.3 kB and 1 kB are free on the disk); "
+                "free space, or choose another"
             )

@@ -43,7 +43,7 @@ def full(*_):
 def test_training_killed_again_and_again(image_folder, vae_folder, tmp_path):
     """kill.py in its short form: a random moment, half a checkpoint written, one written and not renamed."""
     random.seed(0)
-    changes = {"data_path": image_folder, "vae": vae_folder, "log_every": 1, "ckpt_every": 5, "max_steps": 60}
+    changes = {"data_path": image_folder, "vae": vae_folder, "log_every": 1, "ckpt_every": 2, "max_steps": 30}
     assert kill.kill_training(tmp_path, 3, command_line(TINY_RUN | changes)) == dict.fromkeys(kill.TRAINING_MOMENTS, 1)
     assert_same_run(tmp_path / "killed", tmp_path / "reference")
 
@@ -208,7 +208,9 @@ def test_space_for_samples_is_looked_at_before_sampling(sample_arguments, refuse
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage._replace(free=50_000))
     folder = tmp_path / "samples"
     message = refused(sample_ddp.main, sample_arguments(folder), has_begun=True)
-    assert f"--sample-dir {str(folder)!r} cannot be written (it needs 58.4 kB and 50 kB are free on the disk)" in message
+    assert (
+        f"--sample-dir {str(folder)!r} cannot be written (it needs 58.4 kB and 50 kB are free on the disk)" in message
+    )
     assert not list(folder.rglob("*.png"))
     sample_ddp.main(sample_arguments(folder, num_fid_samples=11))
     assert len(read_samples(folder)[0]) == 11

@@ -460,9 +460,7 @@ def test_another_model_data_set_or_recipe_is_refused_by_name(run, train_argument
     assert message(grad_clip=1) == "other settings: recipe.grad_clip None (now 1.0)"
     assert message(global_batch_size=4) == "other settings: recipe.global_batch_size 8 (now 4)"
     assert message(lr=0.02, rope_rotate=4) == "another model: model.rope.rotate 2 (now 4)"
-    assert message(rope_border="exact", data_path=others) == (
-        "another model: model.rope.border 'clamp' (now 'exact')"
-    )
+    assert message(rope_border="exact", data_path=others) == ("another model: model.rope.border 'clamp' (now 'exact')")
     assert message(num_classes=5, val_fraction=0.3) == "another model: model.num_classes 3 (now 5)"
     assert message(model="DiT-XS/4").startswith("another model: model.model 'DiT-XS/2' (now 'DiT-XS/4')")
     assert message(use_rope=None, rope_rotate=None).startswith("another model: model.rope.rotate 2 (now None)")
@@ -691,9 +689,7 @@ def test_a_non_finite_loss_on_one_process_skips_the_step_on_all(two):
     first, second = two("non_finite")
     assert_same_bits(first, second)
     folder = two.folder / "non_finite"
-    stored = [
-        dict(checkpoint.load(checkpoint.step_path(folder / "checkpoints", step))["model"]) for step in (1, 2, 3)
-    ]
+    stored = [dict(checkpoint.load(checkpoint.step_path(folder / "checkpoints", step))["model"]) for step in (1, 2, 3)]
     assert_same_bits(stored[0], stored[1])
     assert not torch.equal(stored[1]["final_layer.linear.weight"], stored[2]["final_layer.linear.weight"])
     assert [record["skipped"] for record in read_metrics(folder)] == [1, 0]
