@@ -1,4 +1,4 @@
-"""Evaluate samples: FID, sFID, Inception Score, precision, recall and KID; for the demo, how well digits are met.
+"""Evaluate samples against a reference: FID, sFID, Inception Score, precision, recall and KID.
 
 Features, statistics and metrics are torch-fidelity's. Under torchrun all processes extract features.
 """
@@ -7,39 +7,64 @@ import argparse
 import math
 import os
 import warnings
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-from demo.digits import enlarged_digits
-from runtime import distributed, fidelity, files, inception, monitor, options
-from runtime.image_sets import NpzImages
-from runtime.inception import Inception
-from runtime.options import UserError
-from runtime.reference import Reference
+from runtime import distributed, files, inception, monitor, options
+from runtime.image_sets import NpzImages, Reference, checksum
+from runtime.inception import WIDTHS, Inception
+from runtime.options import UserError, format_size
 
-FEATURES = {  # of each metric
-    "fid": "pool",
-    "sfid": "spatial",
-    "is": "logits",
-    "precision": "pool",
-    "recall": "pool",
-    "kid": "pool",
-}
-STORED = ("fid", "sfid")  # metrics that need no more of a reference than its mean and covariance
+IS_SPLITS = 10
+NEIGHBOURS = 3  # k of precision and recall, as in ADM
+SEED = 2020  # torch-fidelity's: shuffles before the Inception Score is split, draws the subsets of KID
 BIASED_BELOW = 10_000  # samples
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is measured and told."""
+
+    feature: str  # of runtime.inception
+    images: int  # that it needs at least; of samples, and of the reference where it is compared with images
+    key: str  # in the results
+    row: str  # of the table, to be filled with the results
+
+
+METRICS = {
+    "fid": Metric("pool", 2, "fid", "FID               {fid:9.4f}"),
+    "sfid": Metric("spatial", 2, "sfid", "sFID              {sfid:9.4f}"),
+    "is": Metric(
+        "logits", IS_SPLITS, "inception_score", "Inception Score   {inception_score:9.4f} ± {inception_score_std:.4f}"
+    ),
+    "precision": Metric(
+        "pool", NEIGHBOURS + 1, "precision",
+        "precision         {precision:9.4f}   of the samples, inside the reference's manifold",
+    ),
+    "recall": Metric(
+        "pool", NEIGHBOURS + 1, "recall",
+        "recall            {recall:9.4f}   of the reference, inside the samples' manifold",
+    ),
+    "kid": Metric("pool", 2, "kid", "KID               {kid:9.6f} ± {kid_std:.6f}"),
+}  # fmt: skip
+STORED = ("fid", "sfid")  # metrics that need no more of a reference than its mean and covariance
 
 
 def metric_names(text: str) -> list[str]:
     """An argparse type: metrics from "fid,is"."""
     names = text.split(",")
-    unknown = [name for name in names if name not in FEATURES]
+    unknown = [name for name in names if name not in METRICS]
     if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not a metric; expected some of {','.join(FEATURES)}")
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not a metric; expected some of {','.join(METRICS)}")
     return list(dict.fromkeys(names))
 
 
@@ -48,87 +73,135 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spiral-rope-dit"
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> options.Parser:
     parser = options.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--samples", type=Path, required=True, help=".npz of sample_ddp.py, or any with images arr_0 (N, H, W, 3)")
+    add("--samples-expected", type=options.count, default=None, help="images that --samples must have (None: any)")
     add("--reference", type=Path, default=None, help="reference file of ADM, .npz of images, or folder of images")
-    add("--metrics", type=metric_names, default=None, help=f"with commas between (None: {','.join(FEATURES)})")
-    add("--digits", action="store_true", help="label accuracy and pixel Fréchet distance of the demo's digits")
+    add("--metrics", type=metric_names, default=",".join(METRICS), help="what to measure, with commas between")
     add("--inception-weights", type=Path, default=None, help="file of the weights (None: downloaded once)")
     add("--kid-subsets", type=options.count, default=100, help="pairs of subsets that KID is averaged over")
     add("--kid-subset-size", type=options.number(int, 2), default=1000, help="images in each of them")
     add("--batch-size", type=options.count, default=64, help="images at a time for each process")
-    add("--num-workers", type=options.non_negative_int, default=4, help="processes reading a folder, for each process")
+    options.add_num_workers(parser, "processes reading a folder, for each process")
     add("--cache-dir", type=Path, default=default_cache(), help="where features of references are kept")
-    args = parser.parse_args(argv)
-    if args.reference is not None and args.metrics is None:
-        args.metrics = list(FEATURES)
-    if not (args.metrics or args.digits):
-        raise UserError("nothing to measure; pass --reference REF for FID and the others, or --digits for the demo")
-    compared = [name for name in args.metrics or [] if name != "is"]
+    options.add_dry_run(parser, planned=True)
+    return parser
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    args = build_parser().parse_args(argv)
+    compared = [name for name in args.metrics if name != "is"]
     if compared and args.reference is None:
-        raise UserError(f"--metrics {','.join(compared)} compare with a reference; pass --reference REF")
+        raise UserError(
+            f"--metrics {','.join(compared)} compare with a reference; pass --reference REF, or --metrics is, which "
+            "needs none"
+        )
     return args
 
 
-# The demo's digits
+# Checks before anything is measured
 
 
-def reduce_to_8x8(images: list[Image.Image]) -> np.ndarray:
-    """Grey values (N, 64) of images, averaged over the cells of an 8 x 8 grid."""
-    return np.stack([np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX)).ravel() for image in images])
-
-
-def label_accuracy(samples: np.ndarray, labels: np.ndarray, real: np.ndarray, real_labels: np.ndarray) -> float:
-    """Share of samples (N, 64) that a 3-nearest-neighbour classifier of the real digits recognises as their label."""
-    from sklearn.neighbors import KNeighborsClassifier
-
-    classifier = KNeighborsClassifier(n_neighbors=3).fit(real.astype(float), real_labels)
-    return float((classifier.predict(samples.astype(float)) == labels).mean())
-
-
-def measure_digits(samples: NpzImages) -> dict:
-    """Label accuracy, and the Fréchet distance between all real digits and the samples as 64 grey values from 0 to 1.
-
-    The distance is None for a single sample, which has no covariance.
-    """
-    pixels = [reduce_to_8x8([Image.fromarray(image) for image in batch]) for batch in samples.batches(256)]
-    real_images, real_labels = enlarged_digits(samples.size[0])
-    reduced, real = np.concatenate(pixels), reduce_to_8x8(real_images)
-    distance = None
-    if len(samples) > 1:
-        made, wanted = (fidelity.statistics(torch.from_numpy(values / 255)) for values in (reduced, real))
-        distance = fidelity.frechet_distance(made, wanted)
-    accuracy = label_accuracy(reduced, samples.labels, real, real_labels)
-    return {"label_accuracy": accuracy, "pixel_frechet_distance_8x8_digits": distance}
-
-
-# Metrics of Inception features
+def check(args: argparse.Namespace) -> tuple[NpzImages | None, Reference | None]:
+    """Samples, None while they are only planned, and reference. Raises UserError for what cannot be measured."""
+    samples = None if args.planned else NpzImages(args.samples, "--samples")
+    if samples and args.samples_expected not in (None, len(samples)):
+        raise UserError(
+            f"--samples {str(args.samples)!r} has {len(samples)} images; expected {args.samples_expected} by "
+            "--samples-expected: make them again, or leave it out"
+        )
+    reference = None
+    if args.reference is not None:
+        reference = Reference(args.reference, samples.size if samples else None, args.num_workers)
+    check_enough(args, len(samples) if samples else args.samples_expected, reference)
+    files.check_folder(args.samples.parent, "folder of --samples")
+    if any(needs_images(name, reference) for name in args.metrics):
+        files.check_folder(args.cache_dir, "--cache-dir")
+    return samples, reference
 
 
 def needs_images(metric: str, reference: Reference | None) -> bool:
     """Whether the metric needs features of the reference's images: not where the file holds their statistics."""
-    return metric != "is" and not (metric in STORED and FEATURES[metric] in reference.statistics)
+    return metric != "is" and not (metric in STORED and METRICS[metric].feature in reference.statistics)
 
 
-def check_enough(args: argparse.Namespace, samples: NpzImages, reference: Reference | None) -> None:
-    """Raise UserError unless every metric has the images it needs."""
-    compared = [name for name in args.metrics if needs_images(name, reference)]
-    if compared and reference.images is None:
-        possible = ",".join(name for name in args.metrics if name not in compared)
-        raise UserError(
-            f"--reference {str(args.reference)!r} has no images arr_0, which {','.join(compared)} need; "
-            f"{f'pass --metrics {possible}, or' if possible else 'pass'} another reference"
-        )
-    least = {"fid": 2, "sfid": 2, "is": fidelity.IS_SPLITS, "kid": args.kid_subset_size}
-    for name in args.metrics:
-        sets = {"--samples": samples} | ({"--reference": reference.images} if name in compared else {})
-        for option, images in sets.items():
-            needed = least.get(name, fidelity.NEIGHBOURS + 1)
-            if len(images) < needed:
-                remedy = "lower --kid-subset-size" if name == "kid" else f"leave {name} out of --metrics"
-                raise UserError(f"{name} needs {needed} images and {option} has {len(images)}; give more, or {remedy}")
+def lacking(name: str, args: argparse.Namespace, samples: int | None, reference: Reference | None) -> str | None:
+    """What the metric lacks to be measured, with a remedy; None where it lacks nothing."""
+    counts = {"--samples will have" if args.planned else "--samples has": samples}
+    if needs_images(name, reference):
+        if reference.images is None:
+            return f"--reference {str(args.reference)!r} has no images arr_0, which {name} needs; use another"
+        counts["--reference has"] = len(reference.images)
+    needed = args.kid_subset_size if name == "kid" else METRICS[name].images
+    for holder, count in counts.items():
+        if count is not None and count < needed:
+            remedy = "give more, lower --kid-subset-size" if name == "kid" else "give more"
+            return f"{name} needs {needed} images and {holder} {count}; {remedy}"
+    return None
+
+
+def check_enough(args: argparse.Namespace, samples: int | None, reference: Reference | None) -> None:
+    """Raise UserError, naming the --metrics that can be measured, unless all of them can.
+
+    samples is how many there are, None where that is not known yet.
+    """
+    reasons = {name: lacking(name, args, samples, reference) for name in args.metrics}
+    possible = ",".join(name for name, reason in reasons.items() if reason is None)
+    for reason in reasons.values():
+        if reason is not None:
+            raise UserError(f"{reason}, or pass --metrics {possible}" if possible else reason)
+
+
+def stored_results(args: argparse.Namespace, samples: NpzImages, reference: Reference | None) -> dict | None:
+    """The results of an earlier command with the same samples, reference, weights and settings; None without any."""
+    path = results_path(args)
+    try:
+        stored = files.read_json(path) if path.exists() else {}
+    except UserError:  # damaged: measured again
+        stored = {}
+    if not all(METRICS[name].key in stored for name in args.metrics) or "features" not in stored:
+        return None
+    weights = args.inception_weights
+    begin = inception.check_weights(weights) if weights else inception.PUBLISHED
+    same = (
+        stored.get("samples_checksum") == checksum(samples.path)
+        and (reference is None or (stored["reference"] or {}).get("checksum") == checksum(reference.path))
+        and stored["features"]["weights_sha256"].startswith(begin)
+        and stored["features"]["batch_size"] == args.batch_size
+        and stored["settings"] == describe_settings(args)
+    )
+    return stored if same else None
+
+
+def sampling_settings(args: argparse.Namespace) -> dict | None:
+    """What sample_ddp.py wrote beside its samples; None for samples from elsewhere. Raises UserError."""
+    path = args.samples.with_suffix(".json")
+    return files.read_json(path) if path.exists() else None
+
+
+# Metrics of features
+
+
+def statistics(features: Tensor) -> dict[str, np.ndarray]:
+    """Mean mu (D,) and covariance sigma (D, D) of features (N, D), in float64."""
+    return fid_features_to_statistics(features.double())
+
+
+def frechet_distance(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> float:
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Gaussians as statistics gives them."""
+    return fid_statistics_to_metric(first, second, verbose=False)[KEY_METRIC_FID]
+
+
+def precision_recall(samples: Tensor, reference: Tensor) -> dict[str, float]:
+    """precision: share of the samples inside the reference's manifold; recall: of the reference inside the samples'.
+
+    The manifold of a set is the union of the balls around its members that reach to their NEIGHBOURS-th neighbour.
+    """
+    # save_cpu_ram: a block of distances at a time; the whole matrix of 50,000 samples would take 10 GB.
+    found = prc_features_to_metric(samples, reference, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
+    return {"precision": found[KEY_METRIC_PRECISION], "recall": found[KEY_METRIC_RECALL]}
 
 
 def compute(
@@ -138,21 +211,25 @@ def compute(
     stored: dict[str, dict],
     device: torch.device,
 ) -> dict[str, float]:
-    """The metrics asked for, in the order of the table, from features of samples and reference. Raises UserError."""
+    """The metrics asked for from features of samples and reference, and its stored statistics. Raises UserError."""
     found = {}
-    for name in ("fid", "sfid"):
+    for name in STORED:
         if name in args.metrics:
-            feature = FEATURES[name]
-            against = stored[feature] if feature in stored else fidelity.statistics(reference[feature])
-            found[name] = fidelity.frechet_distance(fidelity.statistics(samples[feature]), against)
-    if "is" in args.metrics:
-        found |= fidelity.inception_score(samples["logits"])
+            feature = METRICS[name].feature
+            against = stored[feature] if feature in stored else statistics(reference[feature])
+            found[name] = frechet_distance(statistics(samples[feature]), against)
+    if "is" in args.metrics:  # exp of the mean KL divergence between p(class | image) and p(class)
+        score = isc_features_to_metric(samples["logits"], splits=IS_SPLITS, shuffle=True, rng_seed=SEED)
+        found["inception_score"] = score[KEY_METRIC_ISC_MEAN]
+        found["inception_score_std"] = score[KEY_METRIC_ISC_STD]
     asked = [name for name in ("precision", "recall") if name in args.metrics]
     if asked:
-        both = fidelity.precision_recall(samples["pool"].to(device), reference["pool"].to(device))
+        both = precision_recall(samples["pool"].to(device), reference["pool"].to(device))
         found |= {name: both[name] for name in asked}
-    if "kid" in args.metrics:
-        found |= fidelity.kernel_distance(samples["pool"], reference["pool"], args.kid_subsets, args.kid_subset_size)
+    if "kid" in args.metrics:  # the squared MMD of subsets with the kernel (x.y / 2048 + 1)^3
+        subsets = {"kid_subsets": args.kid_subsets, "kid_subset_size": args.kid_subset_size, "rng_seed": SEED}
+        distance = kid_features_to_metric(samples["pool"], reference["pool"], **subsets, verbose=False)
+        found |= {"kid": distance[KEY_METRIC_KID_MEAN], "kid_std": distance[KEY_METRIC_KID_STD]}
     wrong = ", ".join(name for name, value in found.items() if not math.isfinite(value))
     if wrong:
         raise UserError(
@@ -161,23 +238,26 @@ def compute(
     return found
 
 
-def measure(args: argparse.Namespace, samples: NpzImages, device: torch.device) -> tuple[dict, dict]:
-    """Metrics of Inception features, and the settings that decide them. Raises UserError."""
-    reference = None
-    if args.reference is not None:
-        reference = Reference(args.reference, samples.size, args.num_workers)
-    check_enough(args, samples, reference)
-    network = Inception(args.inception_weights, device)
-    if distributed.is_main():
-        warn(args, samples, network)
-    needed = dict.fromkeys(FEATURES[name] for name in args.metrics if needs_images(name, reference))
+def features_of(args: argparse.Namespace, reference: Reference | None) -> tuple[list[str], list[str]]:
+    """Names of the features that are needed of the samples and of the reference's images."""
+    of_images = [name for name in args.metrics if needs_images(name, reference)]
+    return tuple(list(dict.fromkeys(METRICS[name].feature for name in names)) for names in (args.metrics, of_images))
+
+
+def measure(
+    args: argparse.Namespace, samples: NpzImages, reference: Reference | None, network: Inception
+) -> dict[str, float]:
+    """Number of samples and metrics, on all processes. Raises UserError."""
+    names, compared_names = features_of(args, reference)
     compared, stored = {}, reference.statistics if reference else {}
-    if needed:
-        compared = inception.extract_cached(reference.images, list(needed), network, args.batch_size, args.cache_dir)
-    names = list(dict.fromkeys(FEATURES[name] for name in args.metrics))
+    if compared_names:
+        compared = inception.extract_cached(reference.images, compared_names, network, args.batch_size, args.cache_dir)
     features = inception.extract(samples, names, network, args.batch_size, "samples")
-    metrics = distributed.on_main(compute, args, features, compared, stored, device)
-    return metrics, distributed.on_main(describe, args, samples, reference, network)
+    metrics = distributed.on_main(compute, args, features, compared, stored, network.device)
+    return {"samples": len(samples)} | metrics
+
+
+# What is told
 
 
 def warn(args: argparse.Namespace, samples: NpzImages, network: Inception) -> None:
@@ -196,10 +276,66 @@ def warn(args: argparse.Namespace, samples: NpzImages, network: Inception) -> No
         )
 
 
-def describe(args: argparse.Namespace, samples: NpzImages, reference: Reference | None, network: Inception) -> dict:
-    """Every setting that decides the metrics, but for how the samples were made."""
+def plan(args: argparse.Namespace, samples: NpzImages | None, reference: Reference | None) -> str:
+    """What would be measured, and what that takes. Raises UserError for weights that are none."""
+    count = len(samples) if samples else args.samples_expected
+    lines = [
+        f"dry run: would measure {','.join(args.metrics)}, with {args.planned or distributed.world_size()} processes",
+        f"samples: {args.samples}, "
+        + (f"{count:,} images" if count else "of any number")
+        + (
+            f" of {format_size(samples.size)} pixels" if samples else "; not checked, since an earlier command makes it"
+        ),
+    ]
+    if reference is not None:
+        held = "statistics alone" if reference.images is None else f"{len(reference.images):,} images"
+        lines.append(f"reference: {args.reference}, {held}")
+    lines.append(f"weights of Inception-v3: {inception.find_weights(args.inception_weights)}")
+    if count:
+        lines.append(f"memory: about {files.format_bytes(memory(args, count, reference))} in the first process")
+    if features_of(args, reference)[1]:
+        lines.append(f"would keep features of the reference in {args.cache_dir}")
+    return "\n".join([*lines, f"would write {results_path(args)}"])
+
+
+def memory(args: argparse.Namespace, samples: int, reference: Reference | None) -> int:
+    """Bytes that the features take, and beside them the metric that takes most."""
+    names, compared_names = features_of(args, reference)
+    compared = len(reference.images) if compared_names else 0
+    features = 4 * (samples * sum(map(WIDTHS.get, names)) + compared * sum(map(WIDTHS.get, compared_names)))
+    rows, beside = max(samples, compared), 0
+    if set(STORED) & set(args.metrics):  # two copies in float64 while a covariance is taken
+        beside = 16 * rows * WIDTHS["pool"]
+    if {"precision", "recall"} & set(args.metrics):  # torch-fidelity sorts the distances of 10,000 rows at a time
+        beside = max(beside, 16 * rows * min(rows, 10_000))
+    return features + beside
+
+
+def table(metrics: list[str], results: dict) -> str:
+    return "\n".join(METRICS[name].row.format(**results) for name in METRICS if name in metrics)
+
+
+def describe_settings(args: argparse.Namespace) -> dict:
+    """The settings that decide the metrics of given features."""
+    return {
+        "is_splits": IS_SPLITS,
+        "kid_subsets": args.kid_subsets,
+        "kid_subset_size": args.kid_subset_size,
+        "kid_kernel": "(x.y / 2048 + 1)^3",
+        "precision_recall_neighbours": NEIGHBOURS,
+        "seed": SEED,
+    }
+
+
+def describe(
+    args: argparse.Namespace, samples: NpzImages, reference: Reference | None, network: Inception
+) -> dict[str, object]:
+    """All that decides the metrics, but for how the samples were made, and the environment. Reads all images."""
+    environment = monitor.describe_environment(network.device)
+    environment["versions"]["torch-fidelity"] = version("torch-fidelity")
     return {
         "samples_sha256": samples.sha256,
+        "samples_checksum": checksum(samples.path),
         "image_size": list(samples.size),
         "reference": reference.describe() if reference else None,
         "features": {
@@ -208,76 +344,45 @@ def describe(args: argparse.Namespace, samples: NpzImages, reference: Reference 
             "weights_are_published": network.is_published,
             "batch_size": args.batch_size,
         },
-        "settings": {
-            "is_splits": fidelity.IS_SPLITS,
-            "kid_subsets": args.kid_subsets,
-            "kid_subset_size": args.kid_subset_size,
-            "kid_kernel": "(x.y / 2048 + 1)^3",
-            "precision_recall_neighbours": fidelity.NEIGHBOURS,
-            "seed": fidelity.SEED,
-        },
+        "settings": describe_settings(args),
+        **environment,
     }
 
 
-# Results
+def results_path(args: argparse.Namespace) -> Path:
+    return args.samples.with_suffix(".metrics.json")
 
 
-def line(name: str, values: dict) -> str | None:
-    """The line of the table for a metric, None for a value that belongs to another's line."""
-    value, spread = values[name], values.get(f"{name}_std")
-    match name:
-        case "label_accuracy":
-            return f"label accuracy: {value:.1%} of {values['samples']} samples recognised as their label"
-        case "pixel_frechet_distance_8x8_digits":
-            shown = "not defined for a single sample" if value is None else f"{value:.4f}"
-            return f"pixel Fréchet distance on 8 x 8 digits: {shown}"
-        case "fid" | "sfid":
-            return f"{name.replace('fid', 'FID'):<17} {value:>9.4f}"
-        case "inception_score":
-            return f"{'Inception Score':<17} {value:>9.4f} ± {spread:.4f}"
-        case "precision":
-            return f"{name:<17} {value:>9.4f}   of the samples, inside the reference's manifold"
-        case "recall":
-            return f"{name:<17} {value:>9.4f}   of the reference, inside the samples' manifold"
-        case "kid":
-            return f"{'KID':<17} {value:>9.6f} ± {spread:.6f}"
-    return None
+def say(text: str) -> None:
+    if distributed.is_main():
+        print(text, flush=True)
 
 
-def write_results(args: argparse.Namespace, metrics: dict, settings: dict, device: torch.device) -> Path:
-    environment = monitor.describe_environment(device)
-    environment["versions"]["torch-fidelity"] = version("torch-fidelity")
-    path = args.samples.with_suffix(".metrics.json")
-    try:
-        files.write_json(path, metrics | settings | environment)
-    except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be written ({error.strerror}); free space, or move --samples") from error
-    return path
-
-
-def sampling_settings(samples: Path) -> dict | None:
-    """What sample_ddp.py wrote beside its samples; None for samples from elsewhere. Raises UserError."""
-    path = samples.with_suffix(".json")
-    if not os.access(samples.parent, os.W_OK):
-        raise UserError(f"{str(samples.parent)!r}, the folder of --samples, cannot be written; copy the file elsewhere")
-    return files.read_json(path) if path.exists() else None
+def write_results(args: argparse.Namespace, results: dict) -> None:
+    path = results_path(args)
+    with files.cannot_write(repr(str(path)), "free space, or move --samples"):
+        files.write_json(path, results)
+    print(f"metrics: {path}")
 
 
 @options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    samples = NpzImages(args.samples, "--samples", labelled=args.digits)
-    settings = {"sampling": sampling_settings(args.samples)}
+    samples, reference = check(args)
+    sampling = sampling_settings(args)
     device = distributed.setup(tf32=False)
-    metrics = {"samples": len(samples)}
-    if args.digits:
-        metrics |= distributed.on_main(measure_digits, samples)
-    if args.metrics:
-        found, decided = measure(args, samples, device)
-        metrics, settings = metrics | found, settings | decided
+    stored = distributed.on_main(stored_results, args, samples, reference) if samples else None
+    if stored is not None:
+        return say(f"{table(args.metrics, stored)}\nnothing to do: {results_path(args)} holds these metrics already")
+    if args.dry_run:
+        return say(distributed.on_main(plan, args, samples, reference))
+    network = Inception(args.inception_weights, device)
     if distributed.is_main():
-        print("\n".join(text for name in metrics if (text := line(name, metrics))))
-        print(f"metrics: {write_results(args, metrics, settings, device)}")
+        warn(args, samples, network)
+    metrics = measure(args, samples, reference, network)
+    say(table(args.metrics, metrics))  # first: what is measured is not lost where the file cannot be written
+    if distributed.is_main():
+        write_results(args, metrics | {"sampling": sampling} | describe(args, samples, reference, network))
 
 
 if __name__ == "__main__":

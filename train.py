@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from diffusion.objectives import OBJECTIVES
 from models import ModelConfig
-from runtime import checkpoint, data, distributed, estimate, files, holdout, monitor, options, trackers, validation
+from runtime import checkpoint, data, distributed, estimate, files, monitor, options, trackers, validation
 from runtime.config import DEFAULT_OBJECTIVE, DataConfig, Recipe, RunConfig, recipe_names
 from runtime.latents import LatentCache, LatentData
 from runtime.options import UserError, check_image_size, check_rope
@@ -55,7 +55,7 @@ def build_parser() -> options.Parser:
     add("--compile", action="store_true", help="compile the model")
     add("--grad-accum-steps", type=options.count, default=1, help="micro-batches a step, for less memory")
     add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass, for less memory")
-    holdout.add_options(parser)
+    validation.add_options(parser)
     trackers.add_options(parser)
     options.add_rope_options(parser)
     estimate.add_options(parser)
@@ -86,7 +86,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if (args.data_path is None) == (args.latents_dir is None):
         both = "both were" if args.data_path is not None else "neither was"
         raise UserError(f"exactly one of --data-path and --latents-dir is needed, {both} given; see --help")
-    holdout.check_options(args)
+    validation.check_options(args)
     check_rope(options.rope_from_args(args), ModelConfig(model=args.model).head_dim, args.model)
     check_batch(args)
     if args.max_steps is not None:
@@ -113,7 +113,7 @@ class Job:
     device: torch.device
     dataset: Dataset
     vae: VAE | None  # None when latents are cached
-    held_out: holdout.HeldOut | None  # None without validation
+    held_out: validation.HeldOut | None  # None without validation
     config: RunConfig
     total_steps: int
     steps_per_epoch: int
@@ -157,7 +157,7 @@ def plan(args: argparse.Namespace, device: torch.device) -> Job:
     else:
         source, vae = data.ImageList(args.data_path), VAE(args.vae or "ema", device)
         vae_config = vae.config
-    training, held_out = holdout.hold_out(source, vae, vae_config, args, device)
+    training, held_out = validation.hold_out(source, vae, args, device)
     if vae is None:
         dataset = LatentData(training, args.flip, args.global_seed)
     else:
@@ -237,21 +237,6 @@ def total_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
     return total
 
 
-class Pace:
-    """Images per second and remaining time, checkpoints not counted."""
-
-    def __init__(self):
-        self.start, self.steps = time.perf_counter(), 0
-
-    def paused(self, since: float) -> None:
-        self.start += time.perf_counter() - since
-
-    def measure(self, batch: int, remaining: int) -> dict:
-        seconds = max(time.perf_counter() - self.start, 1e-9) / max(self.steps, 1)
-        self.start, self.steps = time.perf_counter(), 0
-        return {"images_per_second": batch / seconds, "eta_seconds": remaining * seconds}
-
-
 GO_ON, STOP, UNREADABLE, NON_FINITE = range(4)
 
 
@@ -285,7 +270,7 @@ def end_early(status: int, batches: list, trainer: Trainer, folder: RunFolder, s
     folder.logger.info(f"stopped on request at step {trainer.step:,}; repeat the same command to go on")
 
 
-def log(job: Job, trainer: Trainer, metrics: monitor.Metrics, pace: Pace, logger: Logger, scores: dict) -> None:
+def log(job: Job, trainer: Trainer, metrics: monitor.Metrics, pace: monitor.Pace, logger: Logger, scores: dict) -> None:
     """One line in the log and in metrics.jsonl, there with the scores of a validation at this step."""
     record = {"step": trainer.step, "epoch": trainer.step // job.steps_per_epoch, **trainer.log_record()}
     record |= pace.measure(job.args.global_batch_size, job.total_steps - trainer.step)
@@ -298,21 +283,24 @@ def log(job: Job, trainer: Trainer, metrics: monitor.Metrics, pace: Pace, logger
     )
 
 
-def validate(validator: validation.Validator | None, trainer: Trainer, pace: Pace, logger: Logger, last: bool) -> dict:
+def validate(
+    validator: validation.Validator | None, trainer: Trainer, pace: monitor.Pace, logger: Logger, last: bool
+) -> dict:
     """What a validation adds to the record of this step; empty where none is due."""
     if validator is None or not validator.is_due(trainer.step, last):
         return {}
     began = time.perf_counter()
-    scores = validator.measure(trainer.model, trainer.ema)
+    scores = validator.measure(trainer.model, trainer.ema, trainer.step, logger)
     pace.paused(began)
-    validator.log(trainer.step, scores, logger)
     return scores
 
 
 def train(job: Job, trainer: Trainer, folder: RunFolder, decoder: VAE | None) -> None:
     """Run the remaining steps, or as many as come before a reason to stop."""
     args, logger = job.args, folder.logger
-    validator = validation.open_validator(job.held_out, args, job.total_steps, job.device, trainer.precision, logger)
+    validator = None
+    if job.held_out is not None:
+        validator = validation.Validator(job.held_out, args, job.total_steps, job.device, trainer.precision)
     batches = data.EpochBatches(
         len(job.dataset), args.global_batch_size, args.global_seed, trainer.step, args.grad_accum_steps
     )
@@ -320,7 +308,7 @@ def train(job: Job, trainer: Trainer, folder: RunFolder, decoder: VAE | None) ->
     saved = trainer.step
     if trainer.step and job.samples_due(trainer.step) and not folder.has_samples(trainer.step):
         folder.draw_samples(trainer, decoder, metrics)  # a kill came between the checkpoint and its samples
-    pace = Pace()
+    pace = monitor.Pace()
     stop = distributed.StopOnSignal()
     bar = monitor.progress_bar(job.total_steps, trainer.step)
     with stop, bar, metrics, data.open_loader(job.dataset, batches, args.num_workers, job.device) as loader:
@@ -351,45 +339,15 @@ def train(job: Job, trainer: Trainer, folder: RunFolder, decoder: VAE | None) ->
     folder.write_report()
 
 
-def describe(job: Job) -> list[str]:
-    """What the run will take, a line each."""
-    args, config = job.args, job.config
-    parameters = estimate.parameters_of(config.model)
-    position = f"RoPE {config.to_dict()['model']['rope']}" if config.model.rope else "sin-cos positions"
-    source = "cached latents" if job.vae is None else "encoded online"
-    precision = distributed.resolve_precision(args.precision, job.device)
-    return [
-        f"model: {args.model}, {parameters:,} parameters, {position}",
-        f"data: {config.data.images:,} images in {len(config.data.classes)} classes, {source}, "
-        f"{job.steps_per_epoch:,} steps an epoch",
-        f"run: {job.total_steps:,} steps of batch {args.global_batch_size} on {job.processes} x "
-        f"{job.device.type} in {precision}; "
-        + estimate.checkpoint_disk(config.model, job.total_steps, args.ckpt_every, args.keep_checkpoints),
-    ]
-
-
-def dry_run_without_data(args: argparse.Namespace, logger: Logger) -> None:
-    """What can be checked before an earlier command has made the data. Raises UserError."""
+def dry_run_without_data(args: argparse.Namespace) -> None:
+    """Check what can be checked before an earlier command has made the data. Raises UserError."""
     downsampling = downsampling_of(args.vae or "ema")
     if downsampling is not None:
         check_image_size(args.image_size, downsampling, ModelConfig(model=args.model).patch_size)
     files.check_folder(args.results_dir, "--results-dir")
     missing = args.latents_dir or args.data_path
-    logger.info(f"dry run: would train {args.model} in {args.results_dir}; {missing} is not there yet")
-
-
-def dry_run(job: Job, decoder: VAE | None, logger: Logger) -> None:
-    """Say what would be done, and with --dry-run STEPS what it would take. Raises UserError."""
-    done = distributed.on_main(steps_done, job.args.results_dir, job.config, logger.info)
-    if done >= job.total_steps:
-        return logger.info(f"dry run: nothing to do: the run has {done:,} of {job.total_steps:,} steps")
-    for line in describe(job):
-        logger.info(line)
-    begin = f"go on from step {done:,}" if done else "start"
-    logger.info(f"dry run: would {begin} in {job.args.results_dir}; nothing was written")
-    if job.args.dry_run:
-        for line in estimate.measure(job, decoder, done):
-            logger.info(line)
+    text = f"dry run: would train {args.model} in {args.results_dir}; {missing} is not there yet"
+    monitor.make_logger().info(text)
 
 
 @options.command
@@ -398,14 +356,15 @@ def main(argv: list[str] | None = None) -> None:
     device = distributed.setup(args.tf32)
     source = args.data_path or args.latents_dir / "meta.json"
     if args.planned and not source.exists():
-        return dry_run_without_data(args, monitor.make_logger())
+        return dry_run_without_data(args)
     job = plan(args, device)
     if distributed.on_main(is_finished, args.results_dir, job.config, job.total_steps):
         logger = monitor.make_logger()
         return logger.info(f"nothing to do: {args.results_dir} has all of its {job.total_steps:,} steps")
     decoder = open_decoder(job)
     if args.dry_run is not None:
-        return dry_run(job, decoder, monitor.make_logger())
+        done = distributed.on_main(steps_done, args.results_dir, job.config, monitor.make_logger().info)
+        return estimate.dry_run(job, decoder, done)
     trainer = job.trainer()
     folder = RunFolder(args.results_dir, job.config, args)
     try:
@@ -416,7 +375,7 @@ def main(argv: list[str] | None = None) -> None:
         if before and args.lr_schedule == "linear" and any(before.get(k) != getattr(args, k) for k in LENGTH):
             folder.logger.info("warning: the length of the run changed, so its linear learning rate jumps here")
         folder.begin(device)
-        for line in describe(job):
+        for line in estimate.describe(job):
             folder.logger.info(line)
         train(job, trainer, folder, decoder)
     finally:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from rope import RopeConfig, SpiralRoPE
-from runtime import monitor, options
+from runtime import files, monitor, options
 from runtime.options import UserError, check_rope
 
 PARTS = ("directions", "phases", "similarity")
@@ -40,6 +40,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar=("ROW", "COLUMN"),
         help="patch whose similarity to every patch is drawn (None: a quarter of the grid from the upper left corner)",
     )
+    options.add_dry_run(parser)
     options.add_rope_options(parser)
     args = parser.parse_args(argv)
     args.use_rope = True  # there is nothing else to draw
@@ -71,7 +72,7 @@ def check(args: argparse.Namespace, config: RopeConfig) -> None:
             f"--query {args.query[0]} {args.query[1]} is outside the grid; expected a row below {args.grid[0]} and a "
             f"column below {args.grid[1]}"
         )
-    options.check_picture(args.out, FORMATS)
+    files.check_output(args.out, FORMATS)
 
 
 # The mathematics of what is drawn
@@ -133,11 +134,11 @@ def variants(config: RopeConfig) -> dict[str, RopeConfig]:
 def draw_directions(figure: Figure | SubFigure, head_dim: int, config: RopeConfig) -> None:
     """Frequency vectors of all channel pairs in the frequency plane, with logarithmic radius."""
     figure.suptitle(f"Frequency vectors of the {head_dim // 2} channel pairs of a head", fontweight="bold")
-    shown = variants(config)
-    vectors = [frequency_vectors(head_dim, variant).double().numpy() for variant in shown.values()]
+    drawn = variants(config)
+    vectors = [frequency_vectors(head_dim, variant).double().numpy() for variant in drawn.values()]
     limits = radial_limits(np.concatenate([np.hypot(*v.T) for v in vectors]))
-    for k, ((name, variant), v) in enumerate(zip(shown.items(), vectors, strict=True)):
-        axes = figure.add_subplot(1, len(shown), k + 1, projection="polar")
+    for k, ((name, variant), v) in enumerate(zip(drawn.items(), vectors, strict=True)):
+        axes = figure.add_subplot(1, len(drawn), k + 1, projection="polar")
         halves, zero = directions(head_dim, variant), int((np.hypot(*v.T) == 0).sum())
         hidden = f"\n(not drawn: {zero} pairs of frequency 0)" if zero else ""
         axes.set_title(f"{name}: K = {sum(map(len, halves))} directions{hidden}")
@@ -236,10 +237,10 @@ def style_grid(axes: np.ndarray) -> None:
 
 def draw_similarity(figure: Figure | SubFigure, head_dim: int, config: RopeConfig, grid, query) -> None:
     """Similarity of one patch to all by position alone, and what clamping changes in it."""
-    ropes = {"axial RoPE": replace(config, rotate=0, same_theta=False)}
+    compared = {"axial RoPE": variants(config)["axial RoPE"]}
     if config.rotate > 0:
-        ropes |= {f"Spiral RoPE, {border}": replace(config, border=border) for border in ("clamp", "exact")}
-    maps = {title: similarity(SpiralRoPE(head_dim, grid, c), grid, query).numpy() for title, c in ropes.items()}
+        compared |= {f"Spiral RoPE, {border}": replace(config, border=border) for border in ("clamp", "exact")}
+    maps = {title: similarity(SpiralRoPE(head_dim, grid, c), grid, query).numpy() for title, c in compared.items()}
     figure.suptitle(
         f"Similarity of a constant query at row {query[0]}, column {query[1]} to the same key at every patch",
         fontweight="bold",
@@ -249,11 +250,11 @@ def draw_similarity(figure: Figure | SubFigure, head_dim: int, config: RopeConfi
     for panel, (title, values) in zip(axes[0], maps.items(), strict=False):
         image = panel.imshow(values, cmap="viridis", vmin=lowest, vmax=1)
         panel.set_title(title)
-        if title == list(maps)[-1]:
-            add_scale(figure, image, panel, "cosine\nsimilarity")
+    add_scale(figure, image, axes[0, len(maps) - 1], "cosine\nsimilarity")
     if len(maps) > 1:
         panel, change = axes[0, -1], maps["Spiral RoPE, clamp"] - maps["Spiral RoPE, exact"]
-        image = panel.imshow(change, cmap="RdBu_r", norm=CenteredNorm(halfrange=widest(change)))
+        widest = float(np.abs(change).max()) or 1.0  # of a scale centred at 0, also where there is nothing to show
+        image = panel.imshow(change, cmap="RdBu_r", norm=CenteredNorm(halfrange=widest))
         panel.set_title("clamp minus exact")
         add_scale(figure, image, panel, "difference of\nsimilarities")
     for panel in axes[0]:
@@ -269,31 +270,31 @@ def add_scale(figure: Figure | SubFigure, image, panel, label: str) -> None:
     scale.ax.set_title(label, fontsize="small")
 
 
-def widest(values: np.ndarray) -> float:
-    """Half the range of a colour scale that is centred at 0; 1 where there is nothing to show."""
-    return float(np.abs(values).max()) or 1.0
-
-
-def draw(head_dim: int, config: RopeConfig, grid: tuple[int, int], query, only: str | None = None) -> Figure:
-    """The picture of these settings: one of PARTS, or all of them."""
-    rows, columns = phase_panels(directions(head_dim, config))
-    width = 9.5 if only == "directions" else max(12.0, 1.3 * columns)
-    tall = min(grid[0] / grid[1], 2)
+def part_sizes(args: argparse.Namespace, config: RopeConfig) -> tuple[float, dict[str, float]]:
+    """Width of the picture, and height of each of its parts, in inches."""
+    rows, columns = phase_panels(directions(args.head_dim, config))
+    width = 9.5 if args.only == "directions" else max(12.0, 1.3 * columns)
+    tall = min(args.grid[0] / args.grid[1], 2)
     heights = {
         "directions": min(width, 12) / 2 + 1.1,
         "phases": rows * min((width - 1.5) / columns, 2.4) * tall + 2,
         "similarity": (width - 2) / 5 * tall + 1.8,
     }
-    drawers = {
-        "directions": lambda part: draw_directions(part, head_dim, config),
-        "phases": lambda part: draw_phases(part, head_dim, config, grid),
-        "similarity": lambda part: draw_similarity(part, head_dim, config, grid, query),
-    }
-    parts = [only] if only else list(PARTS)
-    figure = Figure(figsize=(width, sum(heights[name] for name in parts)), layout="constrained")
-    subfigures = figure.subfigures(len(parts), 1, height_ratios=[heights[name] for name in parts], squeeze=False)
-    for part, name in zip(subfigures[:, 0], parts, strict=True):
-        drawers[name](part)
+    return width, {args.only: heights[args.only]} if args.only else heights
+
+
+def draw(args: argparse.Namespace, config: RopeConfig, width: float, heights: dict[str, float]) -> Figure:
+    """The picture of these settings, a part for each of the heights (inches)."""
+    figure = Figure(figsize=(width, sum(heights.values())), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, height_ratios=list(heights.values()), squeeze=False)[:, 0]
+    for part, name in zip(parts, heights, strict=True):
+        match name:
+            case "directions":
+                draw_directions(part, args.head_dim, config)
+            case "phases":
+                draw_phases(part, args.head_dim, config, args.grid)
+            case "similarity":
+                draw_similarity(part, args.head_dim, config, args.grid, args.query)
     return figure
 
 
@@ -304,14 +305,15 @@ def main(argv: list[str] | None = None) -> None:
     check(args, config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        figure = draw(args.head_dim, config, args.grid, args.query, args.only)
+        width, heights = part_sizes(args, config)
+        figure = None if args.dry_run else draw(args, config, width, heights)
     for message in sorted({str(warning.message) for warning in caught}):  # the same one for each table built
         print(f"warning: {message}")
-    try:
+    if figure is None:
+        inches = f"{width:.1f} x {sum(heights.values()):.1f} inches"
+        return print(f"dry run: would draw {', '.join(heights)} into {args.out}, {inches}; nothing was written")
+    with files.cannot_write(f"--out {str(args.out)!r}"):
         monitor.save_figure(figure, args.out)
-    except OSError as error:
-        args.out.with_name(args.out.name + ".partial").unlink(missing_ok=True)
-        raise UserError(f"--out {str(args.out)!r} cannot be written ({error.strerror}); choose another") from error
     print(f"picture: {args.out}")
 
 

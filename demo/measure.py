@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
 from demo.digits import IMAGES, enlarged_digits
 from runtime import files, monitor, options
@@ -33,12 +34,10 @@ def label_accuracy(samples: np.ndarray, labels: np.ndarray, real: np.ndarray, re
 
 def pixel_distance(samples: np.ndarray, real: np.ndarray) -> float | None:
     """Fréchet distance of grey values (N, 64), scaled to 0 to 1; None for a single sample, which has no covariance."""
-    from runtime import fidelity  # torch-fidelity takes seconds to import, which finished work need not wait for
-
     if len(samples) == 1:
         return None
-    made, wanted = (fidelity.statistics(torch.from_numpy(values / 255)) for values in (samples, real))
-    return fidelity.frechet_distance(made, wanted)
+    made, wanted = (fid_features_to_statistics(torch.from_numpy(values / 255).double()) for values in (samples, real))
+    return fid_statistics_to_metric(made, wanted, verbose=False)[KEY_METRIC_FID]
 
 
 def measure(samples: NpzImages) -> dict:

@@ -8,6 +8,8 @@ import argparse
 import shutil
 from pathlib import Path
 
+import torch
+
 from experiments import data, figures, measurements, runs, tables
 from experiments.plan import FULL, QUICK, VARIANTS, Run, Study
 from experiments.runs import VAE, Job, Results
@@ -20,9 +22,7 @@ OUT = REPOSITORY / "experiments" / "position_encodings.json"
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(description=__doc__.splitlines()[0])
-    out = "None: beside this file; with --quick in --work-dir"
-    figures = "None: docs/images, or beside another --out"
-    runs.add_options(parser, "results/position_encodings", out, figures)
+    runs.add_options(parser, "results/position_encodings", "None: beside this file; with --quick in --work-dir")
     add = parser.add_argument
     add("--stage", choices=["runs", "report"], default=None, help="do one part (None: all)")
     add("--quick", action="store_true", help="digits alone, four variants, two seeds, 150 steps: ten minutes")
@@ -30,7 +30,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.data_dir = args.work_dir.resolve() / "data"  # the same for both studies
     args.work_dir = args.work_dir.resolve() / ("quick" if args.quick else "full")
     args.out = args.out or (args.work_dir / OUT.name if args.quick else OUT)
-    args.figures = args.figures or (REPOSITORY / "docs" / "images" if args.out == OUT else args.out.parent)
+    args.figures = REPOSITORY / "docs" / "images" if args.out == OUT else args.out.parent
     return args
 
 
@@ -73,6 +73,7 @@ def train_all(missing: list[Run], args: argparse.Namespace, study: Study, result
         psnr = measurements.reconstruction_psnr(root, VAE, study.image_size)
         results.add("reconstruction", data_set, {"psnr": psnr})
     by_key, origin = {run.key: run for run in missing}, results.origin()
+    torch.set_num_threads(1)  # measurements are one of the processes that share the machine
 
     def record(job: Job) -> None:
         run = by_key[job.key]

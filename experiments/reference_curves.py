@@ -138,12 +138,11 @@ def bands_table(reference: Curves) -> str:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(description=__doc__.splitlines()[0])
-    figures = "None: docs/images, or beside another --out"
-    runs.add_options(parser, "results/reference_curves", "None: tests/reference_curves.json", figures)
+    runs.add_options(parser, "results/reference_curves", "None: tests/reference_curves.json")
     parser.add_argument("--check", type=Path, metavar="RESULTS_DIR", help="train nothing; compare this run")
     args = parser.parse_args(argv)
     args.work_dir, args.out = args.work_dir.resolve(), args.out or REFERENCE
-    args.figures = args.figures or (REPOSITORY / "docs" / "images" if args.out == REFERENCE else args.out.parent)
+    args.figures = REPOSITORY / "docs" / "images" if args.out == REFERENCE else args.out.parent
     return args
 
 

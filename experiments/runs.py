@@ -104,7 +104,7 @@ def make_latents(images: Path, latents: Path, image_size: int | str) -> None:
     """Encode a folder of images, unmirrored, unless that is done. Raises UserError when it does not succeed."""
     settings = dict(vae=VAE, image_size=image_size, no_flip=True, num_workers=0)
     command = python("cache_latents.py", data_path=images, latents_dir=latents, **settings)
-    if subprocess.run(command, cwd=REPOSITORY, env=os.environ | ON_CPU, stdout=sys.stderr).returncode:
+    if subprocess.run(command, cwd=REPOSITORY, env=os.environ | ON_CPU, stdout=subprocess.DEVNULL).returncode:
         raise UserError(f"the latents in {str(latents)!r} are not finished; see above, then repeat the command")
 
 
@@ -153,12 +153,11 @@ class Results:
         return {"git_commit": commit, "environment": number}
 
 
-def add_options(parser: options.Parser, work: str, out: str, figures: str) -> None:
+def add_options(parser: options.Parser, work: str, out: str) -> None:
     """The options that the studies share."""
     add = parser.add_argument
     add("--work-dir", type=Path, default=Path(work), help="data, latents, runs and weights")
-    add("--out", type=Path, default=None, help=f"JSON of the results ({out})")
-    add("--figures", type=Path, default=None, help=f"folder of the figures ({figures})")
+    add("--out", type=Path, default=None, help=f"JSON of the results, with the figures beside another one ({out})")
     add("--jobs", type=options.count, default=os.cpu_count(), help="runs at a time, one thread each")
     options.add_dry_run(parser)
 

@@ -123,10 +123,10 @@ def recipe_names() -> list[str]:
     return [field.name for field in fields(Recipe)]
 
 
-def flatten(values: dict, prefix: str = "") -> dict:
-    """Nested settings as {"recipe.lr": 0.0001, ...}."""
+def flatten(nested: dict, separator: str = ".") -> dict:
+    """Nested values by their paths: {"recipe": {"lr": 0.0001}} becomes {"recipe.lr": 0.0001}."""
     flat = {}
-    for key, value in values.items():
-        nested = isinstance(value, dict) and value
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    for key, value in nested.items():
+        inner = flatten(value, separator) if isinstance(value, dict) else {}
+        flat |= {f"{key}{separator}{path}": entry for path, entry in inner.items()} or {key: value}
     return flat

@@ -2,18 +2,20 @@
 
 import io
 import math
+import re
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor
 
 from models import ModelConfig
-from runtime import distributed, files, monitor, options, previews, validation
+from runtime import distributed, files, monitor, options, pictures, validation
 from runtime.latents import LatentData
 from runtime.training import Trainer
 from runtime.vae import VAE
@@ -56,6 +58,36 @@ def checkpoint_disk(config: ModelConfig, total_steps: int, ckpt_every: int, keep
     return f"disk for {kept} checkpoints: {files.format_bytes(size * kept)} ({files.format_bytes(size)} each)"
 
 
+def describe(job) -> list[str]:
+    """What a run is, a line each; job is what train.plan returns."""
+    args, config = job.args, job.config
+    position = f"RoPE {config.to_dict()['model']['rope']}" if config.model.rope else "sin-cos positions"
+    source = "cached latents" if job.vae is None else "encoded online"
+    precision = distributed.resolve_precision(args.precision, job.device)
+    disk = checkpoint_disk(config.model, job.total_steps, args.ckpt_every, args.keep_checkpoints)
+    lines = [
+        f"model: {args.model}, {parameters_of(config.model):,} parameters, {position}",
+        f"data: {config.data.images:,} images in {len(config.data.classes)} classes, {source}, "
+        f"{job.steps_per_epoch:,} steps an epoch",
+        f"run: {job.total_steps:,} steps of batch {args.global_batch_size} on {job.processes} x "
+        f"{job.device.type} in {precision}; {disk}",
+    ]
+    if config.validation is not None:
+        lines.append(validation.describe_schedule(config.validation.images, args, job.total_steps))
+    return lines
+
+
+def dry_run(job, decoder: VAE | None, done: int) -> None:
+    """Say what would be done from step done on, and with --dry-run STEPS what it would take."""
+    logger = monitor.make_logger()
+    if done >= job.total_steps:
+        return logger.info(f"dry run: nothing to do: the run has {done:,} of {job.total_steps:,} steps")
+    begin = f"go on from step {done:,}" if done else "start"
+    lines = [*describe(job), f"dry run: would {begin} in {job.args.results_dir}; nothing was written"]
+    for line in lines + (measure(job, decoder, done) if job.args.dry_run else []):
+        logger.info(line)
+
+
 def measure(job, decoder: VAE | None, done: int) -> list[str]:
     """Take the steps of --dry-run, and say what the rest of the run will take from step done on, a line each.
 
@@ -71,12 +103,12 @@ def measure(job, decoder: VAE | None, done: int) -> list[str]:
     parts |= interruptions(job, trainer, decoder, step, done)
     parts[f"start-up {started + seconds[0]:.0f} s"] = started + seconds[0]
     total = sum(parts.values())
-    rate = args.global_batch_size / step
+    batch = args.global_batch_size
+    measured = f"median of {args.dry_run} steps on made-up data, {counted[0]:.3g} to {counted[-1]:.3g} s"
     return [
-        f"speed: {step:.3g} s a step ({counted[0]:.3g} to {counted[-1]:.3g}, median of {args.dry_run} on made-up "
-        f"data, after {WARM_UP} to warm up), {rate:.4g} images/s with batch {args.global_batch_size}",
-        f"time: {total / 3600:.3g} hours ({monitor.format_seconds(total)}) = {' + '.join(parts)}; reading the data, and "
-        "the disk that checkpoints are written to, are not in it",
+        f"speed: {step:.3g} s a step, {batch / step:.4g} images/s with batch {batch} ({measured})",
+        f"time: {total / 3600:.3g} hours ({monitor.format_seconds(total)}) = {' + '.join(parts)}; without reading the "
+        "data, and without the disk that checkpoints are written to",
         f"memory: {memory(job.device, args.num_workers)}",
         f"disk: {cache_disk(job)}",
     ]
@@ -114,13 +146,11 @@ def interruptions(job, trainer: Trainer, decoder: VAE | None, step: float, done:
         drawn = 0.0
         if distributed.is_main():
             arguments = (trainer.ema, job.config, decoder, "made up", job.device, trainer.precision)
-            drawn = timed(lambda: previews.draw(*arguments), job.device)
+            drawn = timed(lambda: pictures.draw_samples(*arguments), job.device)
         parts[f"{grids:,} sample grids of {drawn:.2g} s"] = grids * drawn
     if job.held_out is not None:
         images = job.held_out.config.images
-        every = args.val_every or validation.default_interval(
-            images, args.global_batch_size, args.ckpt_every, job.total_steps
-        )
+        every = validation.interval(images, args, job.total_steps)
         times = sum(number % every == 0 or number == job.total_steps for number in remaining)
         one = validation.cost_in_steps(images, args.global_batch_size) * step
         parts[f"{times:,} validations of about {one:.2g} s"] = times * one
@@ -145,14 +175,21 @@ def save_nowhere(trainer: Trainer) -> None:
 
 def memory(device: torch.device, workers: int) -> str:
     """Peak use of this process so far, on the host and on its device."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    host = f"{files.format_bytes(peak)} of the host at the peak of this process"
+    host = f"{files.format_bytes(host_peak())} of the host at the peak of this process"
     if workers:
         host += f", and what {workers} data-loading processes take beside it"
     if device.type != "cuda":
         return host
     taken, total = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
     return f"{files.format_bytes(taken)} of {files.format_bytes(total)} of the GPU, and {host}"
+
+
+def host_peak() -> int:
+    """Highest resident memory of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent had when it started this process
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def cache_disk(job) -> str:

@@ -1,4 +1,4 @@
-"""Sets of images to be measured, read a batch at a time: the array of an .npz, or a folder prepared as for training."""
+"""Images to be measured, read a batch at a time: samples in an .npz, and the references that they are compared with."""
 
 import hashlib
 import os
@@ -18,9 +18,29 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from runtime import data
 from runtime.distributed import rank, world_size
-from runtime.options import UserError
+from runtime.inception import WIDTHS
+from runtime.options import UserError, format_size
 
 HASHED_AT_ONCE = 1 << 24  # bytes
+STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # names in the reference files of ADM
+EXPECTED = (
+    "expected a reference file of ADM, an .npz of images arr_0 uint8 (N, H, W, 3), or a folder of images with or "
+    "without class folders"
+)
+
+
+def checksum(path: Path) -> str:
+    """What changes with the contents of an .npz or a folder of images, although it reads none of them."""
+    try:
+        if path.is_dir():  # names, sizes and times
+            found = [(name, os.stat(path / os.fsdecode(name))) for name in data.images_below(path, ".")]
+            held = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+        else:  # the archive's own list, which has a checksum of each array
+            with zipfile.ZipFile(path) as archive:
+                held = [(member.filename, member.file_size, member.CRC) for member in archive.infolist()]
+    except OSError as error:
+        raise UserError(str(data.Unreadable(error.filename or str(path), error.strerror))) from error
+    return hashlib.sha256(repr(held).encode()).hexdigest()
 
 
 class NpzImages:
@@ -105,9 +125,12 @@ def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 class FolderImages(Dataset):
-    """All images in a folder and below it, prepared as for training at size (height, width). Raises UserError."""
+    """All images in a folder and below it, prepared as for training at size (height, width). Raises UserError.
 
-    def __init__(self, root: Path, size: tuple[int, int], num_workers: int = 0):
+    Without a size they can be counted, but not read.
+    """
+
+    def __init__(self, root: Path, size: tuple[int, int] | None, num_workers: int = 0):
         self.root, self.size, self.num_workers = root, size, num_workers
         found = map(os.path.normpath, data.images_below(root, "."))
         self.paths = np.array([path for path in found if b"/." not in b"/" + path])  # hidden folders are no classes
@@ -153,3 +176,64 @@ class FolderImages(Dataset):
                 return hashlib.file_digest(file, "sha256").digest()
         except OSError as error:
             raise UserError(str(data.Unreadable(str(self.path(row)), str(error)))) from error
+
+
+class Reference:
+    """The reference at path, for samples of size (height, width), None where it is not known yet.
+
+    statistics has, for each feature whose mean and covariance are stored, {"mu": (D,), "sigma": (D, D)} in float64.
+    images is a set of runtime.image_sets, or None for a file of statistics alone. Raises UserError.
+    """
+
+    def __init__(self, path: Path, size: tuple[int, int] | None, num_workers: int = 0):
+        self.path, self.statistics, self.images = path, {}, None
+        if path.is_dir():
+            self.images = FolderImages(path, size, num_workers)
+            return
+        if not path.exists():
+            raise UserError(f"--reference {str(path)!r} does not exist; {EXPECTED}")
+        try:
+            archive = np.load(path)
+            if isinstance(archive, np.ndarray):
+                raise ValueError("it is a single array")
+            with archive:
+                names = archive.files
+                stored = {key: archive[key] for pair in STATISTICS.values() for key in pair if key in names}
+        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"--reference {str(path)!r} cannot be read ({error}); {EXPECTED}") from error
+        for feature, (mu, sigma) in STATISTICS.items():
+            if mu in stored and sigma in stored:
+                self.statistics[feature] = self._checked(stored, mu, sigma, WIDTHS[feature])
+        if "arr_0" in names:
+            self.images = NpzImages(path, "--reference")
+            if size not in (None, self.images.size):
+                raise UserError(
+                    f"--reference {str(path)!r} has images of {format_size(self.images.size)} pixels and --samples of "
+                    f"{format_size(size)}; use a reference of the same size, or a folder, whose images are resized"
+                )
+        elif not self.statistics:
+            raise UserError(f"--reference {str(path)!r} has neither images nor statistics; {EXPECTED}")
+
+    def _checked(self, stored: dict, mu: str, sigma: str, width: int) -> dict[str, np.ndarray]:
+        for name, shape in ((mu, (width,)), (sigma, (width, width))):
+            values = stored[name]
+            if values.shape != shape or values.dtype.kind != "f":
+                raise UserError(
+                    f"--reference {str(self.path)!r} holds {name} {values.dtype} {values.shape}; expected floats "
+                    f"{shape}, as in the reference files of ADM"
+                )
+            if not np.isfinite(values).all():
+                raise UserError(f"--reference {str(self.path)!r} has values in {name} that are not finite numbers")
+        return {"mu": stored[mu].astype(np.float64), "sigma": stored[sigma].astype(np.float64)}
+
+    def describe(self) -> dict:
+        """What decides the numbers, as plain types; on rank 0, since the hash reads all images."""
+        images = self.images
+        return {
+            "path": str(self.path),
+            "kind": "folder" if isinstance(images, FolderImages) else "npz",
+            "stored_statistics": [STATISTICS[feature][0] for feature in self.statistics],
+            "images": len(images) if images is not None else 0,
+            "images_sha256": images.sha256 if images is not None else None,
+            "checksum": checksum(self.path),
+        }

@@ -1,18 +1,16 @@
 """Features of images by torch-fidelity's Inception-v3, the TensorFlow-compatible one that published FIDs use."""
 
 import hashlib
-import os
-import uuid
 import warnings
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-from runtime import checkpoint, distributed, monitor
+from runtime import checkpoint, distributed, files, monitor
 from runtime.options import UserError
 
 PUBLISHED = "6726825d"  # how the sha256 of torch-fidelity's weights begins, as their file name tells
@@ -62,9 +60,24 @@ class Inception:
         return {name: values.cpu() for name, values in found.items()}
 
 
+def published_path() -> Path:
+    """Where torch-fidelity keeps its weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / PUBLISHED_NAME
+
+
+def find_weights(weights: Path | None) -> str:
+    """Which weights Inception would take, without a download; those that are there are loaded. Raises UserError."""
+    path = weights or published_path()
+    if weights is None and not path.exists():
+        files.check_folder(path.parent, "folder of torch.hub")
+        return f"would be downloaded once (96 MB) to {path}"
+    network = Inception(path, torch.device("cpu"))
+    return str(path) if network.is_published else f"{path}, which are not those of published numbers"
+
+
 def download() -> Path:
     """torch-fidelity's weights, in the folder where it keeps them; fetched unless they are there. Raises UserError."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / PUBLISHED_NAME
+    path = published_path()
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,51 +140,43 @@ def extract(images, names: list[str], network: Inception, batch_size: int, descr
     return features
 
 
-class FeatureCache:
-    """Features of references in a folder, a file for each (contents of the images, weights of the network, name)."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--cache-dir {str(folder)!r} cannot be made ({error.strerror})") from error
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"--cache-dir {str(folder)!r} cannot be written; pass a folder of yours")
-
-    def path(self, images, network: Inception, name: str) -> Path:
-        return self.folder / f"{images.sha256}-{network.sha256[:16]}-{name}.safetensors"
-
-    def load(self, images, network: Inception, names: list[str]) -> dict[str, Tensor]:
-        """Those of the features that are there; damaged files are reported and count as missing."""
-        found = {}
-        for name in names:
-            path = self.path(images, network, name)
-            if path.exists():
-                try:
-                    found[name] = load_file(path)[name]
-                except (OSError, KeyError, SafetensorError) as error:
-                    warnings.warn(f"{str(path)!r} cannot be read ({error}); it is made again", stacklevel=2)
-        return found
-
-    def save(self, images, network: Inception, features: dict[str, Tensor]) -> None:
-        """Write each file whole or not at all, also where several commands write the same one."""
-        for name, values in features.items():
-            path = self.path(images, network, name)
-            partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-            save_file({name: values}, partial)
-            partial.replace(path)
-
-
 def extract_cached(images, names: list[str], network: Inception, batch_size: int, folder: Path) -> dict[str, Tensor]:
-    """Features of a reference as extract gives them, but complete on rank 0 alone; kept in folder for the next time."""
-    cache = distributed.on_main(FeatureCache, folder)
-    distributed.on_main(lambda: images.sha256)  # read here, where an error reaches all processes
-    features = cache.load(images, network, names) if distributed.is_main() else {}
+    """Features of a reference as extract gives them, but complete on rank 0 alone.
+
+    They are kept in folder for the next time, a file for each (contents of the images, weights of the network, name).
+    """
+    contents = distributed.on_main(lambda: images.sha256)  # read here, where an error reaches all processes
+    paths = {name: folder / f"{contents}-{network.sha256[:16]}-{name}.safetensors" for name in names}
+    features = {}
+    if distributed.is_main():
+        found = {name: load_kept(path, name) for name, path in paths.items()}
+        features = {name: values for name, values in found.items() if values is not None}
     missing = distributed.on_main(lambda: [name for name in names if name not in features])
     if missing:
         made = extract(images, missing, network, batch_size, "reference")
         if distributed.is_main():
-            cache.save(images, network, made)
+            for name, values in made.items():
+                keep(paths[name], name, values)
         features |= made
     return features
+
+
+def load_kept(path: Path, name: str) -> Tensor | None:
+    """Features from a file; None without one, and for a damaged one, which is told."""
+    try:
+        return load_file(path)[name]
+    except FileNotFoundError:
+        return None
+    except (OSError, KeyError, SafetensorError) as error:
+        warnings.warn(f"{str(path)!r} cannot be read ({error}); it is made again", stacklevel=2)
+        return None
+
+
+def keep(path: Path, name: str, values: Tensor) -> None:
+    """Write features for the next time. Where that fails they are told to be lost, and this time goes on."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.whole_file(path) as file:
+            file.write(save({name: values}))
+    except OSError as error:
+        warnings.warn(f"{str(path)!r} cannot be written ({error}); the next command makes it again", stacklevel=2)

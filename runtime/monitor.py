@@ -1,5 +1,6 @@
 """What a run shows: log, metrics.jsonl, config.json, progress bar and loss plot, written by rank 0."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -9,19 +10,38 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from models import ModelConfig
 from runtime import files
 from runtime.distributed import is_main
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-VALIDATED = {"val_loss": ("raw", "C2"), "val_loss_ema": ("EMA", "C3")}  # key of a record: weights, colour
+VALIDATED = {"val_loss": ("raw", "#d97706"), "val_loss_ema": ("EMA", "#c2408f")}  # key of a record: weights, colour
+CURVES = {  # key of a record: panel of loss.png, unit, colour
+    "grad_norm": ("Gradient norm", "L2, before clipping", "#2a9d6f"),
+    "lr": ("Learning rate", "learning rate", "#8c6bb1"),
+    "images_per_second": ("Speed", "images/s", "#9a7b4f"),
+}
+DPI = 150  # of every figure
+TRAINING = "#3b82c4"  # colour of the training loss
+GREY = "#7a7a7a"  # can be read on white and on black
+ANY_GROUND = {  # matplotlib's settings for a picture without a ground of its own
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY),
+    "grid.color": GREY,
+    "grid.alpha": 0.25,
+    "axes.grid": True,
+    "legend.framealpha": 0,
+    "savefig.transparent": True,
+}
 
 
 class TqdmHandler(logging.StreamHandler):
@@ -68,6 +88,21 @@ def make_logger(folder: Path | None = None) -> logging.Logger:
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
     return logger
+
+
+class Pace:
+    """Images per second and remaining time, checkpoints not counted."""
+
+    def __init__(self):
+        self.start, self.steps = time.perf_counter(), 0
+
+    def paused(self, since: float) -> None:
+        self.start += time.perf_counter() - since
+
+    def measure(self, batch: int, remaining: int) -> dict:
+        seconds = max(time.perf_counter() - self.start, 1e-9) / max(self.steps, 1)
+        self.start, self.steps = time.perf_counter(), 0
+        return {"images_per_second": batch / seconds, "eta_seconds": remaining * seconds}
 
 
 def progress_bar(total: int, initial: int = 0, unit: str = "step", description: str | None = None) -> tqdm:
@@ -141,6 +176,25 @@ def describe_environment(device: torch.device) -> dict:
     return {"versions": versions, "device": f"{device.type}: {name}", "git_commit": git_commit()}
 
 
+def group_name(settings: dict) -> str:
+    """Model and positions, such as DiT-B/4 spiral-R4-clamp; RoPE settings that are not the default are appended."""
+    config = ModelConfig.from_dict(settings["model"])  # completes what an older version did not store
+    rope = config.rope
+    if rope is None:
+        return f"{config.model} sin-cos"
+    name = f"{config.model} spiral-R{rope.rotate}-{rope.border}" if rope.rotate else f"{config.model} axial"
+    for field in dataclasses.fields(rope):
+        value = getattr(rope, field.name)
+        if field.name not in ("rotate", "border") and value != field.default:
+            name += f"-{field.name}-{value}"
+    return name
+
+
+def run_name(settings: dict) -> str:
+    """The group and the seed."""
+    return f"{group_name(settings)} seed {settings['recipe']['global_seed']}"
+
+
 def version_of(package: str) -> str | None:
     """The installed version, None without one."""
     try:
@@ -151,77 +205,93 @@ def version_of(package: str) -> str | None:
 
 def git_commit() -> str | None:
     """Commit of the working tree, with "+changes" when files differ from it; None outside git."""
+
+    def git(*words: str) -> str:
+        command = ["git", *words]
+        return subprocess.run(
+            command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+changes" if changed else "")
 
 
 def plot_loss(folder: Path) -> None:
-    """Draw loss.png from metrics.jsonl: losses and gradient norm by step, the newest validation by timestep."""
-    found = read_metrics(folder / "metrics.jsonl")
-    if not (is_main() and any(record.get("loss") is not None for record in found)):
-        return
-    from matplotlib.figure import Figure
-
-    tenths = newest_tenths(found)
-    figure = Figure(figsize=(8, 6.8 if tenths else 4.5), layout="constrained")
-    panels = figure.subplots(2 if tenths else 1, height_ratios=[2, 1] if tenths else None, squeeze=False)[:, 0]
-    draw_losses(panels[0], found)
-    if tenths:
-        draw_tenths(panels[1], *tenths)
-    save_figure(figure, folder / "loss.png")
+    """Draw loss.png from metrics.jsonl, whole or not at all; nothing where there is no loss yet. Raises OSError."""
+    records = read_metrics(folder / "metrics.jsonl")
+    if any(record.get("loss") is not None for record in records):
+        with files.whole_file(folder / "loss.png", durable=False) as file:
+            draw_curves(records, file)
 
 
 def draw_nowhere() -> None:
-    """Draw a plot of made-up losses and keep nothing of it, to see what that takes."""
+    """Draw curves of made-up records and keep nothing of it, to see what that takes."""
+    draw_curves([{"step": step, **dict.fromkeys(("loss", *CURVES), 1.0)} for step in (1, 2)], io.BytesIO())
+
+
+def draw_curves(records: list[dict], file: BinaryIO) -> None:
+    """A PNG of every curve by training step and of the newest validation by timestep.
+
+    It is the only picture of curves: report.html shows it, on light and on dark ground.
+    """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    draw_losses(figure.subplots(), [{"step": step, "loss": 1.0, "grad_norm": 1.0} for step in (1, 2)])
-    figure.savefig(io.BytesIO(), dpi=150, format="png")
+    tenths = newest_tenths(records)
+    below = [["grad_norm", "tenths"], ["lr", "images_per_second"]] if tenths else [list(CURVES)]
+    heights = [3.8] + [2.6] * len(below)  # inches
+    with rc_context(ANY_GROUND):
+        figure = Figure(figsize=(10, sum(heights)), layout="constrained")
+        panels = figure.subplot_mosaic([["loss"] * len(below[0]), *below], height_ratios=heights)
+        draw_losses(panels["loss"], records)
+        for key, (title, unit, color) in CURVES.items():
+            draw_curve(panels[key], *points(records, key), color=color)
+            panels[key].set(title=title, ylabel=unit)
+            if key != "grad_norm":
+                panels[key].set_ylim(bottom=0)
+        use_log_scale(panels["grad_norm"])
+        if tenths:
+            draw_tenths(panels["tenths"], *tenths)
+        figure.savefig(file, dpi=DPI, format="png")
 
 
-def draw_losses(left, found: list[dict]) -> None:
-    """Training loss, gradient norm and validation losses by step."""
-    records = [record for record in found if record.get("loss") is not None]
-    steps = [record["step"] for record in records]
-    right = left.twinx()
-    lines = left.plot(
-        steps, [record["loss"] for record in records], color="C0", label="training: noise MSE + variational term"
-    )
+def points(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps at which records have a value under a key, and the values."""
+    found = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+    steps, values = np.array(found).reshape(-1, 2).T
+    return steps, values
+
+
+def draw_curve(axes, steps: np.ndarray, values: np.ndarray, color: str, label: str | None = None) -> None:
+    """A curve by training step, its points marked where there are few."""
+    from matplotlib.ticker import EngFormatter
+
+    axes.plot(steps, values, color=color, label=label, linewidth=1.2, marker="." if len(steps) < 20 else None)
+    axes.set_xlabel("training step")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def draw_losses(axes, records: list[dict]) -> None:
+    """Training loss and validation losses by step."""
+    draw_curve(axes, *points(records, "loss"), TRAINING, "training: noise MSE + variational term")
     for key, (weights, color) in VALIDATED.items():
-        values = [record for record in found if record.get(key) is not None]
-        points = [(record["step"], record[key], record.get(f"{key}_se") or 0) for record in values]
-        if points:
-            at, loss, error = map(np.array, zip(*points, strict=True))
-            label = f"validation: noise MSE ± standard error, {weights} weights"
-            lines += left.plot(at, loss, color=color, marker=".", label=label)
-            left.fill_between(at, loss - error, loss + error, color=color, alpha=0.25, linewidth=0)
-    lines += right.plot(
-        steps, [record["grad_norm"] for record in records], color="C1", alpha=0.5, label="gradient norm"
-    )
-    left.set(title="Loss", xlabel="training step", ylabel="noise MSE; variational term in bits/dim")
-    use_log_scale(left)
-    right.set_ylabel("gradient norm (L2, before clipping)")
-    left.grid(alpha=0.3)
-    left.legend(lines, [line.get_label() for line in lines])
+        validated = [record for record in records if record.get(key) is not None]
+        if validated:
+            steps, losses = points(validated, key)
+            errors = np.array([record.get(f"{key}_se") or 0 for record in validated])
+            draw_curve(axes, steps, losses, color, f"validation: noise MSE ± standard error, {weights} weights")
+            axes.fill_between(steps, losses - errors, losses + errors, color=color, alpha=0.25, linewidth=0)
+    axes.set(title="Loss", ylabel="noise MSE; variational term in bits/dim")
+    use_log_scale(axes)
+    axes.legend()
 
 
-def newest_tenths(found: list[dict]) -> tuple[int, dict[str, list[float | None]]] | None:
+def newest_tenths(records: list[dict]) -> tuple[int, dict[str, list[float | None]]] | None:
     """Step of the newest validation, and its losses by tenth of the schedule for each key; None without one."""
-    for record in reversed(found):
+    for record in reversed(records):
         tenths = {key: record[f"{key}_tenths"] for key in VALIDATED if f"{key}_tenths" in record}
         if any(loss is not None for losses in tenths.values() for loss in losses):
             return record["step"], tenths
@@ -234,16 +304,15 @@ def draw_tenths(axes, step: int, tenths: dict[str, list[float | None]]) -> None:
         weights, color = VALIDATED[key]
         values = [math.nan if loss is None else loss for loss in losses]  # a gap
         middles = [100 * k + 50 for k in range(len(values))]
-        axes.plot(middles, values, color=color, marker=".", label=f"{weights} weights")
+        axes.plot(middles, values, color=color, linewidth=1.2, marker=".", label=f"{weights} weights")
     axes.set(title=f"Validation loss by tenth of the schedule, step {step:,}", xlabel="timestep", ylabel="noise MSE")
-    axes.set_xticks(range(0, 1001, 100))
+    axes.set_xticks(range(0, 1001, 200))
     use_log_scale(axes)
-    axes.grid(alpha=0.3)
     axes.legend()
 
 
 def use_log_scale(axes) -> None:
-    """A logarithmic y axis of the curves drawn so far, with plain numbers at its ticks, also within one decade."""
+    """A logarithmic y axis of the curves drawn so far, with numbers written out at its ticks, also in one decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -257,7 +326,7 @@ def use_log_scale(axes) -> None:
 def save_figure(figure, path: Path) -> None:
     """Save a figure at 150 dpi, whole or not at all."""
     with files.whole_file(path, durable=False) as file:
-        figure.savefig(file, dpi=150, format=path.suffix[1:])
+        figure.savefig(file, dpi=DPI, format=path.suffix[1:])
 
 
 def format_seconds(seconds: float) -> str:

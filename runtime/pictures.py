@@ -1,17 +1,30 @@
-"""Labelled grids of images, as PNG files."""
+"""Labelled grids of images as PNG files, and the samples of a run while it trains."""
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from runtime import files
+from diffusion.objectives import OBJECTIVES
+from models import DiT
+from runtime import files, sampling
 from runtime.classes import names_of
+from runtime.config import RunConfig
+from runtime.sampling import SamplingConfig
+from runtime.vae import VAE
 
 GAP = 4  # pixels between images
 LEADING = 6  # pixels of a line beside its font size
+# Cheap, since they are only looked at; the sampler is the quick one of the objective.
+SAMPLING = SamplingConfig(steps=20, cfg_scale=2.0, cfg_channels="all")
+COUNT, COLUMNS = 16, 8  # of the samples made during training
+DECODED_AT_ONCE = 4  # images, so that decoding does not need more memory than training
+SHEET_ROWS = 16  # steps at most on the contact sheet
+SHEET_IMAGE = 128  # pixels at most to a side of an image on it
 
 
 def save_png(image: Image.Image, path: Path) -> None:
@@ -112,20 +125,6 @@ def draw_grid(images: list[np.ndarray], captions: list[str], columns: int, title
     return sheet.canvas
 
 
-def draw_contact_sheet(rows: dict[str, list[Image.Image]], captions: list[str], longest: int = 128) -> Image.Image:
-    """A row of images for each name, which stands on its left, under one caption a column.
-
-    Images are made smaller where a side has more than longest pixels.
-    """
-    frames = [[np.asarray(_shrunk(image, longest)) for image in images] for images in rows.values()]
-    return draw_strips(frames, list(rows), captions)
-
-
-def _shrunk(image: Image.Image, longest: int) -> Image.Image:
-    scale = min(1, longest / max(image.size))
-    return image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.BOX)
-
-
 def draw_strips(frames: list[list[np.ndarray]], names: list[str], captions: list[str], title: str = "") -> Image.Image:
     """Rows of frames (H, W, 3) uint8, the name of each row to its left and a caption above each column."""
     sheet = _Sheet(frames[0][0])
@@ -144,3 +143,71 @@ def draw_strips(frames: list[list[np.ndarray]], names: list[str], captions: list
 
 def _printable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
+
+
+# Samples of a run while it trains
+
+
+def samples_folder(results: Path) -> Path:
+    return results / "samples"
+
+
+def grid_path(results: Path, step: int) -> Path:
+    return samples_folder(results) / f"{step:07d}.png"
+
+
+def sheet_path(results: Path) -> Path:
+    return samples_folder(results) / "contact_sheet.png"
+
+
+def grids_by_step(results: Path) -> list[Path]:
+    """The grids that training has made, oldest first."""
+    found = [path for path in samples_folder(results).glob("*.png") if re.fullmatch(r"\d{7,}", path.stem)]
+    return sorted(found, key=lambda path: int(path.stem))
+
+
+def save_samples(
+    results: Path, model: DiT, config: RunConfig, vae: VAE, step: int, device: torch.device, precision: str
+) -> Path:
+    """Draw the samples of a step, and the contact sheet anew; the path of the grid. Raises OSError."""
+    grid, layout, captions = draw_samples(model, config, vae, f"step {step:,}", device, precision)
+    samples_folder(results).mkdir(exist_ok=True)
+    save_png(grid, grid_path(results, step))
+    save_png(draw_contact_sheet(grids_by_step(results), layout, captions), sheet_path(results))
+    return grid_path(results, step)
+
+
+def draw_samples(
+    model: DiT, config: RunConfig, vae: VAE, title: str, device: torch.device, precision: str
+) -> tuple[Image.Image, GridLayout, list[str]]:
+    """The grid, its layout, and the name of each image's class.
+
+    Image k has the noise of index k and always the same label, spread over the classes. The generators of training
+    are not touched.
+    """
+    classes, settings = config.data.classes, replace(SAMPLING, sampler=OBJECTIVES[config.objective].quick_sampler)
+    labels = [k * len(classes) // COUNT if len(classes) >= COUNT else k % len(classes) for k in range(COUNT)]
+    shape = (config.model.in_channels, *config.model.input_size)
+    indices = list(range(COUNT))
+    latents = sampling.sample_latents(model, settings, indices, labels, shape, device, precision, config.objective)
+    images = [pixels for part in latents.split(DECODED_AT_ONCE) for pixels in vae.decode(part).numpy()]
+    captions = [class_name(label, classes) for label in labels]
+    title += f": EMA weights, {settings.steps} steps of {settings.sampler}, cfg scale {settings.cfg_scale:g}"
+    layout = GridLayout(*images[0].shape[:2], COLUMNS, titled=True)
+    return draw_grid(images, captions, COLUMNS, title), layout, captions
+
+
+def draw_contact_sheet(grids: list[Path], layout: GridLayout, captions: list[str]) -> Image.Image:
+    """The first row of every grid (or of SHEET_ROWS evenly chosen ones), one below the other."""
+    if len(grids) > SHEET_ROWS:
+        grids = [grids[round(k * (len(grids) - 1) / (SHEET_ROWS - 1))] for k in range(SHEET_ROWS)]
+    rows = []
+    for path in grids:
+        with Image.open(path) as grid:
+            rows.append([np.asarray(_reduced(grid.crop(layout.box(k)))) for k in range(COLUMNS)])
+    return draw_strips(rows, [f"step {int(path.stem):,}" for path in grids], captions[:COLUMNS])
+
+
+def _reduced(image: Image.Image) -> Image.Image:
+    scale = min(1, SHEET_IMAGE / max(image.size))
+    return image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.BOX)

@@ -1,8 +1,9 @@
-"""report.html of a run: one page with curves, samples, metrics and settings, which needs nothing beside itself.
+"""report.html of a run: one page with metrics, samples, curves and settings, which needs nothing beside itself.
 
-    python -m runtime.report results/b4-spiral --metrics samples/<name>.metrics.json
+    python -m runtime.report results/b4-spiral
 
-makes it anew for a run folder, finished or not; training writes it at every checkpoint.
+makes it anew for a run folder, finished or not, from the pictures and numbers that lie there; training writes it at
+every checkpoint.
 """
 
 import argparse
@@ -14,20 +15,19 @@ from pathlib import Path
 
 from PIL import Image
 
-from runtime import files, monitor, options, previews
+from runtime import files, monitor, options, pictures
+from runtime.config import RunConfig, flatten
 from runtime.options import UserError
-from runtime.trackers import run_name
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #777; }
 @media (prefers-color-scheme: dark) { :root { --soft: #9a9a9a; } }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; margin: .5rem 0 0; overflow-wrap: anywhere; }
+h3 { font-size: 1rem; margin: 1rem 0 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--line); }
 p { margin: .2rem 0; color: var(--soft); overflow-wrap: anywhere; }
-.tiles, .charts { display: grid; gap: .75rem; }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); margin-top: 1rem; }
-.charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
+.tiles { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); margin: 1rem 0; }
 .tile { border: 1px solid var(--line); border-radius: 6px; padding: .4rem .7rem; }
 .tile b { display: block; font-size: 1.2rem; }
 .tile span, figcaption { color: var(--soft); font-size: .85rem; }
@@ -39,41 +39,70 @@ td { vertical-align: top; overflow-wrap: anywhere; }
 td:first-child { width: 14rem; max-width: 45vw; color: var(--soft); }
 summary { cursor: pointer; margin: .4rem 0; }
 """
-LONGEST = {"grid": 1400, "sheet": 1300}  # pixels to which the wide side of a picture is reduced
-POINTS = 1000  # of a curve; a longer one is thinned out
+LONGEST = 1400  # pixels to which the wide side of a picture is reduced
 NAMES = 20  # classes that are listed
+METRIC_NAMES = {"fid": "FID", "sfid": "sFID", "kid": "KID"}  # others are called by their key
 
 
 def write(folder: Path, metrics_files: list[Path] | None = None, out: Path | None = None) -> Path:
     """Make report.html of a run folder, whole or not at all; its path. Raises UserError, and OSError when full."""
     path = out or folder / "report.html"
-    config = read_object(folder / "config.json")
+    config = read_config(folder)
     records = monitor.read_metrics(folder / "metrics.jsonl")
-    found = sorted(previews.folder_of(folder).glob("*.metrics.json")) if metrics_files is None else metrics_files
-    finished = (folder / "finished.json").exists()
     body = [
-        heading(folder, config, records, finished),
-        section("Curves", curves(records)),
-        section("Samples", samples(folder)),
-        section("Evaluation", "".join(evaluation(file) for file in found)),
+        heading(folder, config, records),
+        section("Samples", evaluation(evaluations(folder, metrics_files))),
+        section("Curves", curves(folder)),
+        section("Samples during training", samples(folder)),
         section("Settings", settings(config, records)),
     ]
-    title = escape(run_name(config))
     files.write_text(
         path,
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{''.join(body)}</body>\n</html>\n",
+        f"<title>{escape(monitor.run_name(config))}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n{''.join(body)}</body>\n</html>\n",
     )
     return path
 
 
-def read_object(path: Path) -> dict:
-    """A JSON object. Raises UserError for anything else."""
-    values = files.read_json(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{str(path)!r} holds a JSON {type(values).__name__}, expected an object")
-    return values
+def is_current(path: Path, folder: Path) -> bool:
+    """Whether a page is newer than all that it shows. A folder changes when something is added to it or removed."""
+    inside = pictures.samples_folder(folder)
+    sources = [*folder.glob("*.json*"), folder / "loss.png"]
+    sources += [inside, *inside.glob("*.png"), *inside.glob("*.metrics.json")]
+    changed = max(source.stat().st_mtime_ns for source in sources if source.exists())
+    return path.exists() and path.stat().st_mtime_ns > changed
+
+
+def evaluations(folder: Path, metrics_files: list[Path] | None) -> dict[Path, list[Path]]:
+    """Grids of sample_ddp.py, newest first and measured ones before others, each with the files of its measurements.
+
+    <name>.metrics.json and <name>.digits.metrics.json are of the samples <name>.npz, whose grid is <name>.png.
+    """
+    found = {}
+    if metrics_files is None:
+        metrics_files = sorted(pictures.samples_folder(folder).glob("*.metrics.json"))
+        found = {path.with_suffix(".png"): [] for path in pictures.samples_folder(folder).glob("*.npz")}
+    for path in metrics_files:
+        name = path.name.removesuffix(".metrics.json").removesuffix(".digits")
+        found.setdefault(path.with_name(f"{name}.png"), []).append(path)
+
+    def order(grid: Path) -> tuple[bool, int]:
+        changed = [path.stat().st_mtime_ns for path in (grid, *found[grid]) if path.exists()]
+        return not found[grid], -max(changed, default=0)
+
+    return {grid: found[grid] for grid in sorted(found, key=order)}
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a run, completed by what an older version did not store. Raises UserError."""
+    stored = files.read_json(folder / "config.json")
+    try:
+        config = RunConfig.from_dict(stored).to_dict()
+        return stored | {key: stored[key] for key in ("args", "recipe", "versions")} | config
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"config.json in {str(folder)!r} is not one of train.py ({error!r})") from error
 
 
 def section(title: str, content: str) -> str:
@@ -81,7 +110,7 @@ def section(title: str, content: str) -> str:
     return f"<section>\n<h2>{escape(title)}</h2>\n{content}</section>\n" if content else ""
 
 
-def heading(folder: Path, config: dict, records: list[dict], finished: bool) -> str:
+def heading(folder: Path, config: dict, records: list[dict]) -> str:
     """Name and state of the run, and its numbers in short."""
     rope = config["model"]["rope"]
     position = "sin-cos positions"
@@ -89,27 +118,26 @@ def heading(folder: Path, config: dict, records: list[dict], finished: bool) -> 
         kind = f"Spiral RoPE, K = {2 * rope['rotate']} directions" if rope["rotate"] else "axial RoPE"
         position = f"{kind}, border {rope['border']}"
     size = options.format_size(tuple(config["image_size"]))
-    lines = [
-        f"{config['model']['model']}, {position}, {size} pixels, batch {config['recipe']['global_batch_size']}, "
-        f"seed {config['recipe']['global_seed']}",
-        str(folder.resolve()),
-    ]
-    name = "".join(f"<p>{escape(line)}</p>\n" for line in lines)
-    tiles = "".join(
+    lines = [f"{position}, {size} pixels, batch {config['recipe']['global_batch_size']}", str(folder.resolve())]
+    about = "".join(f"<p>{escape(line)}</p>\n" for line in lines)
+    numbers = summary(config, records, (folder / "finished.json").exists())
+    return f"<header>\n<h1>{escape(monitor.run_name(config))}</h1>\n{about}{tiles(numbers)}</header>\n"
+
+
+def tiles(values: dict[str, str]) -> str:
+    """Numbers, each above its label."""
+    boxes = "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>\n'
-        for label, value in summary(config, records, finished).items()
+        for label, value in values.items()
     )
-    return f'<header>\n<h1>{escape(run_name(config))}</h1>\n{name}<div class="tiles">\n{tiles}</div>\n</header>\n'
+    return f'<div class="tiles">\n{boxes}</div>\n'
 
 
 def summary(config: dict, records: list[dict], finished: bool) -> dict[str, str]:
     """The run in a few numbers: label to text."""
-    values = {"step, finished" if finished else "step, not finished": f"{last(records, 'step') or 0:,}"}
-    for key, label in (
-        ("loss", "training loss"),
-        ("val_loss_ema", "validation loss, EMA"),
-        ("val_loss", "validation loss"),
-    ):
+    values = {"step, finished" if finished else "step, not finished": f"{records[-1]['step'] if records else 0:,}"}
+    labels = {"loss": "training loss", "val_loss_ema": "validation loss, EMA", "val_loss": "validation loss, raw"}
+    for key, label in labels.items():
         newest = next((record for record in reversed(records) if key in record), {})
         value, error = newest.get(key), newest.get(f"{key}_se")
         if newest:
@@ -131,102 +159,60 @@ def summary(config: dict, records: list[dict], finished: bool) -> dict[str, str]
     return values
 
 
-def last(records: list[dict], key: str):
-    """The newest value under a key that is not None; None where there is none."""
-    return next((record[key] for record in reversed(records) if record.get(key) is not None), None)
+def evaluation(evaluated: dict[Path, list[Path]]) -> str:
+    """The newest grid of samples under what was measured of it, and what was measured of others."""
+    blocks = []
+    for number, (grid, paths) in enumerate(evaluated.items()):
+        measured = {path.name: files.read_json(path) for path in paths}
+        if measured or number == 0:
+            numbers = {label: text for values in measured.values() for label, text in metrics(values).items()}
+            blocks.append(f"<h3>{escape(grid.stem)}</h3>\n{tiles(numbers) if numbers else ''}")
+        if number == 0 and grid.exists():
+            blocks.append(picture(grid, "the first samples, each under its label"))
+        blocks += [details(name, values) for name, values in measured.items()]
+    return "".join(blocks)
 
 
-CHARTS = (  # title, unit, logarithmic, keys with their labels
-    ("Loss", "noise MSE; training adds the\nvariational term in bits/dim", True,
-     {"loss": "training", "val_loss": "validation, raw", "val_loss_ema": "validation, EMA"}),
-    ("Gradient norm", "L2, before clipping", True, {"grad_norm": "gradient norm"}),
-    ("Learning rate", "learning rate", False, {"lr": "learning rate"}),
-    ("Speed", "images/s", False, {"images_per_second": "images/s"}),
-)  # fmt: skip
+def metrics(values: dict) -> dict[str, str]:
+    """The metrics among what a file of evaluate.py holds: its numbers, label to text."""
+    numbers = {key: value for key, value in values.items() if type(value) in (int, float)}
+    texts = {}
+    for key, value in numbers.items():
+        if not key.endswith("_std"):
+            error = f" ± {numbers[f'{key}_std']:.4g}" if f"{key}_std" in numbers else ""
+            texts[METRIC_NAMES.get(key, key.replace("_", " "))] = f"{value:,.4g}{error}"
+    return texts
 
 
-def curves(records: list[dict]) -> str:
-    """Charts of what the records hold, by step."""
-    charts = []
-    for title, unit, logarithmic, keys in CHARTS:
-        lines = {label: [(r["step"], r[key]) for r in records if r.get(key) is not None] for key, label in keys.items()}
-        lines = {label: points for label, points in lines.items() if points}
-        if lines:
-            charts.append(chart(title, unit, logarithmic, lines))
-    newest = monitor.newest_tenths(records)
-    if newest:
-        step, tenths = newest
-        lines = {
-            monitor.VALIDATED[key][0]: [(100 * k + 50, loss) for k, loss in enumerate(losses) if loss is not None]
-            for key, losses in tenths.items()
-        }
-        x_label = f"timestep (middle of its tenth of the schedule); step {step:,}"
-        charts.append(chart("Validation loss by timestep", "noise MSE", True, lines, x_label))
-    return f'<div class="charts">\n{"".join(charts)}</div>\n' if charts else ""
-
-
-def chart(
-    title: str,
-    unit: str,
-    logarithmic: bool,
-    lines: dict[str, list[tuple[int, float]]],
-    x_label: str = "training step",
-) -> str:
-    """A figure with a PNG of curves, drawn so that it can be read on light and on dark ground."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-
-    grey = "#808080"
-    figure = Figure(figsize=(5.2, 3), layout="constrained")
-    axes = figure.add_subplot()
-    for label, points in lines.items():
-        points = points[:: -(-len(points) // POINTS)]
-        axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2, marker="." if len(points) < 20 else None)
-    axes.set_title(title, color=grey, fontsize=11)
-    axes.set_xlabel(x_label, color=grey)
-    axes.set_ylabel(unit, color=grey, fontsize=9)
-    if logarithmic and all(value > 0 for points in lines.values() for _, value in points):
-        monitor.use_log_scale(axes)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.tick_params(which="both", colors=grey)
-    axes.grid(color=grey, alpha=0.25)
-    axes.patch.set_alpha(0)
-    for spine in axes.spines.values():
-        spine.set_color(grey)
-    if len(lines) > 1:
-        axes.legend(labelcolor=grey, framealpha=0)
-    file = io.BytesIO()
-    figure.savefig(file, dpi=200, format="png", transparent=True)
-    return f"<figure>{image_tag(file.getvalue(), 'png', title)}</figure>\n"
+def curves(folder: Path) -> str:
+    """loss.png, as it is."""
+    path = folder / "loss.png"
+    return figure(path.read_bytes(), "png", "losses, gradient norm, learning rate, speed") if path.exists() else ""
 
 
 def samples(folder: Path) -> str:
-    """The newest grid, and the sheet over time where there is more than one grid."""
-    grids = previews.grids(folder)
-    figures = ""
+    """The newest grid of training, and the sheet over time where there is more than one grid."""
+    grids, text = pictures.grids_by_step(folder), ""
     if grids:
-        caption = f"newest samples, from EMA weights: step {int(grids[-1].stem):,}"
-        figures += picture(grids[-1], LONGEST["grid"], caption)
-    if len(grids) > 1 and previews.sheet_path(folder).exists():
-        caption = "the same noise and classes over the run"
-        figures += picture(previews.sheet_path(folder), LONGEST["sheet"], caption)
-    return figures
+        text += picture(grids[-1], f"newest samples, from EMA weights: step {int(grids[-1].stem):,}")
+    if len(grids) > 1 and pictures.sheet_path(folder).exists():
+        text += picture(pictures.sheet_path(folder), "the same noise and classes over the run")
+    return text
 
 
-def picture(path: Path, longest: int, caption: str) -> str:
+def picture(path: Path, caption: str) -> str:
     """A picture as a JPEG of limited size, and its caption."""
     with Image.open(path) as image:
         image = image.convert("RGB")
-    image.thumbnail((longest, 3 * longest))
+    image.thumbnail((LONGEST, 3 * LONGEST))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=88, optimize=True)
-    caption = escape(caption)
-    return f"<figure>{image_tag(file.getvalue(), 'jpeg', caption)}<figcaption>{caption}</figcaption></figure>\n"
+    return figure(file.getvalue(), "jpeg", caption)
 
 
-def image_tag(content: bytes, kind: str, text: str) -> str:
-    data = base64.b64encode(content).decode()
-    return f'<img src="data:image/{kind};base64,{data}" alt="{escape(text)}">'
+def figure(content: bytes, kind: str, caption: str) -> str:
+    source, caption = f"data:image/{kind};base64,{base64.b64encode(content).decode()}", escape(caption)
+    return f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>\n'
 
 
 def settings(config: dict, records: list[dict]) -> str:
@@ -244,33 +230,19 @@ def settings(config: dict, records: list[dict]) -> str:
         "Environment": about | config["versions"],
         "Newest metrics": records[-1] if records else {},
     }
-    return "".join(details(title, values, title in ("Model", "Recipe")) for title, values in tables.items())
+    return "".join(details(title, values, opened=title in ("Model", "Recipe")) for title, values in tables.items())
 
 
-def evaluation(path: Path) -> str:
-    """What evaluate.py measured, and folded beneath it the settings."""
-    values = read_object(path)
-    nested = {key: value for key, value in values.items() if isinstance(value, dict)}
-    plain = {key: value for key, value in values.items() if key not in nested}
-    return details(path.name, plain, True) + "".join(details(key, nested[key], False) for key in nested)
-
-
-def details(title: str, values: dict, opened: bool) -> str:
+def details(title: str, values: dict, opened: bool = False) -> str:
     """A table of nested values that can be folded."""
-    rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(shown(value))}</td></tr>\n" for key, value in flat(values))
+    rows = "".join(
+        f"<tr><td>{escape(key)}</td><td>{escape(text_of(value))}</td></tr>\n" for key, value in flatten(values).items()
+    )
     state = " open" if opened else ""
     return f"<details{state}><summary>{escape(title)}</summary>\n<table>\n{rows}</table></details>\n"
 
 
-def flat(values: dict, prefix: str = "") -> list[tuple[str, object]]:
-    """Nested values as (path, value), the keys of a path joined by dots."""
-    rows = []
-    for key, value in values.items():
-        rows += flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(f"{prefix}{key}", value)]
-    return rows
-
-
-def shown(value) -> str:
+def text_of(value) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -293,14 +265,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"{str(args.folder)!r} holds no run (config.json is missing); expected a --results-dir of train.py"
         )
-    try:
-        print(f"report: {write(args.folder, args.metrics, args.out)}")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"config.json in {str(args.folder)!r} is not one of train.py ({error!r})") from error
-    except OSError as error:
-        raise UserError(
-            f"the report cannot be written: {error}; free space, or choose another file with --out"
-        ) from error
+    path = args.out or args.folder / "report.html"
+    if args.metrics is None and is_current(path, args.folder):
+        return print(f"nothing to do: {path} is newer than all that it shows")
+    with files.cannot_write(f"--out {str(path)!r}", "free space, or choose another"):
+        print(f"report: {write(args.folder, args.metrics, path)}")
 
 
 if __name__ == "__main__":

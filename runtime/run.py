@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from runtime import checkpoint, distributed, files, holdout, monitor, options, previews, report, trackers
+from runtime import checkpoint, distributed, files, monitor, options, pictures, report, trackers, validation
 from runtime.config import RunConfig, flatten
 from runtime.options import UserError
 from runtime.training import NonFiniteWatch, Trainer
@@ -39,7 +39,7 @@ def check_same(stored: dict | None, config: RunConfig, path: Path) -> None:
         ("other settings", ("recipe",)),
     ):
         if what == "other data" and before.data.fingerprint == config.data.fingerprint:
-            holdout.check_same(before.validation, config.validation, path)
+            validation.check_same(before.validation, config.validation, path)
         compared = {key: new.get(key) for key in {**old, **new} if key.split(".")[0] in sections}
         listed = options.differences(old, compared, ignored)
         if listed:
@@ -195,7 +195,7 @@ class RunFolder:
 
         def draw() -> None:
             try:
-                path = previews.make(
+                path = pictures.save_samples(
                     self.path, trainer.ema, self.config, decoder, trainer.step, trainer.device, trainer.precision
                 )
             except (OSError, torch.OutOfMemoryError) as error:
@@ -209,7 +209,7 @@ class RunFolder:
 
     def has_samples(self, step: int) -> bool:
         """Whether the grid of a step is there, on all ranks."""
-        return distributed.on_main(previews.step_path(self.path, step).exists)
+        return distributed.on_main(pictures.grid_path(self.path, step).exists)
 
     def write_report(self) -> None:
         """report.html anew. A failed write is a warning."""

@@ -1,7 +1,6 @@
 """TensorBoard and Weights & Biases, beside metrics.jsonl and with its keys. Both packages are optional."""
 
 import argparse
-import dataclasses
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rope import RopeConfig
-from runtime import files
+from runtime import files, monitor
+from runtime.config import flatten
 from runtime.options import Parser, UserError
 
 
@@ -53,23 +52,6 @@ def open_trackers(
     return found
 
 
-def group_name(settings: dict) -> str:
-    """Model and positions, such as DiT-B/4 spiral-R4-clamp; RoPE settings that are not the default are appended."""
-    rope, model = settings["model"]["rope"], settings["model"]["model"]
-    if rope is None:
-        return f"{model} sin-cos"
-    name = f"spiral-R{rope['rotate']}-{rope['border']}" if rope["rotate"] else "axial"
-    for field in dataclasses.fields(RopeConfig):
-        if field.name not in ("rotate", "border") and rope[field.name] != field.default:
-            name += f"-{field.name}-{rope[field.name]}"
-    return f"{model} {name}"
-
-
-def run_name(settings: dict) -> str:
-    """The group and the seed."""
-    return f"{group_name(settings)} seed {settings['recipe']['global_seed']}"
-
-
 class Guarded:
     """A tracker whose first failure is a warning and its end, and not that of the run."""
 
@@ -97,10 +79,8 @@ class Guarded:
 
 def scalars(record: dict) -> dict[str, float]:
     """A record of metrics.jsonl as numbers: entry k of a list becomes key/k, what is None is left out."""
-    flat = {}
-    for key, value in record.items():
-        flat |= {f"{key}/{k}": entry for k, entry in enumerate(value)} if isinstance(value, list) else {key: value}
-    return {key: value for key, value in flat.items() if value is not None}
+    entries = {key: dict(enumerate(value)) if isinstance(value, list) else value for key, value in record.items()}
+    return {key: value for key, value in flatten(entries, "/").items() if value is not None}
 
 
 class TensorBoard:
@@ -110,7 +90,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-        self.writer.add_text("run", run_name(settings), step)
+        self.writer.add_text("run", monitor.run_name(settings), step)
 
     def write(self, record: dict) -> None:
         for key, value in scalars(record).items():
@@ -147,8 +127,8 @@ class WeightsAndBiases:
                 dir=folder,
                 id=files.read_json(stored)["id"],
                 resume="allow",
-                name=run_name(settings),
-                group=group_name(settings),
+                name=monitor.run_name(settings),
+                group=monitor.group_name(settings),
                 config=settings,
                 settings=wandb.Settings(console="off"),  # the terminal is in log.txt
             )

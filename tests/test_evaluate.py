@@ -7,20 +7,18 @@ import subprocess
 import sys
 import tracemalloc
 import urllib.error
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch_fidelity.feature_extractor_inceptionv3 as torch_fidelity_inception
-from conftest import TORCHRUN, command_line
+from conftest import TORCHRUN, command_line, tiny
 from PIL import Image
 
 import evaluate
-from runtime import data, distributed, fidelity, image_sets, inception
+from runtime import data, distributed, files, inception
 from runtime.image_sets import FolderImages, NpzImages
-from runtime.reference import Reference
 
 pytestmark = [
     pytest.mark.usefixtures("tiny_commands"),
@@ -77,15 +75,6 @@ def sets(tmp_path_factory):
     return folder
 
 
-@contextmanager
-def one_thread():
-    """The same sums in the same order at every call: several threads may share them out otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def command(sets, inception_file):
     """All metrics of the samples against the reference by the command and the real network, and the features."""
@@ -98,11 +87,9 @@ def command(sets, inception_file):
         features[images.path.name] = extract(images, *args)
         return features[images.path.name]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "_device", lambda *_: torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch, tiny(patch):
         patch.setattr(inception, "extract", remember)
-        with one_thread():
-            evaluate.main(command_line(options | KID | {"cache_dir": sets / "cache"}))
+        evaluate.main(command_line(options | KID | {"cache_dir": sets / "cache"}))
     return json.loads((sets / "samples.metrics.json").read_text()), features
 
 
@@ -114,7 +101,7 @@ def measured(command):
 class FakeInception:
     """Stands in for the network where only what surrounds it is tested: coarse pixels, repeated to the widths."""
 
-    is_published, sha256 = True, "f" * 64
+    is_published, sha256, device = True, inception.PUBLISHED + "f" * 56, torch.device("cpu")
     calls = 0
 
     def __init__(self, weights=None, device=None):
@@ -138,17 +125,28 @@ def arguments(tmp_path):
     """Command line for a few images: arguments(metrics="is", reference=None)."""
 
     def build(**changes) -> list[str]:
-        np.savez(tmp_path / "samples.npz", arr_0=make_images(12, 3))
-        np.savez(tmp_path / "reference.npz", arr_0=make_images(14, 4))
         options = {"samples": tmp_path / "samples.npz", "reference": tmp_path / "reference.npz"}
+        for path, count, seed in zip(options.values(), (12, 14), (3, 4), strict=True):
+            if not path.exists():
+                np.savez(path, arr_0=make_images(count, seed))
         options |= {"cache_dir": tmp_path / "cache", "metrics": "is,precision,recall,kid", "num_workers": 0} | KID
         return command_line(options | changes)
 
     return build
 
 
-def results(tmp_path) -> dict:
-    return json.loads((tmp_path / "samples.metrics.json").read_text())
+@pytest.fixture
+def evaluated(fake, arguments):
+    """What the command measures with the fake network: evaluated(metrics="is"), whatever was measured before."""
+
+    def run(**changes) -> dict:
+        command = arguments(**changes)
+        results = Path(command[1]).with_suffix(".metrics.json")
+        results.unlink(missing_ok=True)
+        evaluate.main(command)
+        return json.loads(results.read_text())
+
+    return run
 
 
 # The numbers
@@ -162,8 +160,7 @@ def test_metrics_equal_those_of_torch_fidelitys_command(measured, sets, inceptio
     options |= {"feature_extractor_weights_path": inception_file, "save_cpu_ram": True, "no_cache": True}
     monkeypatch.setattr(sys, "argv", ["fidelity", *command_line(options | KID)])
     capsys.readouterr()
-    with one_thread():
-        torch_fidelity_command.main()
+    torch_fidelity_command.main()
     theirs = json.loads(capsys.readouterr().out)
     names = {
         "fid": "frechet_inception_distance",
@@ -212,15 +209,15 @@ def test_frechet_distance_is_the_closed_form(first, second):
     mu = random.standard_normal((2, 40))
     gaussians = [{"mu": m, "sigma": (axes * s**2) @ axes.T} for m, s in zip(mu, (one, two), strict=True)]
     expected = ((mu[0] - mu[1]) ** 2).sum() + ((one - two) ** 2).sum()
-    assert fidelity.frechet_distance(*gaussians) == pytest.approx(expected, rel=1e-6)
-    assert fidelity.frechet_distance(*gaussians[::-1]) == pytest.approx(expected, rel=1e-6)
-    assert fidelity.frechet_distance(gaussians[0], gaussians[0]) == pytest.approx(0, abs=1e-5)
+    assert evaluate.frechet_distance(*gaussians) == pytest.approx(expected, rel=1e-6)
+    assert evaluate.frechet_distance(*gaussians[::-1]) == pytest.approx(expected, rel=1e-6)
+    assert evaluate.frechet_distance(gaussians[0], gaussians[0]) == pytest.approx(0, abs=1e-5)
 
 
 def test_statistics_have_the_precision_of_float64():
     features = torch.full((3, 2), 16777216.0)  # 2^24, from which float32 counts on by twos
     features[:, 1] = torch.tensor([1.0, 2.0, 4.0])
-    found = fidelity.statistics(features + torch.tensor([[0.0, 0.0], [2.0, 0.0], [2.0, 0.0]]))
+    found = evaluate.statistics(features + torch.tensor([[0.0, 0.0], [2.0, 0.0], [2.0, 0.0]]))
     assert found["mu"].dtype == found["sigma"].dtype == np.float64
     assert found["mu"] == pytest.approx([16777216 + 4 / 3, 7 / 3], rel=1e-15)
     assert found["sigma"][1, 1] == pytest.approx(7 / 3)
@@ -230,15 +227,15 @@ def test_precision_is_of_the_samples_and_recall_of_the_reference():
     random = torch.Generator().manual_seed(0)
     cluster = torch.rand(40, 3, generator=random)
     reference = torch.cat([cluster, cluster + 100])  # two modes, of which the samples have one
-    assert fidelity.precision_recall(cluster + 0.01, reference) == {"precision": 1, "recall": 0.5}
-    assert fidelity.precision_recall(reference, cluster + 0.01) == {"precision": 0.5, "recall": 1}
+    assert evaluate.precision_recall(cluster + 0.01, reference) == {"precision": 1, "recall": 0.5}
+    assert evaluate.precision_recall(reference, cluster + 0.01) == {"precision": 0.5, "recall": 1}
 
 
 def test_three_neighbours_bound_a_ball_not_counting_its_centre():
     line = torch.tensor([[0.0], [1.0], [2.0], [4.0], [1000.0]])  # the ball around 0 reaches to 4, that around 4 to 0
     for position, inside in ((-3.9, 1), (-4.1, 0)):
         samples = torch.full((4, 1), position)
-        assert fidelity.precision_recall(samples, line)["precision"] == inside
+        assert evaluate.precision_recall(samples, line)["precision"] == inside
 
 
 def test_all_settings_are_recorded(measured, inception_file, sets):
@@ -260,10 +257,9 @@ def test_all_settings_are_recorded(measured, inception_file, sets):
     assert {"torch", "numpy", "torch-fidelity"} <= measured["versions"].keys() and measured["device"].startswith("cpu")
 
 
-def test_the_table(fake, arguments, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(fidelity, "frechet_distance", lambda *_: 12.34567)
-    evaluate.main(arguments(metrics=None))
-    found = results(tmp_path)
+def test_the_table(evaluated, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "frechet_distance", lambda *_: 12.34567)
+    found = evaluated(metrics=None)
     assert capsys.readouterr().out.splitlines() == [
         "FID                 12.3457",
         "sFID                12.3457",
@@ -275,17 +271,21 @@ def test_the_table(fake, arguments, tmp_path, capsys, monkeypatch):
     ]
 
 
+def test_metrics_are_told_even_where_they_cannot_be_written(fake, arguments, refused, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(evaluate, "say", told.append)
+    (tmp_path / "samples.metrics.json").mkdir()
+    found = refused(evaluate.main, arguments(metrics="is"))
+    assert found.endswith("samples.metrics.json' cannot be written (Is a directory); free space, or move --samples")
+    assert told[0].startswith("Inception Score ")
+
+
 @pytest.mark.parametrize("count, warned", [(9999, True), (10_000, False)])
-def test_bias_of_few_samples_is_told(fake, tmp_path, monkeypatch, capsys, count, warned):
-    np.savez_compressed(tmp_path / "samples.npz", arr_0=np.zeros((count, 1, 1, 3), np.uint8))
-    monkeypatch.setattr(inception, "extract", lambda *_: {})
-    monkeypatch.setattr(inception, "extract_cached", lambda *_: {})
-    monkeypatch.setattr(evaluate, "compute", lambda *_: {"fid": 1.0, "sfid": 2.0})
-    command = command_line({"samples": tmp_path / "samples.npz", "reference": tmp_path / "samples.npz"})
-    with pytest.MonkeyPatch.context() as patch:
-        seen = []
-        patch.setattr(evaluate.warnings, "warn", lambda text, stacklevel: seen.append(text))
-        evaluate.main([*command, "--metrics=fid,sfid"])
+def test_bias_of_few_samples_is_told(monkeypatch, count, warned):
+    seen = []
+    monkeypatch.setattr(evaluate.warnings, "warn", lambda text, stacklevel: seen.append(text))
+    args = evaluate.parse_args(["--samples=a.npz", "--reference=b.npz", "--metrics=fid,sfid"])
+    evaluate.warn(args, range(count), FakeInception())
     expected = ["FID and sFID of 9,999 samples are biased upwards; published numbers are of 50,000"]
     assert seen == (expected if warned else [])
 
@@ -304,30 +304,25 @@ def write_adm_reference(path: Path, **changes) -> dict[str, np.ndarray]:
 
 
 def test_adm_references_give_statistics_for_fid_and_sfid_and_images_for_the_others(
-    fake, arguments, tmp_path, monkeypatch
+    evaluated, fake, tmp_path, monkeypatch
 ):
     stored, compared = write_adm_reference(tmp_path / "adm.npz"), []
-    monkeypatch.setattr(fidelity, "frechet_distance", lambda samples, reference: compared.append(reference) or 1.0)
-    evaluate.main(arguments(metrics="fid,sfid", reference=tmp_path / "adm.npz"))
-    for found, mu, sigma in zip(compared, ("mu", "mu_s"), ("sigma", "sigma_s"), strict=True):
-        assert found["mu"].dtype == found["sigma"].dtype == np.float64
-        assert np.array_equal(found["mu"], stored[mu]) and np.array_equal(found["sigma"], stored[sigma])
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "frechet_distance", lambda samples, reference: compared.append(reference) or 1.0)
+        found = evaluated(metrics="fid,sfid", reference=tmp_path / "adm.npz")
+    for against, mu, sigma in zip(compared, ("mu", "mu_s"), ("sigma", "sigma_s"), strict=True):
+        assert against["mu"].dtype == against["sigma"].dtype == np.float64
+        assert np.array_equal(against["mu"], stored[mu]) and np.array_equal(against["sigma"], stored[sigma])
     assert fake.calls == 1 and not (tmp_path / "cache").exists()  # the images of the reference were not looked at
-    assert results(tmp_path)["reference"]["stored_statistics"] == ["mu", "mu_s"]
-
-    evaluate.main(arguments())
-    plain = results(tmp_path)
-    evaluate.main(arguments(reference=tmp_path / "adm.npz"))
-    assert all(results(tmp_path)[name] == plain[name] for name in ("precision", "recall", "kid", "inception_score"))
+    assert found["reference"]["stored_statistics"] == ["mu", "mu_s"]
+    of_images, of_adm = evaluated(), evaluated(reference=tmp_path / "adm.npz")
+    assert all(of_adm[name] == of_images[name] for name in ("precision", "recall", "kid", "inception_score"))
 
 
-def test_folder_references_are_prepared_as_for_training(fake, arguments, tmp_path, sets, image_folder):
-    evaluate.main(arguments(reference=sets / "reference", samples=sets / "samples.npz"))
-    from_folder = json.loads((sets / "samples.metrics.json").read_text())
-    evaluate.main(arguments(reference=sets / "reference.npz", samples=sets / "samples.npz"))
-    from_npz = json.loads((sets / "samples.metrics.json").read_text())
-    assert all(from_folder[name] == from_npz[name] for name in ("precision", "recall", "kid"))
-    assert from_folder["reference"]["kind"] == "folder" and from_folder["reference"]["images"] == 8
+def test_folder_references_are_prepared_as_for_training(evaluated, sets, image_folder):
+    of_folder, of_npz = (evaluated(reference=sets / name) for name in ("reference", "reference.npz"))
+    assert all(of_folder[name] == of_npz[name] for name in ("precision", "recall", "kid"))
+    assert of_folder["reference"]["kind"] == "folder" and of_folder["reference"]["images"] == 8
     # With class folders, and resized: every image is the one that training sees.
     hidden = image_folder / ".thumbnails"
     hidden.mkdir()
@@ -342,33 +337,111 @@ def test_folder_references_are_prepared_as_for_training(fake, arguments, tmp_pat
         assert np.array_equal(pixels[index].permute(1, 2, 0), expected)
 
 
-def test_cached_features_follow_the_contents(fake, arguments, tmp_path, monkeypatch):
-    evaluate.main(arguments())
-    first, calls = results(tmp_path), fake.calls
-    files = {path.name: path for path in (tmp_path / "cache").iterdir()}
-    assert len(files) == 1 and all(name.endswith("-pool.safetensors") for name in files)
+def test_cached_features_follow_the_contents(evaluated, fake, tmp_path, monkeypatch):
+    first, calls = evaluated(), fake.calls
+    (path,) = (tmp_path / "cache").iterdir()
+    assert path.name.endswith("-pool.safetensors")
     (tmp_path / "reference.npz").rename(tmp_path / "moved.npz")
-    evaluate.main(arguments(reference=tmp_path / "moved.npz"))
+    again = evaluated(reference=tmp_path / "moved.npz")
     assert fake.calls == 2 * calls - 1  # those of the samples alone
-    assert all(results(tmp_path)[name] == first[name] for name in ("precision", "recall", "kid"))
+    assert all(again[name] == first[name] for name in ("precision", "recall", "kid"))
 
     np.savez(tmp_path / "moved.npz", arr_0=make_images(14, 5))
-    evaluate.main(arguments(reference=tmp_path / "moved.npz"))
-    assert results(tmp_path)["kid"] != first["kid"] and len(list((tmp_path / "cache").iterdir())) == 2
+    other = evaluated(reference=tmp_path / "moved.npz")
+    assert other["kid"] != first["kid"] and len(list((tmp_path / "cache").iterdir())) == 2
     monkeypatch.setattr(fake, "sha256", "e" * 64)  # other weights
-    evaluate.main(arguments())
+    evaluated()
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
-def test_damaged_cached_features_are_made_again(fake, arguments, tmp_path):
-    evaluate.main(arguments())
-    first = results(tmp_path)
+def test_damaged_cached_features_are_made_again(evaluated, tmp_path):
+    first = evaluated()
     (path,) = (tmp_path / "cache").iterdir()
     whole = path.read_bytes()
     path.write_bytes(whole[:-1000])
     with pytest.warns(UserWarning, match="cannot be read .*; it is made again"):
-        evaluate.main(arguments())
-    assert results(tmp_path) == first and path.read_bytes() == whole
+        assert evaluated() == first
+    assert path.read_bytes() == whole
+
+
+def test_features_that_cannot_be_cached_are_used_all_the_same(evaluated, tmp_path, monkeypatch):
+    first = evaluated()
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").touch()
+    monkeypatch.setattr(files, "check_folder", lambda *_: None)  # the disk became full since
+    with pytest.warns(UserWarning, match="cannot be written .*; the next command makes it again"):
+        assert evaluated() == first
+
+
+# Finished, and not yet begun
+
+
+def test_what_is_measured_is_not_measured_again(arguments, evaluated, fake, tmp_path, capsys):
+    evaluated()
+    table = capsys.readouterr().out.splitlines()[:-1]
+    results, calls = tmp_path / "samples.metrics.json", fake.calls
+    written = results.read_bytes()
+    shutil.copy(tmp_path / "reference.npz", tmp_path / "moved.npz")
+    for changes in ({}, {"dry_run": True}, {"reference": tmp_path / "moved.npz"}, {"metrics": "is", "reference": None}):
+        evaluate.main(arguments(**changes))
+        lines = table[:1] if "metrics" in changes else table
+        assert capsys.readouterr().out.splitlines() == [*lines, f"nothing to do: {results} holds these metrics already"]
+    assert fake.calls == calls and results.read_bytes() == written
+
+
+def test_what_has_changed_is_measured_again(arguments, fake, inception_file, sets, tmp_path):
+    def is_measured(**changes) -> bool:
+        calls = fake.calls
+        evaluate.main(arguments(**changes))
+        return fake.calls > calls
+
+    folder = tmp_path / "folder"
+    shutil.copytree(sets / "reference", folder)
+    assert is_measured(metrics="kid") and not is_measured(metrics="kid") and is_measured()
+    assert is_measured(batch_size=3) and is_measured(kid_subsets=6) and is_measured(inception_weights=inception_file)
+    assert is_measured(reference=folder) and not is_measured(reference=folder)
+    os.utime(folder / "00.png", (0, 0))
+    assert is_measured(reference=folder) and is_measured() and not is_measured()
+    for name, count in (("samples", 12), ("reference", 14)):  # other images, but as many, and older than the metrics
+        np.savez(tmp_path / f"{name}.npz", arr_0=make_images(count, 5))
+        os.utime(tmp_path / f"{name}.npz", (0, 0))
+        assert is_measured() and not is_measured()
+    (tmp_path / "samples.metrics.json").write_text("{")
+    assert is_measured()
+
+
+def test_dry_run(fake, arguments, inception_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    command = arguments(metrics="fid,precision", dry_run=True)
+    before = sorted(tmp_path.rglob("*"))
+    evaluate.main(command)
+    assert capsys.readouterr().out.splitlines() == [
+        "dry run: would measure fid,precision, with 1 processes",
+        f"samples: {tmp_path / 'samples.npz'}, 12 images of 24x20 pixels",
+        f"reference: {tmp_path / 'reference.npz'}, 14 images",
+        f"weights of Inception-v3: would be downloaded once (96 MB) to {tmp_path / 'hub' / 'checkpoints' / WEIGHTS}",
+        "memory: about 672 kB in the first process",
+        f"would keep features of the reference in {tmp_path / 'cache'}",
+        f"would write {tmp_path / 'samples.metrics.json'}",
+    ]
+    evaluate.main([*command, f"--inception-weights={inception_file}"])
+    assert f"Inception-v3: {inception_file}, which are not those of published numbers\n" in capsys.readouterr().out
+    assert fake.calls == 0 and sorted(tmp_path.rglob("*")) == before
+
+
+def test_dry_run_before_there_are_samples(fake, arguments, inception_file, refused, tmp_path, capsys):
+    settings = {"samples": tmp_path / "later" / "samples.npz", "dry_run": True, "inception_weights": inception_file}
+    settings |= {"metrics": None, "kid_subset_size": 14}
+    evaluate.main(arguments(planned=2, **settings))
+    output = capsys.readouterr().out
+    assert output.startswith("dry run: would measure fid,sfid,is,precision,recall,kid, with 2 processes\n")
+    assert f"{settings['samples']}, of any number; not checked, since an earlier command makes it\n" in output
+    evaluate.main(arguments(planned=2, samples_expected=14, **settings))
+    assert ", 14 images; not checked, since" in capsys.readouterr().out
+    assert refused(evaluate.main, arguments(planned=2, samples_expected=9, **settings)) == (
+        "is needs 10 images and --samples will have 9; give more, or pass --metrics fid,sfid,precision,recall"
+    )
+    assert not (tmp_path / "later").exists() and not (tmp_path / "cache").exists()
 
 
 # Streaming and processes
@@ -385,25 +458,6 @@ def test_archives_are_streamed(tmp_path, save):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert index == 51 and peak < 2e6
-
-
-@pytest.mark.parametrize("kind", ["npz", "folder"])
-def test_processes_share_the_images(sets, monkeypatch, kind):
-    seen = {}
-    for rank in range(3):
-        monkeypatch.setattr(image_sets, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(image_sets, "world_size", lambda: 3)
-        images = (
-            NpzImages(sets / "reference.npz", "--reference")
-            if kind == "npz"
-            else FolderImages(sets / "reference", SIZE)
-        )
-        for rows, pixels in images.share(2):
-            assert not seen.keys() & set(rows.tolist())
-            seen |= dict(zip(rows.tolist(), pixels, strict=True))
-    expected = make_images(8, 4)
-    assert sorted(seen) == list(range(8))
-    assert all(np.array_equal(seen[row].permute(1, 2, 0), expected[row]) for row in seen)
 
 
 def test_two_processes_measure_as_one(measured, sets, inception_file, tmp_path):
@@ -424,7 +478,7 @@ def test_two_processes_measure_as_one(measured, sets, inception_file, tmp_path):
     assert process.returncode == 0, process.stdout + process.stderr
     assert process.stdout.count("Inception Score") == process.stdout.count("metrics: ") == 1
     names = ("inception_score", "inception_score_std", "precision", "recall", "kid", "kid_std")
-    together = results(tmp_path)
+    together = json.loads((tmp_path / "samples.metrics.json").read_text())
     expected = {name: measured[name] for name in names}
     assert {name: together[name] for name in names} == pytest.approx(expected, rel=1e-3)
     assert together["sampling"] is None
@@ -435,24 +489,19 @@ def test_all_processes_end_when_one_meets_an_unreadable_image(fake, arguments, r
     assert refused(evaluate.main, arguments()) == "image 'b.png' cannot be read (damaged)"
 
 
-# The demo's digits
-
-
-def test_digits_and_inception_metrics_in_one_call(fake, arguments, tmp_path):
-    command = [*arguments(metrics="is", reference=None), "--digits"]
-    np.savez(tmp_path / "samples.npz", arr_0=make_images(12, 3), arr_1=np.zeros(12, np.int64))
-    evaluate.main(command)
-    assert {"label_accuracy", "pixel_frechet_distance_8x8_digits", "inception_score"} <= results(tmp_path).keys()
-
-
 # Weights
 
 
-def test_weights_that_cannot_be_downloaded(arguments, refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+def test_weights_are_downloaded_once_and_checked(arguments, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    asked = []
 
     def unreachable(*_, **__):
         raise urllib.error.URLError("no network")
+
+    def fetch(url, path, hash_prefix):
+        asked.append((url.rsplit("/", 1)[1], hash_prefix))
+        Path(path).write_bytes(b"weights")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     url = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
@@ -461,16 +510,6 @@ def test_weights_that_cannot_be_downloaded(arguments, refused, tmp_path, monkeyp
         "network, and pass the file as --inception-weights FILE"
     )
     assert not (tmp_path / "samples.metrics.json").exists()
-
-
-def test_weights_are_downloaded_once_and_checked(inception_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    asked = []
-
-    def fetch(url, path, hash_prefix):
-        asked.append((url.rsplit("/", 1)[1], hash_prefix))
-        Path(path).write_bytes(b"weights")
-
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
     assert inception.download() == inception.download() == tmp_path / "checkpoints" / WEIGHTS
     assert asked == [(WEIGHTS, "6726825d")]
@@ -481,18 +520,18 @@ class Code:
         return os.mkdir, ("code-was-run",)
 
 
-def test_weights_that_are_none(inception_file, arguments, refused, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dry_run", [None, True])
+def test_weights_that_are_none(inception_file, arguments, refused, tmp_path, monkeypatch, dry_run):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "weights.pth"
 
     def message():
-        return refused(evaluate.main, arguments(inception_weights=path)).replace(repr(str(path)), "FILE")
+        command = arguments(inception_weights=path, dry_run=dry_run)
+        return refused(evaluate.main, command).replace(repr(str(path)), "FILE")
 
     assert message() == f"--inception-weights FILE is not a file; expected {WEIGHTS}"
     torch.save({"weight": Code()}, path)
-    assert message() == (
-        "--inception-weights: checkpoint FILE is refused: it asks for posix.mkdir; only tensors and plain values load"
-    )
+    assert message().startswith("--inception-weights: checkpoint FILE is refused: it asks for posix.mkdir;")
     assert not (tmp_path / "code-was-run").exists()
     torch.save({"weight": torch.tensor([1, float("nan")])}, path)
     assert message() == f"--inception-weights FILE has no finite numbers under 'weight'; expected {WEIGHTS}"
@@ -504,96 +543,97 @@ def test_weights_that_are_none(inception_file, arguments, refused, tmp_path, mon
         f'state_dict: "fc.bias".); expected {WEIGHTS}'
     )
     path = tmp_path / WEIGHTS
-    path.write_bytes(inception_file.read_bytes())
-    begin = inception.check_weights(inception_file)[:8]
-    assert message() == (
-        f"--inception-weights FILE is damaged: its sha256 begins with {begin}, expected 6726825d as its name tells; "
-        "fetch it again"
-    )
+    path.write_bytes(b"other")
+    assert "FILE is damaged: its sha256 begins with d9298a10, expected 6726825d as its name tells" in message()
 
 
 def test_other_weights_are_told(fake, arguments, monkeypatch):
     monkeypatch.setattr(fake, "is_published", False)
-    with pytest.warns(UserWarning) as seen:
+    monkeypatch.setattr(fake, "sha256", "f" * 64)
+    with pytest.warns(UserWarning, match="^--inception-weights has sha256 ffffffff..., not 6726825d...: .* cannot be"):
         evaluate.main(arguments(metrics="is", reference=None))
-    assert [str(warning.message) for warning in seen if warning.category is UserWarning] == [
-        "--inception-weights has sha256 ffffffff..., not 6726825d...: these are not the weights of published numbers, "
-        "which cannot be compared with what follows"
-    ]
 
 
-def test_metrics_that_are_not_finite(fake, arguments, refused, monkeypatch, tmp_path):
-    monkeypatch.setattr(fidelity, "kernel_distance", lambda *_: {"kid": float("nan"), "kid_std": 0.0})
-    message = "kid came out as no finite number; the Inception-v3 weights do not fit the images or the reference"
-    assert refused(evaluate.main, arguments()) == message
-    assert not (tmp_path / "samples.metrics.json").exists()
-
-
-def test_features_that_are_not_finite(fake, arguments, refused, monkeypatch):
+@pytest.mark.parametrize("what", ["metrics", "features"])
+def test_numbers_that_are_not_finite(fake, arguments, refused, monkeypatch, tmp_path, what):
     features = fake.features
     broken = lambda self, images: {name: values / 0 for name, values in features(self, images).items()}  # noqa: E731
-    monkeypatch.setattr(fake, "features", broken)
-    message = "the Inception-v3 weights give features that are not finite numbers; use others"
+    if what == "features":
+        monkeypatch.setattr(fake, "features", broken)
+        message = "the Inception-v3 weights give features that are not finite numbers; use others"
+    else:
+        monkeypatch.setattr(evaluate, "precision_recall", lambda *_: {"precision": float("nan"), "recall": 0.0})
+        message = (
+            "precision came out as no finite number; the Inception-v3 weights do not fit the images or the reference"
+        )
     assert refused(evaluate.main, arguments()) == message
+    assert not (tmp_path / "samples.metrics.json").exists()
 
 
 # Mistakes
 
 METRICS = "fid,sfid,is,precision,recall,kid"
-WRONG = [
-    (
-        dict(metrics="fid,FID"),
-        f"argument --metrics: 'FID' is not a metric; expected some of {METRICS}",
+MISTAKES = {  # changes to the command line, and how the line about them begins; a dry run refuses them as well
+    "no metric": (dict(metrics="fid,FID"), f"argument --metrics: 'FID' is not a metric; expected some of {METRICS}"),
+    "nothing": (dict(metrics=""), "argument --metrics: '' is not a metric; expected some of"),
+    "subset": (dict(kid_subset_size=1), "argument --kid-subset-size: '1' is not a whole number >= 2"),
+    "no reference": (
+        dict(reference=None, metrics="is,fid,kid"),
+        "--metrics fid,kid compare with a reference; pass --reference REF, or --metrics is, which needs none",
     ),
-    (dict(metrics=""), f"argument --metrics: '' is not a metric; expected some of {METRICS}"),
-    (dict(samples=None), "the following arguments are required: --samples"),
-    (dict(batch_size=0), "argument --batch-size: '0' is not a whole number >= 1"),
-    (dict(kid_subset_size=1), "argument --kid-subset-size: '1' is not a whole number >= 2"),
-    (
-        dict(reference=None, metrics=None),
-        "nothing to measure; pass --reference REF for FID and the others, or --digits for the demo",
+    "few images": (
+        dict(metrics=None, kid_subset_size=1000),
+        "kid needs 1000 images and --samples has 12; give more, lower --kid-subset-size, or pass --metrics "
+        "fid,sfid,is,precision,recall",
     ),
-    (dict(reference=None, metrics="is,fid,kid"), "--metrics fid,kid compare with a reference; pass --reference REF"),
-    (
-        dict(kid_subset_size=13),
-        "kid needs 13 images and --samples has 12; give more, or lower --kid-subset-size",
+    "kid alone": (
+        dict(metrics="kid", kid_subset_size=13),
+        "kid needs 13 images and --samples has 12; give more, lower",
     ),
-    (
-        dict(metrics="kid", kid_subset_size=1000),
-        "kid needs 1000 images and --samples has 12; give more, or lower --kid-subset-size",
+    "other number": (dict(samples_expected=13), "--samples 'samples.npz' has 12 images; expected 13 by"),
+    "missing samples": (dict(samples="no/such.npz"), f"--samples 'no/such.npz' does not exist; {PIXELS}"),
+    "missing reference": (
+        dict(reference="no/such"),
+        "--reference 'no/such' does not exist; expected a reference file of ADM, an .npz of images arr_0 uint8 (N, H, "
+        "W, 3), or a folder of images with or without class folders",
     ),
-    (dict(samples="no/such.npz"), f"--samples 'no/such.npz' does not exist; {PIXELS}"),
-]
+    "array": (dict(reference="array.npy"), "--reference 'array.npy' cannot be read (it is a single array);"),
+    "empty folder": (dict(reference="empty"), "--reference 'empty' has no images; expected files ending in .jpg, "),
+    "cache": (dict(cache_dir="array.npy/cache"), "--cache-dir 'array.npy/cache' cannot be written ("),
+}
 
 
-@pytest.mark.parametrize("changes, message", WRONG)
-def test_wrong_options(fake, arguments, refused, tmp_path, changes, message):
-    assert refused(evaluate.main, arguments(**changes)) == message
-    assert fake.calls == 0 and sorted(path.name for path in tmp_path.iterdir()) == ["reference.npz", "samples.npz"]
+@pytest.mark.parametrize("dry_run", [None, True])
+@pytest.mark.parametrize("changes, message", MISTAKES.values(), ids=MISTAKES)
+def test_mistakes(fake, arguments, refused, tmp_path, monkeypatch, changes, message, dry_run):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    command = arguments(**{"samples": "samples.npz"} | changes, dry_run=dry_run)
+    before = sorted(tmp_path.iterdir())
+    assert refused(evaluate.main, command).startswith(message)
+    assert fake.calls == 0 and sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(
-    "count, metrics, message",
-    [
-        (1, "fid", "fid needs 2 images and {} has 1; give more, or leave fid out of --metrics"),
-        (3, "recall", "recall needs 4 images and {} has 3; give more, or leave recall out of --metrics"),
-        (9, "is", "is needs 10 images and {} has 9; give more, or leave is out of --metrics"),
-    ],
+    "count, metrics, needed, possible",
+    [(1, "is,fid", ("is", 10), ""), (3, "recall,fid", ("recall", 4), "fid"), (9, "fid,is,kid", ("is", 10), "fid,kid")],
 )
-def test_too_few_images(fake, arguments, refused, tmp_path, count, metrics, message):
+def test_too_few_images(fake, arguments, refused, tmp_path, count, metrics, needed, possible):
     np.savez(tmp_path / "few.npz", arr_0=make_images(count, 0))
-    few = {"metrics": metrics, "samples": tmp_path / "few.npz"}
-    assert refused(evaluate.main, arguments(**few)) == message.format("--samples")
-    if metrics != "is":
-        few = {"metrics": metrics, "reference": tmp_path / "few.npz"}
-        assert refused(evaluate.main, arguments(**few)) == message.format("--reference")
+    for option in ("samples", "reference"):
+        if option == "samples" or "is" not in metrics:
+            found = refused(evaluate.main, arguments(metrics=metrics, **{option: tmp_path / "few.npz"}))
+            remedy = f"give more, or pass --metrics {possible}" if possible else "give more"
+            assert found == f"{needed[0]} needs {needed[1]} images and --{option} has {count}; {remedy}"
 
 
 @pytest.mark.parametrize("option", ["samples", "reference"])
 def test_archives_that_hold_no_images(fake, arguments, refused, tmp_path, option):
     path = tmp_path / "wrong.npz"
 
-    def message(**arrays):
+    def message(contents: bytes = b"", **arrays):
+        path.write_bytes(contents)
         if arrays:
             np.savez(path, **arrays)
         found = refused(evaluate.main, arguments(**{option: path}))
@@ -601,26 +641,20 @@ def test_archives_that_hold_no_images(fake, arguments, refused, tmp_path, option
 
     assert message(arr_0=np.zeros((2, 8, 8, 3))) == "holds arr_0 float64 (2, 8, 8, 3)"
     assert message(arr_0=np.zeros((2, 8, 8, 1), np.uint8)) == "holds arr_0 uint8 (2, 8, 8, 1)"
+    assert message(arr_0=np.zeros((2, 8, 8), np.uint8)) == "holds arr_0 uint8 (2, 8, 8)"
+    assert message(arr_0=np.array([{"an": "object"}])) == "holds arr_0 object (1,)"
     assert message(arr_0=np.zeros((0, 8, 8, 3), np.uint8)) == "holds no images"
-    assert message(arr_0=np.zeros((2, 8, 8, 3), np.uint8, order="F")) == (
-        "holds arr_0 uint8 (2, 8, 8, 3) in column-major order"
-    )
-    np.savez(path, arr_0=np.zeros((90, 8, 8, 3), np.uint8))
+    columns = np.zeros((2, 8, 8, 3), np.uint8, order="F")
+    assert message(arr_0=columns) == "holds arr_0 uint8 (2, 8, 8, 3) in column-major order"
+    np.savez(path, arr_0=np.zeros((90, *SIZE, 3), np.uint8))
     whole = path.read_bytes()
-    path.write_bytes(whole[:-30])
-    assert message().startswith("cannot be read (")
-    path.write_bytes(whole.replace(b"(90, 8, 8, 3)", b"(91, 8, 8, 3)"))
-    assert message() == "holds 17280 bytes for arr_0 uint8 (91, 8, 8, 3)"
-    assert not list(tmp_path.glob("*.metrics.json"))
-
-
-def test_damage_within_an_archive_is_found_by_its_checksum(fake, arguments, refused, tmp_path):
-    command = arguments()
-    whole = (tmp_path / "samples.npz").read_bytes()
-    (tmp_path / "samples.npz").write_bytes(whole[:900] + bytes([whole[900] ^ 1]) + whole[901:])
-    assert refused(evaluate.main, command) == (
-        f"--samples {str(tmp_path / 'samples.npz')!r} cannot be read (Bad CRC-32 for file 'arr_0.npy'); {PIXELS}"
-    )
+    for damaged in (b"", b"not an archive", whole[:200], whole[:-30], whole[:40] + b"x" * 20 + whole[60:]):
+        assert message(damaged).startswith("cannot be read (")
+    assert fake.calls == 0
+    flipped = whole[:900] + bytes([whole[900] ^ 1]) + whole[901:]
+    assert message(flipped) == "cannot be read (Bad CRC-32 for file 'arr_0.npy')"
+    more = whole.replace(b"(90, 24,", b"(91, 24,")
+    assert message(more) == "holds 129600 bytes for arr_0 uint8 (91, 24, 20, 3)"
     assert not list(tmp_path.glob("*.metrics.json"))
 
 
@@ -631,64 +665,31 @@ def test_damage_within_an_archive_is_found_by_its_checksum(fake, arguments, refu
             dict(mu=np.zeros(2048, np.float32), sigma=np.zeros((2048, 2047))),
             "holds sigma float64 (2048, 2047); expected floats (2048, 2048), as in the reference files of ADM",
         ),
-        (
-            dict(mu_s=np.zeros(2022, np.float32)),
-            "holds mu_s float32 (2022,); expected floats (2023,), as in the reference files of ADM",
-        ),
+        (dict(mu_s=np.zeros(2022, np.float32)), "holds mu_s float32 (2022,); expected floats (2023,), as in the"),
         (dict(mu=np.full(2048, np.nan)), "has values in mu that are not finite numbers"),
-        (
-            dict(arr_0=np.zeros((5, 24, 24, 3), np.uint8)),
-            "has images of 24 pixels and --samples of 24x20; use a reference of the same size, or a folder, whose "
-            "images are resized",
-        ),
+        (dict(arr_0=np.zeros((5, 24, 24, 3), np.uint8)), "has images of 24 pixels and --samples of 24x20; use a"),
         (
             dict(arr_0=None),
-            "has no images arr_0, which precision,recall,kid need; pass --metrics fid,sfid,is, or another reference",
+            "has no images arr_0, which precision needs; use another, or pass --metrics fid,sfid,is",
         ),
-        (
-            dict(arr_0=None, mu_s=None, mu=None),
-            "has neither images nor statistics; expected a reference file of ADM, an .npz of images arr_0 uint8 "
-            "(N, H, W, 3), or a folder of images with or without class folders",
-        ),
+        (dict(arr_0=None, mu_s=None, mu=None), "has neither images nor statistics; expected a reference file of ADM"),
     ],
 )
 def test_references_that_do_not_fit(fake, arguments, refused, tmp_path, changes, message):
     write_adm_reference(tmp_path / "adm.npz", **changes)
     found = refused(evaluate.main, arguments(reference=tmp_path / "adm.npz", metrics=None))
-    assert found == f"--reference {str(tmp_path / 'adm.npz')!r} {message}"
+    assert found.startswith(f"--reference {str(tmp_path / 'adm.npz')!r} {message}")
     assert fake.calls == 0
 
 
-def test_references_that_are_missing_or_unreadable(fake, arguments, refused, tmp_path, sets):
-    kinds = "a reference file of ADM, an .npz of images arr_0 uint8 (N, H, W, 3), or a folder of images with or without"
-    found = refused(evaluate.main, arguments(reference="no/such"))
-    assert found == f"--reference 'no/such' does not exist; expected {kinds} class folders"
-    (tmp_path / "empty").mkdir()
-    found = refused(evaluate.main, arguments(reference=tmp_path / "empty"))
-    assert found.startswith(f"--reference {str(tmp_path / 'empty')!r} has no images; expected files ending in .jpg, ")
-    (tmp_path / "empty" / "a.png").write_bytes(b"damaged")
-    found = refused(evaluate.main, arguments(reference=tmp_path / "empty", metrics="kid", kid_subset_size=2))
-    assert found == "kid needs 2 images and --reference has 1; give more, or lower --kid-subset-size"
-    (tmp_path / "empty" / "b.png").write_bytes(b"damaged")
-    found = refused(evaluate.main, arguments(reference=tmp_path / "empty", metrics="kid", kid_subset_size=2))
+def test_images_of_a_folder_that_cannot_be_read(fake, arguments, refused, tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"damaged")
+    found = refused(evaluate.main, arguments(reference=tmp_path, metrics="kid", kid_subset_size=2))
     assert found.startswith("image ") and found.endswith("; repair it or remove it from the data set")
-    (tmp_path / "array.npy").write_bytes(b"")
-    assert "cannot be read (" in refused(evaluate.main, arguments(reference=tmp_path / "array.npy"))
-
-
-def test_folders_that_cannot_be_written(fake, arguments, refused, tmp_path):
-    (tmp_path / "file").touch()
-    found = refused(evaluate.main, arguments(cache_dir=tmp_path / "file" / "cache"))
-    assert found == f"--cache-dir {str(tmp_path / 'file' / 'cache')!r} cannot be made (Not a directory)"
 
 
 def test_damaged_settings_of_the_samples(fake, arguments, refused, tmp_path):
     (tmp_path / "samples.json").write_text("{")
-    found = refused(evaluate.main, arguments())
-    assert found.startswith(f"{str(tmp_path / 'samples.json')!r} cannot be read (")
+    assert refused(evaluate.main, arguments()).startswith(f"{str(tmp_path / 'samples.json')!r} cannot be read (")
     assert fake.calls == 0
-
-
-def test_size_of_a_reference_is_that_of_the_samples(sets):
-    assert Reference(sets / "reference.npz", SIZE).images.size == SIZE
-    assert Reference(sets / "reference", (8, 8)).images.size == (8, 8)

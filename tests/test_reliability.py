@@ -307,6 +307,7 @@ def test_names_that_are_not_utf8(image_folder, train_arguments, sample_arguments
     link.symlink_to(image_folder)
     not_utf8 = f"argument {os.fsencode(link)!r} is not UTF-8; rename what it names, or pass a link to it"
     assert refused(train.main, train_arguments(tmp_path / "run", data_path=link)) == not_utf8
+    assert refused(measure.main, ["--samples", link]) == not_utf8
     assert refused(options.command(visualize_rope.main), ["--out", link]) == not_utf8
 
 
@@ -359,7 +360,8 @@ def test_real_commands_end_with_one_line(image_folder, vae_folder, run, tmp_path
          "(VAE down-sampling 8 x patch 1); choose a multiple of 8"),
         ("sample_ddp.py", ["--ckpt", hostile, "--sample-dir", folder], f"checkpoint {str(hostile)!r} is refused: it "
          "asks for posix.mkdir; only tensors and plain values load"),
-        ("evaluate.py", ["--samples", "none.npz"], None),
+        ("evaluate.py", ["--metrics=is", "--samples=none.npz"], "--samples 'none.npz' does not exist; expected an .npz "
+         "with images arr_0 uint8 (N, H, W, 3)"),
         ("visualize_rope.py", ["--rope-theta", "-1"], "argument --rope-theta: '-1' is not a number > 0"),
     ]  # fmt: skip
     commands = [[script, *map(str, arguments)] for script, arguments, _ in cases]
@@ -369,9 +371,7 @@ def test_real_commands_end_with_one_line(image_folder, vae_folder, run, tmp_path
     assert process.returncode == 0
     for number, (script, _, line) in enumerate(cases):
         status, output, errors = (
-            (outcomes / f"{name}").read_text()
-            for name in (f"status-{number}", f"stream-{number}-1", f"stream-{number}-2")
+            (outcomes / name).read_text() for name in (f"status-{number}", f"stream-{number}-1", f"stream-{number}-2")
         )
-        assert (status, output) == ("2", "") and errors.startswith(f"{script}: error: ") and errors.count("\n") == 1
-        assert line is None or errors == f"{script}: error: {line}\n"
+        assert (status, output, errors) == ("2", "", f"{script}: error: {line}\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "outcomes"]

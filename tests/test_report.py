@@ -1,21 +1,30 @@
-"""Samples during training and report.html: what they show, that they change nothing, and what they refuse."""
+"""Samples during training, loss.png and report.html: what they show, that they change nothing, what they refuse."""
 
+import io
 import json
+import os
 import re
 import shutil
+from base64 import b64decode
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, command_line
+from conftest import command_line
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from PIL import Image
 
 import train
-from runtime import checkpoint, files, monitor, pictures, previews, report
+from runtime import checkpoint, monitor, pictures, report
 
-WRITE = report.write  # tiny_commands makes runs without plots
+TENTHS = [0.1 + 0.05 * k for k in range(10)]
+VALIDATION = {
+    "val_loss": 0.5, "val_loss_se": 0.03, "val_loss_tenths": TENTHS,
+    "val_loss_ema": 0.4321, "val_loss_ema_se": 0.0625, "val_loss_ema_tenths": [x / 2 for x in TENTHS],
+}  # fmt: skip
 VOID = {"meta", "img"}
 
 
@@ -107,15 +116,11 @@ def test_samples_of_cached_latents_need_the_vae(cache, vae_folder, make_vae, cac
     meta = json.loads((gone / "meta.json").read_text())
     (gone / "meta.json").write_text(json.dumps(meta | {"vae": meta["vae"] | {"source": "/no/where"}}))
     results = tmp_path / "run"
-    assert refused(train.main, cached_arguments(results, latents_dir=gone, sample_every=4)) == (
-        "--vae '/no/where' is not a folder; expected ema, mse, a hub id, or a folder with config.json and "
-        "diffusion_pytorch_model.safetensors; samples during training need the VAE of the latent cache: pass --vae "
-        "FOLDER where it lies elsewhere, or --sample-every 0"
-    )
-    assert refused(train.main, cached_arguments(results, vae=other, sample_every=4)) == (
-        f"--vae {str(other)!r} has other weights than the VAE that made --latents-dir {str(cache)!r}; pass --vae "
-        "FOLDER with the same, or --sample-every 0"
-    )
+    message = refused(train.main, cached_arguments(results, latents_dir=gone, sample_every=4))
+    assert message.startswith("--vae '/no/where' is not a folder; ") and "--sample-every 0" in message
+    message = refused(train.main, cached_arguments(results, vae=other, sample_every=4))
+    assert message.startswith(f"--vae {str(other)!r} has other weights") and repr(str(cache)) in message
+    assert "leave --vae out" in message
     assert not results.exists()
     train.main(cached_arguments(results, latents_dir=gone, max_steps=1))  # of no samples
     moved = shutil.copytree(vae_folder, tmp_path / "moved")
@@ -124,36 +129,117 @@ def test_samples_of_cached_latents_need_the_vae(cache, vae_folder, make_vae, cac
 
 
 def test_the_contact_sheet_holds_the_first_row_of_every_grid(tmp_path):
-    layout, random = pictures.GridLayout(32, 48, previews.COLUMNS, titled=True), np.random.default_rng(0)
-    paths, rows = [], []
+    columns, random = pictures.COLUMNS, np.random.default_rng(0)
+    layout, paths, rows = pictures.GridLayout(32, 48, columns, titled=True), [], []
     for step in range(40):
-        images = list(random.integers(0, 256, (previews.COUNT, 32, 48, 3), dtype=np.uint8))
+        images = list(random.integers(0, 256, (pictures.COUNT, 32, 48, 3), dtype=np.uint8))
         paths.append(tmp_path / f"{step:07d}.png")
-        pictures.save_png(
-            pictures.draw_grid(images, ["a class"] * previews.COUNT, previews.COLUMNS, "title"), paths[-1]
-        )
-        rows.append(images[: previews.COLUMNS])
+        pictures.save_png(pictures.draw_grid(images, ["a class"] * len(images), columns, "title"), paths[-1])
+        rows.append(images[:columns])
     with Image.open(paths[3]) as grid:
-        for k in range(previews.COLUMNS):
+        for k in range(columns):
             assert np.array_equal(np.asarray(grid.crop(layout.box(k)))[::2, ::2], rows[3][k])
-    sheet = np.asarray(previews.contact_sheet(paths, layout, [str(k) for k in range(previews.COUNT)]))
+    sheet = np.asarray(pictures.draw_contact_sheet(paths, layout, [str(k) for k in range(pictures.COUNT)]))
     pitch, pitch_x = 2 * 32 + 4, 2 * 48 + 4  # images, enlarged twice, and the gap
     assert (sheet.shape[0] - 16 * pitch) in range(10, 40)  # 16 of the 40 rows, and a line of captions
     last = sheet[-pitch:-4, -pitch_x:-4]
     assert np.array_equal(last[::2, ::2], rows[39][-1])
 
 
+# The curves
+
+
+def record(step: int, **values) -> dict:
+    return {"step": step, "loss": 2 / step, "grad_norm": 1 / step, "lr": 1e-4, "images_per_second": 100.0} | values
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """Draws loss.png of some records and returns its panels by title: drawn(records)."""
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **named: (figures.append(self), save(self, *a, **named)))
+
+    def draw(records: list[dict]) -> dict:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        monitor.plot_loss(tmp_path)
+        return {panel.get_title(): panel for panel in figures[-1].axes}
+
+    return draw
+
+
+def curves_of(panel) -> dict:
+    return {line.get_label(): (line.get_xdata().tolist(), line.get_ydata().tolist()) for line in panel.lines}
+
+
+def test_loss_png_has_every_curve_once_and_one_colour_for_each(drawn, tmp_path):
+    records = [record(1), {"step": 2, **VALIDATION}, record(3), record(4, **VALIDATION | {"val_loss": 0.25})]
+    panels = drawn(records)
+    names = ["Loss", "Gradient norm", "Validation loss by tenth of the schedule, step 4", "Learning rate", "Speed"]
+    assert list(panels) == names
+    validation = "validation: noise MSE ± standard error, {} weights"
+    assert curves_of(panels["Loss"]) == {
+        "training: noise MSE + variational term": ([1, 3, 4], [2, 2 / 3, 0.5]),
+        validation.format("raw"): ([2, 4], [0.5, 0.25]),
+        validation.format("EMA"): ([2, 4], [0.4321, 0.4321]),
+    }
+    for band, error in zip(panels["Loss"].collections, (0.03, 0.0625), strict=True):
+        at_four = band.get_paths()[0].vertices
+        at_four = at_four[at_four[:, 0] == 4, 1]
+        assert np.ptp(at_four) == pytest.approx(2 * error)
+    middles = [100 * k + 50 for k in range(10)]
+    tenths = {"raw weights": (middles, TENTHS), "EMA weights": (middles, VALIDATION["val_loss_ema_tenths"])}
+    assert curves_of(panels[names[2]]) == tenths
+    for key, title in (("grad_norm", "Gradient norm"), ("lr", "Learning rate"), ("images_per_second", "Speed")):
+        (line,) = panels[title].lines
+        assert line.get_ydata().tolist() == [record[key] for record in records if key in record]
+    assert [panels[name].get_yscale() for name in names] == ["log", "log", "log", "linear", "linear"]
+    colours = {name: [to_hex(line.get_color()) for line in panel.lines] for name, panel in panels.items()}
+    assert colours["Loss"][1:] == colours[names[2]]  # raw, EMA
+    others = [colours[name] for name in ("Loss", "Gradient norm", "Learning rate", "Speed")]
+    assert len({colour for found in others for colour in found}) == 6
+    with Image.open(tmp_path / "loss.png") as picture:
+        assert picture.getpixel((2, 2))[3] == 0  # no ground of its own
+
+
+def test_loss_png_without_validation_or_with_numbers_that_are_not_finite(drawn, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record(1, loss=None)))
+    monitor.plot_loss(tmp_path)
+    assert not (tmp_path / "loss.png").exists()
+    assert list(drawn([record(1), record(2)])) == ["Loss", "Gradient norm", "Learning rate", "Speed"]
+    null = dict.fromkeys(("val_loss_ema", "val_loss_ema_se"))
+    broken = record(4, **VALIDATION | null | {"val_loss_tenths": [None, *TENTHS[1:]], "grad_norm": None})
+    panels = drawn([record(2, **VALIDATION), broken])
+    assert [line.get_xdata().tolist() for line in panels["Loss"].lines] == [[2, 4], [2, 4], [2]]
+    tenths = panels["Validation loss by tenth of the schedule, step 4"]
+    assert [np.isnan(line.get_ydata()).sum() for line in tenths.lines] == [1, 0]
+    assert drawn([record(4, grad_norm=None)])["Gradient norm"].lines[0].get_ydata().tolist() == []
+
+
+@pytest.mark.parametrize("low, high", [(0.0041, 0.62), (0.031, 0.19), (0.0421, 0.0433)])
+def test_logarithmic_ticks_are_written_out(low, high):
+    axes = Figure().add_subplot()
+    axes.plot([0, 1], [low, high])
+    monitor.use_log_scale(axes)
+    (bottom, top), labels = axes.get_ylim(), axes.yaxis.get_ticklabels()
+    visible = [text for at, text in zip(axes.get_yticks(), labels, strict=True) if bottom <= at <= top]
+    numbers = [float(text.get_text()) for text in visible]
+    assert 3 <= len(numbers) <= 10 and numbers == sorted(set(numbers))
+    assert not any(text.get_text() for text in axes.yaxis.get_ticklabels(minor=True))
+
+
 # The report
 
 
-class Balanced(HTMLParser):
+class Page(HTMLParser):
     """Collects what a page says and loads, and fails where tags are not closed in turn."""
 
-    def __init__(self, text: str):
+    def __init__(self, path: Path):
         super().__init__()
-        self.open, self.resources, self.text, self.tags = [], [], [], set()
-        self.feed(text)
+        self.open, self.resources, self.tags, self.source = [], [], set(), path.read_text()
+        self.words = []
+        self.feed(self.source)
         self.close()
+        self.text = " ".join(" ".join(self.words).split())
         assert self.open == []
 
     def handle_starttag(self, tag, attributes):
@@ -166,109 +252,145 @@ class Balanced(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text.append(data)
+        self.words.append(data)
 
 
 @pytest.fixture
 def finished(run, tmp_path):
-    """A copy of a finished run."""
-    return shutil.copytree(run, tmp_path / "run")
+    """A copy of a finished run, as if its page was written a minute ago."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    pictures.samples_folder(folder).mkdir()
+    for path in [*folder.glob("*"), *folder.glob("*/*")]:
+        os.utime(path, (1e9, 1e9))
+    return folder
+
+
+def change_config(folder: Path, change) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def draw_grid(path: Path, grey: int) -> None:
+    images = [np.full((32, 32, 3), grey, np.uint8)] * pictures.COUNT
+    pictures.save_png(pictures.draw_grid(images, ["a"] * pictures.COUNT, pictures.COLUMNS, "title"), path)
 
 
 def test_a_run_leaves_a_report_that_needs_nothing_else(run):
-    page = (run / "report.html").read_text()
-    seen = Balanced(page)
-    text = " ".join(seen.text)
-    for part in ("DiT-XS/2 spiral-R2-clamp seed 0", "Spiral RoPE, K = 4 directions, border clamp, 32 pixels, batch 8"):
-        assert part in text
-    for part in ("step, finished", "images/s, mean", "ant, bee, käfer", "diffusers", "grad_norm", "rope.rotate"):
-        assert part in text
-    assert len(seen.resources) == 4 and all(link.startswith("data:image/png;base64,") for link in seen.resources)
-    assert not re.search(r"https?:|url\(|@import|<script|<link", page)
-    assert len(page) < 3e6
+    seen = Page(run / "report.html")
+    for part in (
+        "DiT-XS/2 spiral-R2-clamp seed 0", "Spiral RoPE, K = 4 directions, border clamp, 32 pixels, batch 8",
+        "step, finished", "images/s, mean", "ant, bee, käfer", "diffusers", "grad_norm", "rope.rotate",
+    ):  # fmt: skip
+        assert part in seen.text
+    (curves,) = seen.resources
+    assert b64decode(curves.removeprefix("data:image/png;base64,")) == (run / "loss.png").read_bytes()
+    assert not re.search(r"https?:|url\(|@import|<script|<link", seen.source)
+    assert len(seen.source) < 3e6
 
 
-def test_a_report_shows_samples_validation_and_metrics(finished, tmp_path, capsys):
+def test_a_report_shows_what_lies_beside_it(finished, capsys):
+    """The newest of the measured samples and their metrics first, then curves, then the samples of training."""
     (finished / "finished.json").unlink()
     with open(finished / "metrics.jsonl", "a") as file:
-        scores = {
-            "val_loss": 0.51,
-            "val_loss_ema": 0.4321,
-            "val_loss_ema_se": 0.0625,
-            "val_loss_ema_tenths": [0.4] * 10,
-        }
-        file.write(json.dumps({"step": 7, "epoch": 2, **scores}) + "\n")
-    images = [np.full((32, 32, 3), 100, np.uint8)] * previews.COUNT
-    previews.folder_of(finished).mkdir()
-    for step in (4, 7):
-        grid = pictures.draw_grid(images, ["a"] * previews.COUNT, previews.COLUMNS, "title")
-        pictures.save_png(grid, previews.step_path(finished, step))
-    pictures.save_png(grid, previews.sheet_path(finished))
-    metrics = tmp_path / "x.metrics.json"
-    metrics.write_text('{"label_accuracy": 0.97, "sampling": {"seed": 100}}')
-    report.main([str(finished), "--metrics", str(metrics)])
+        file.write(json.dumps({"step": 7, "epoch": 2, **VALIDATION, "val_loss": None, "val_loss_se": None}) + "\n")
+    folder = pictures.samples_folder(finished)
+    grids = ["0000004.png", "0000007.png", "contact_sheet.png", "a-1.5.png", "b.png", "c.png"]
+    for age, name in enumerate(grids):
+        draw_grid(folder / name, grey=10 * age)
+        os.utime(folder / name, (1e9 + age, 1e9 + age))
+    for name in "bc":
+        (folder / f"{name}.npz").touch()
+    (folder / "a-1.5.metrics.json").write_text('{"fid": 1234.5, "kid": 0.25, "kid_std": 0.125, "device": "cpu"}')
+    (folder / "b.metrics.json").write_text('{"samples": 200, "inception_score": 1.5}')
+    (folder / "b.digits.metrics.json").write_text('{"label_accuracy": 0.97, "sampling": {"seed": 101}}')
+    os.utime(folder / "a-1.5.metrics.json", (1e9, 1e9))
+    report.main([str(finished)])
     assert capsys.readouterr().out == f"report: {finished / 'report.html'}\n"
-    seen = Balanced((finished / "report.html").read_text())
-    text = " ".join(seen.text)
+    seen = Page(finished / "report.html")
     for part in (
-        "step, not finished",
-        "0.4321 ± 0.0625",
-        "validation loss, EMA",
-        "newest samples",
-        "step 7",
-        "label_accuracy",
-    ):
-        assert part in text
-    assert "the same noise and classes over the run" in text and "0.97" in text
-    assert "Validation loss by timestep" in (finished / "report.html").read_text()
-    assert sum(link.startswith("data:image/jpeg;base64,") for link in seen.resources) == 2
+        "step, not finished", "0.4321 ± 0.0625 validation loss, EMA", "not finite validation loss, raw",
+        "Samples b 0.97 label accuracy 200 samples 1.5 inception score", "sampling.seed 101",
+        "a-1.5 1,234 FID 0.25 ± 0.125 KID",
+        "newest samples, from EMA weights: step 7", "the same noise and classes over the run",
+    ):  # fmt: skip
+        assert part in seen.text, part
+    order = [seen.text.index(title) for title in ("Samples b ", "a-1.5", "Curves", "Samples during", "Settings")]
+    assert order == sorted(order)
+    pixels = []
+    for link in seen.resources:
+        kind, content = link.removeprefix("data:image/").split(";base64,")
+        with Image.open(io.BytesIO(b64decode(content))) as image:
+            pixels.append(image.getpixel((40, 60))[0] if kind == "jpeg" else kind)
+    assert [round(value, -1) if value != "png" else value for value in pixels] == [40, "png", 10, 20]
 
 
-def test_the_loss_chart_says_what_each_curve_holds(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(report, "chart", lambda *args: drawn.append(args) or "")
-    report.curves([{"step": 2, "loss": 0.5, "val_loss": 0.4, "val_loss_ema": 0.3}])
-    title, unit, _, lines = drawn[0]
-    assert (title, unit) == ("Loss", "noise MSE; training adds the\nvariational term in bits/dim")
-    assert list(lines) == ["training", "validation, raw", "validation, EMA"]
+def test_what_is_newer_than_all_that_it_shows_is_left_alone(finished, tmp_path, capsys):
+    def made(*arguments) -> bool:
+        page, before = finished / "report.html", (finished / "report.html").stat().st_mtime_ns
+        report.main([str(argument) for argument in (finished, *arguments)])
+        output, changed = capsys.readouterr().out, page.stat().st_mtime_ns != before
+        assert output == (
+            f"report: {page}\n" if changed else f"nothing to do: {page} is newer than all that it shows\n"
+        )
+        return changed
+
+    assert made() and not made()
+    samples = pictures.samples_folder(finished)
+    for name in ("loss.png", "metrics.jsonl", "config.json"):
+        os.utime(finished / name)
+        assert made() and not made()
+    metrics = tmp_path / "x.metrics.json"
+    metrics.write_text('{"fid": 3}')
+    os.utime(metrics, (1e9, 1e9))
+    assert made("--metrics", metrics) and "3 FID" in Page(finished / "report.html").text
+    shutil.move(metrics, samples)
+    assert made() and not made()
+    (samples / "x.metrics.json").unlink()
+    assert made() and "FID" not in Page(finished / "report.html").text
+
+
+def test_a_run_of_a_version_with_fewer_settings_has_a_report(finished):
+    def forget(config):
+        del config["model"]["rope"]["min_freq_lang"], config["model"]["class_dropout_prob"]
+
+    change_config(finished, forget)
+    seen = Page(report.write(finished))
+    assert "DiT-XS/2 spiral-R2-clamp seed 0" in seen.text and "rope.min_freq_lang 0 " in seen.text
 
 
 def test_hostile_names_stay_text(finished, run, tmp_path):
-    config = json.loads((finished / "config.json").read_text())
-    config["data"]["classes"][1] = "<script>alert(1)</script>"
-    config["args"]["data_path"] = '"><img src=http://x onerror=alert(1)>'
-    config["versions"]["</table>"] = "<b>"
-    files.write_json(finished / "config.json", config)
-    WRITE(finished)
-    seen = Balanced((finished / "report.html").read_text())
-    assert seen.tags == Balanced(WRITE(shutil.copytree(run, tmp_path / "plain")).read_text()).tags
+    def change(config):
+        config["data"]["classes"][1] = "<script>alert(1)</script>"
+        config["args"]["data_path"] = '"><img src=http://x onerror=alert(1)>'
+        config["versions"]["</table>"] = "<b>"
+
+    change_config(finished, change)
+    seen = Page(report.write(finished))
+    assert seen.tags == Page(run / "report.html").tags
     assert all(link.startswith("data:image/") for link in seen.resources)
-    assert "<script>alert(1)</script>" in " ".join(seen.text)
+    assert "<script>alert(1)</script>" in seen.text
 
 
 def test_many_classes_and_many_records_stay_small(finished):
-    config = json.loads((finished / "config.json").read_text())
-    config["data"]["classes"] = [f"n{k:08d}" for k in range(1000)]
-    files.write_json(finished / "config.json", config)
-    record = monitor.read_metrics(finished / "metrics.jsonl")[0]
-    lines = [json.dumps(record | {"step": 100 * k}) + "\n" for k in range(1, 20_001)]
+    change_config(finished, lambda config: config["data"].update(classes=[f"n{k:08d}" for k in range(1000)]))
+    lines = [json.dumps(record(100 * k)) + "\n" for k in range(1, 20_001)]
     (finished / "metrics.jsonl").write_text("".join(lines))
-    page = WRITE(finished).read_text()
-    assert "n00000019 and 980 more" in page and "n00000020" not in page
-    assert "2,000,000" in page and len(page) < 1e6
+    monitor.plot_loss(finished)
+    seen = Page(report.write(finished))
+    assert "n00000019 and 980 more" in seen.text and "n00000020" not in seen.text
+    assert "2,000,000" in seen.text and len(seen.source) < 1e6
 
 
 def test_what_is_no_run_is_refused(finished, refused, tmp_path):
-    assert refused(report.main, [tmp_path / "none"]) == (
-        f"{str(tmp_path / 'none')!r} holds no run (config.json is missing); expected a --results-dir of train.py"
-    )
     (tmp_path / "list.json").write_text("[]")
-    assert refused(report.main, [finished, "--metrics", tmp_path / "list.json"]) == (
-        f"{str(tmp_path / 'list.json')!r} holds a JSON list, expected an object"
-    )
-    assert refused(report.main, [finished, "--out", tmp_path / "no" / "where.html"]).startswith(
-        "the report cannot be written: [Errno 2] No such file or directory"
-    )
+    none, array, nowhere = (str(tmp_path / name) for name in ("none", "list.json", "no/where"))
+    for arguments, message in {
+        (none,): f"{none!r} holds no run (config.json is missing); expected a --results-dir of train.py",
+        (finished, "--metrics", array): f"{array!r} holds a JSON list; expected an object",
+        (finished, "--metrics", nowhere): f"{nowhere!r} cannot be read (",
+        (finished, "--out", nowhere): f"--out {nowhere!r} cannot be written (No such file or directory); ",
+    }.items():
+        assert refused(report.main, arguments).startswith(message)
     (finished / "config.json").write_text("{}")
     assert refused(report.main, [finished]).startswith(f"config.json in {str(finished)!r} is not one of train.py (")
-    assert TINY_RUN["sample_every"] == 0

@@ -9,14 +9,11 @@ from conftest import TINY_RUN
 
 import train
 from runtime import monitor, trackers
+from runtime.config import flatten
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
 
 ROPE = dict(use_rope=True, rope_rotate=2)
-SETTINGS = {
-    "model": {"model": "DiT-B/4", "rope": None},
-    "recipe": {"global_seed": 3},
-}
 
 
 def events(results: Path):
@@ -52,12 +49,8 @@ def test_tensorboard_shows_what_metrics_jsonl_holds(train_arguments, signal_afte
 
 def test_a_list_becomes_a_number_for_each_entry():
     record = {"step": 7, "loss": None, "val_loss": 0.5, "val_loss_tenths": [0.25, 0.75]}
-    assert trackers.scalars(record) == {
-        "step": 7,
-        "val_loss": 0.5,
-        "val_loss_tenths/0": 0.25,
-        "val_loss_tenths/1": 0.75,
-    }
+    flat = {"step": 7, "val_loss": 0.5, "val_loss_tenths/0": 0.25, "val_loss_tenths/1": 0.75}
+    assert trackers.scalars(record) == flat
 
 
 def test_wandb_offline(train_arguments, tmp_path, monkeypatch):
@@ -110,18 +103,21 @@ def wandb_records(path: Path):
 
 
 def test_names_tell_the_positions():
-    def names(**rope):
-        default = {"rotate": 0, "theta": 10000.0, "freqs_for": "lang", "max_freq": 10.0, "truncate_percentage": 0.0}
-        default |= {"max_freq_lang": 1.5, "min_freq_lang": 0.0, "same_theta": False, "border": "clamp"}
-        settings = {**SETTINGS, "model": {"model": "DiT-B/4", "rope": default | rope}}
-        return trackers.group_name(settings), trackers.run_name(settings)
+    def name(**rope):
+        return monitor.group_name({"model": {"model": "DiT-B/4", "rope": rope}})  # the rest has its default
 
-    assert trackers.run_name(SETTINGS) == "DiT-B/4 sin-cos seed 3"
-    assert names() == ("DiT-B/4 axial", "DiT-B/4 axial seed 3")
-    assert names(rotate=4) == ("DiT-B/4 spiral-R4-clamp", "DiT-B/4 spiral-R4-clamp seed 3")
-    assert names(rotate=4, border="exact", theta=100.0, same_theta=True)[0] == (
+    sin_cos = {"model": {"model": "DiT-B/4", "rope": None}, "recipe": {"global_seed": 3}}
+    assert monitor.run_name(sin_cos) == "DiT-B/4 sin-cos seed 3"
+    assert name() == "DiT-B/4 axial"
+    assert name(rotate=4, theta=10000.0) == "DiT-B/4 spiral-R4-clamp"
+    assert name(rotate=4, border="exact", theta=100.0, same_theta=True) == (
         "DiT-B/4 spiral-R4-exact-theta-100.0-same_theta-True"
     )
+
+
+def test_nested_values_become_paths():
+    nested = {"lr": 0.1, "model": {"rope": {"rotate": 4}, "size": [1, 2]}, "empty": {}}
+    assert flatten(nested) == {"lr": 0.1, "model.rope.rotate": 4, "model.size": [1, 2], "empty": {}}
 
 
 def test_a_tracker_that_fails_is_dropped_with_one_warning(train_arguments, tmp_path, monkeypatch, capsys):
@@ -164,12 +160,11 @@ def test_a_package_that_is_absent(flag, module, package, train_arguments, refuse
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wandb_settings_without_wandb_are_refused(train_arguments, refused, tmp_path):
-    assert refused(train.main, train_arguments(tmp_path / "run", wandb_project="digits")) == (
-        "--wandb-project digits given without --use-wandb; add --use-wandb, or leave --wandb-project out"
-    )
-    assert refused(train.main, train_arguments(tmp_path / "run", wandb_entity="us")) == (
-        "--wandb-entity us given without --use-wandb; add --use-wandb, or leave --wandb-entity out"
+@pytest.mark.parametrize("name", ["wandb_project", "wandb_entity"])
+def test_wandb_settings_without_wandb_are_refused(name, train_arguments, refused, tmp_path):
+    flag = f"--{name.replace('_', '-')}"
+    assert refused(train.main, train_arguments(tmp_path / "run", **{name: "digits"})) == (
+        f"{flag} digits given without --use-wandb; add --use-wandb, or leave {flag} out"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ import evaluate_loss
 import sample
 import sample_ddp
 import train
+from demo import measure
 from runtime import distributed, files, options
 from runtime.vae import VAE
 
@@ -276,6 +278,35 @@ def test_geometry_is_read_from_the_autoencoder(make_vae):
 
 
 # Every command
+
+
+def test_measuring(refused, tmp_path):
+    path = tmp_path / "samples.npz"
+    expected = "expected an .npz of sample_ddp.py, with images arr_0 uint8 (N, H, W, 3) and labels arr_1 (N,)"
+
+    def message():
+        found = refused(measure.main, ["--samples", path]).replace(repr(str(path)), "FILE")
+        assert found.startswith("--samples FILE ") and found.endswith(f"; {expected}")
+        return found.removeprefix("--samples FILE ").removesuffix(f"; {expected}")
+
+    assert message() == "does not exist"
+    np.savez(path, arr_0=np.zeros((2, 8, 8, 3), np.uint8), arr_1=np.zeros(2, np.int64))
+    whole = path.read_bytes()
+    for contents in (b"", b"not an archive", whole[:200], whole[:-50], whole[:200] + b"x" * 20 + whole[220:]):
+        path.write_bytes(contents)
+        assert message().startswith("cannot be read (")
+    with open(path, "wb") as file:
+        np.save(file, np.zeros(3))
+    assert message().startswith("cannot be read (")
+    np.savez(path, arr_0=np.zeros((2, 8, 8), np.uint8), arr_1=np.zeros(2, np.int64))
+    assert message() == "holds arr_0 uint8 (2, 8, 8), arr_1 (2,)"
+    np.savez(path, arr_0=np.zeros((2, 8, 8, 3), np.uint8), arr_1=np.zeros(3, np.int64))
+    assert message() == "holds arr_0 uint8 (2, 8, 8, 3), arr_1 (3,)"
+    np.savez(path, arr_0=np.array([{"an": "object"}]), arr_1=np.zeros(1, np.int64))
+    assert message() == "holds arr_0 object (1,), arr_1 (1,)"
+    np.savez(path, arr_0=np.zeros((1, 8, 8, 3), np.uint8), arr_1=np.array([{"an": "object"}]))
+    assert message().startswith("cannot be read (")
+    assert [file.name for file in tmp_path.iterdir()] == ["samples.npz"]
 
 
 def test_control_characters_are_made_visible(refused, tmp_path):

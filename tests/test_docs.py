@@ -1,0 +1,73 @@
+"""Every command that README and docs print is one that the commands take: tried as a dry run, or at least parsed."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from runtime.options import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
+# Commands whose dry run needs no file that the page's reader has and a test has not.
+DRY = {"train", "cache_latents", "sample_ddp"}
+OTHER_PROGRAMS = {"conda", "git", "pip", "sbatch", "tensorboard", "export", "source", "cd", "evaluator.py"}
+
+
+def commands(page: str) -> list[str]:
+    """The commands of the fenced bash blocks of a page, continued lines joined, comments dropped."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [shlex.join(found) for found in words if found]
+
+
+def settings_and_command(line: str) -> tuple[dict[str, str], list[str]]:
+    """Leading NAME=value words, and the rest."""
+    words, settings = shlex.split(line), {}
+    while words and (match := re.fullmatch(r"([A-Z_]+)=(.*)", words[0], re.DOTALL)):
+        settings[match[1]] = match[2]
+        words.pop(0)
+    return settings, words
+
+
+def python_command(words: list[str]) -> tuple[str, list[str]] | None:
+    """Module and arguments of a command of this repository, whatever starts it."""
+    for index, word in enumerate(words):
+        if word == "-m" and words[index + 1].split(".")[0] in ("demo", "experiments", "runtime"):
+            return words[index + 1], words[index + 2 :]
+        if re.fullmatch(r"[a-z_]+\.py|tests/[a-z_]+\.py", word) and (ROOT / word).exists():
+            return word.removesuffix(".py").replace("/", "."), words[index + 1 :]
+    return None
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_of_the_documentation_are_accepted(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    for line in commands(page):
+        settings, words = settings_and_command(line)
+        if words[0] in OTHER_PROGRAMS:
+            continue
+        if words[0] == "bash":
+            assert (ROOT / words[1]).exists(), line
+            continue
+        found = python_command(words)
+        assert found is not None, f"{page}: {line!r} is no command of this repository"
+        check(*found, line)
+
+
+def check(name: str, arguments: list[str], line: str) -> None:
+    module = importlib.import_module(name)
+    try:
+        if name in DRY:
+            module.main([*arguments, "--dry-run", "--planned", "8"])
+        elif hasattr(module, "parse_args"):
+            module.parse_args(arguments)
+        else:
+            module.build_parser().parse_args(arguments)
+    except (UserError, SystemExit) as error:
+        pytest.fail(f"{line!r} is refused: {error}")
