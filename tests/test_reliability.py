@@ -5,7 +5,6 @@ import json
 import os
 import pty
 import random
-import runpy
 import signal
 import subprocess
 import sys
@@ -56,16 +55,6 @@ def test_sampling_killed_again_and_again(run, tmp_path, capsys):
     output = capsys.readouterr().out
     for name in ("two", "killed"):
         assert f"{name}: 96 draws of noise equal, 24 images, " in output
-
-
-def test_a_run_outlives_its_reader(train_arguments, tmp_path):
-    command = [sys.executable, ROOT / "train.py", *train_arguments(tmp_path / "run", max_steps=12)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    reader = subprocess.Popen(command, env=ENVIRONMENT, **pipes)
-    assert "model: DiT-XS/2" in reader.stdout.readline()
-    reader.stdout.close()
-    assert (reader.wait(timeout=600), reader.stderr.read()) == (0, "")
-    assert "finished at step 12" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_a_closed_terminal_stops_a_run_with_a_checkpoint(train_arguments, tmp_path):
@@ -333,22 +322,11 @@ class Marker:
         return (os.mkdir, (str(self.path),))
 
 
-def run_scripts(cases: list[list[str]]) -> None:
-    """Run scripts one after the other, as python does, and print what each leaves: status, output, errors."""
-    for number, (script, *arguments) in enumerate(cases):
-        sys.argv, status = [script, *arguments], 0
-        for stream in (1, 2):
-            os.dup2(os.open(f"stream-{number}-{stream}", os.O_CREAT | os.O_WRONLY), stream)
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as stop:
-            status = stop.code
-        sys.stdout.flush()
-        Path(f"status-{number}").write_text(str(status))
+def test_real_commands(image_folder, vae_folder, train_arguments, tmp_path):
+    """A mistake is exit status 2 and one line, with nothing that libraries add; a run outlives the reader of its output.
 
-
-def test_real_commands_end_with_one_line(image_folder, vae_folder, run, tmp_path):
-    """Exit status 2 and one line, with nothing that libraries add; in one process, since imports take most time."""
+    All in one real process, since imports take most of the time of each.
+    """
     hostile, folder, outcomes = tmp_path / "a.pt", tmp_path / "out", tmp_path / "outcomes"
     outcomes.mkdir()
     torch.save({"ema": Marker(tmp_path / "ran")}, hostile)
@@ -363,15 +341,18 @@ def test_real_commands_end_with_one_line(image_folder, vae_folder, run, tmp_path
         ("evaluate.py", ["--metrics=is", "--samples=none.npz"], "--samples 'none.npz' does not exist; expected an .npz "
          "with images arr_0 uint8 (N, H, W, 3)"),
         ("visualize_rope.py", ["--rope-theta", "-1"], "argument --rope-theta: '-1' is not a number > 0"),
+        ("train.py", train_arguments(tmp_path / "run", max_steps=12, ckpt_every=12), None),
     ]  # fmt: skip
-    commands = [[script, *map(str, arguments)] for script, arguments, _ in cases]
-    program = f"import test_reliability; test_reliability.run_scripts({commands!r})"
-    environment = ENVIRONMENT | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    process = subprocess.run([sys.executable, "-c", program], cwd=outcomes, env=environment, timeout=600)
-    assert process.returncode == 0
-    for number, (script, _, line) in enumerate(cases):
-        status, output, errors = (
-            (outcomes / name).read_text() for name in (f"status-{number}", f"stream-{number}-1", f"stream-{number}-2")
-        )
-        assert (status, output, errors) == ("2", "", f"{script}: error: {line}\n")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "outcomes"]
+    commands = [[str(ROOT / script), *map(str, arguments)] for script, arguments, _ in cases]
+    (tmp_path / "commands").write_text(json.dumps(commands))
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, ROOT / "tests" / "real_commands.py", tmp_path / "commands"]
+    process = subprocess.Popen(command, cwd=outcomes, env=ENVIRONMENT, **pipes)
+    first = process.stdout.readline()
+    process.stdout.close()
+    assert (process.wait(timeout=600), process.stderr.read()) == (0, "") and "model: DiT-XS/2" in first
+    assert "finished at step 12" in (tmp_path / "run" / "log.txt").read_text()
+    for number, (script, _, line) in enumerate(cases[:-1]):
+        found = json.loads((outcomes / f"{number}.json").read_text())
+        assert found == [2, "", f"{script}: error: {line}\n"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "commands", "outcomes", "run"]

@@ -648,7 +648,7 @@ def test_a_measured_dry_run_adds_up(train_arguments, stopped, tmp_path, monkeypa
     }  # fmt: skip
     total = start_up + sum(int(count) * float(seconds) for count, _, seconds in parts)
     assert total == pytest.approx(3600 * float(hours), abs=0.6 + 0.05 * total)  # start-up is rounded to seconds
-    speed = re.search(r"speed: ([\d.e-]+) s a step .*, ([\d.]+) images/s with batch 8", output)
+    speed = re.search(r"speed: ([\d.e-]+) s a step, ([\d.]+) images/s with batch 8 \(median of 3 steps", output)
     assert float(speed[1]) * float(speed[2]) == pytest.approx(8, rel=0.01)
     assert re.search(r"memory: [\d.]+ [MG]B of the host", output)
     assert "would take 12.3 kB" in output  # 24 images, 2 flips, 8 x 4 x 4 numbers of 2 bytes
