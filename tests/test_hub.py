@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -49,36 +49,34 @@ class StandIn(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    def do_HEAD(self):
-        self.answer()
-
     def do_GET(self):
-        self.answer()
-
-    def answer(self):
         server, part = self.server, self.headers.get("Range")
         server.seen.append((self.command, self.path, part))
         contents = server.files.get(self.path)
         if self.path in server.errors or contents is None:
             status, name = server.errors.get(self.path, (404, "EntryNotFound"))
-            self.send_response(status)
-            self.send_header("X-Error-Code", name)
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
+            return self.begin(status, {"X-Error-Code": name, "Content-Length": 0})
         first = int(part.removeprefix("bytes=").split("-")[0]) if part else 0
-        self.send_response(206 if part else 200)
-        self.send_header("ETag", f'"{hashlib.sha256(contents).hexdigest()}"')
-        self.send_header("X-Repo-Commit", hashlib.sha1(self.path.encode()).hexdigest())
+        headers = {"ETag": f'"{hashlib.sha256(contents).hexdigest()}"'}
+        headers["X-Repo-Commit"] = hashlib.sha1(self.path.encode()).hexdigest()
         if server.tells_size:
-            self.send_header("Content-Length", str(len(contents) - first))
+            headers["Content-Length"] = len(contents) - first
         if part:
-            self.send_header("Content-Range", f"bytes {first}-{len(contents) - 1}/{len(contents)}")
-        self.end_headers()
+            headers["Content-Range"] = f"bytes {first}-{len(contents) - 1}/{len(contents)}"
+        self.begin(206 if part else 200, headers)
         if self.command == "GET":
             time.sleep(server.pause)
             cut = server.cut.pop(0) if server.cut else len(contents)
             self.wfile.write(contents[first : first + cut])
             self.close_connection = True
+
+    do_HEAD = do_GET
+
+    def begin(self, status: int, headers: dict) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
 
     def log_message(self, *_):
         pass
@@ -129,18 +127,16 @@ def refusal(name) -> str:
 
 
 def test_the_table_of_published_checkpoints():
-    files = {"dit_s2": 4, "dit_b2": 4, "dit_l2": 4, "dit_xl2": 3, "dit_xl2/0700000.pth": 3}
-    spiral = {name: published for name, published in hub.PUBLISHED.items() if published.args}
-    for name, (file, rotate) in zip((*list(files)[:4], "dit_xl2_7m"), files.items(), strict=True):
-        published = spiral.pop(name)
-        assert published.url == f"hf://haoyuliu00/Spiral_RoPE/{file if '.' in file else f'{file}/0400000.pt'}"
-        settings = ("rope_rotate", "rope_theta", "rope_max_freq_lang", "rope_border", "image_size")
-        assert [published.args[key] for key in settings] == [rotate, 10000.0, 1.5, "clamp", 256]
-    assert spiral == {}
-    assert {name: published.url for name, published in hub.PUBLISHED.items() if not published.args} == {
-        name: f"https://dl.fbaipublicfiles.com/DiT/models/{name}"
-        for name in ("DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt")
-    }
+    files = {f"dit_{size}": f"dit_{size}/0400000.pt" for size in ("s2", "b2", "l2", "xl2")}
+    files = {name: f"hf://haoyuliu00/Spiral_RoPE/{file}" for name, file in files.items()}
+    files["dit_xl2_7m"] = "hf://haoyuliu00/Spiral_RoPE/dit_xl2/0700000.pth"
+    others = {f"DiT-XL-2-{size}x{size}.pt" for size in (256, 512)}
+    files |= {name: f"https://dl.fbaipublicfiles.com/DiT/models/{name}" for name in others}
+    assert {name: published.url for name, published in hub.PUBLISHED.items()} == files
+    for name, published in hub.PUBLISHED.items():
+        rope = asdict(replace(SPIRAL, rotate=3 if "xl" in name else 4))
+        settings = {"image_size": 256} | {f"rope_{key}": value for key, value in rope.items()}
+        assert published.args == ({} if name in others else settings)
 
 
 def test_a_file_wins_over_a_name(server, tmp_path, monkeypatch):
@@ -188,19 +184,15 @@ def test_a_file_of_the_hub_is_downloaded_once_and_needs_no_network_then(server, 
     )
 
 
-def test_a_revision_is_asked_for(server):
-    server.put("user/repo/a.pt", b"old", revision="v1")
-    server.put("user/repo/a.pt", b"proposed", revision="refs%2Fpr%2F7")
-    assert hub.find("hf://user/repo@v1/a.pt").path.read_bytes() == b"old"
-    assert hub.find("hf://user/repo@refs/pr/7/a.pt").path.read_bytes() == b"proposed"
-
-
-def test_a_broken_connection_is_resumed(server, monkeypatch):
+def test_a_revision_is_asked_for_and_a_broken_connection_resumed(server, monkeypatch):
     contents = bytes(range(256)) * 1000
-    server.put("user/repo/a.pt", contents)
+    server.put("user/repo/a.pt", b"old", revision="v1")
+    server.put("user/repo/a.pt", contents, revision="refs%2Fpr%2F7")
+    assert hub.find("hf://user/repo@v1/a.pt").path.read_bytes() == b"old"
     server.cut = [100_000]
+    server.seen.clear()
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 50_000)
-    assert hub.find("hf://user/repo/a.pt").path.read_bytes() == contents
+    assert hub.find("hf://user/repo@refs/pr/7/a.pt").path.read_bytes() == contents
     parts = [part for method, path, part in server.seen if method == "GET" and path in server.files]
     assert parts == [None, "bytes=100000-"]
 
@@ -242,48 +234,48 @@ def test_a_server_that_is_not_there(server, monkeypatch):
         )
 
 
-def test_a_full_disk(server, tmp_path):
+NAMES = ["hf://user/repo/a.pt", "DiT-XL-2-256x256.pt"]
+
+
+@pytest.fixture(params=NAMES)
+def name(request, server):
+    """A name of each kind, whose file has 300,000 bytes."""
     server.put("user/repo/a.pt", bytes(300_000))
     server.files["/DiT-XL-2-256x256.pt"] = bytes(300_000)
-    for name in ("hf://user/repo/a.pt", "DiT-XL-2-256x256.pt"):
-        with disk_full_at(100_000):
-            assert " cannot be fetched: [Errno 27] File too large; otherwise download " in refusal(name)
+    return request.param
+
+
+def test_a_full_disk(name, tmp_path):
+    with disk_full_at(100_000):
+        assert " cannot be fetched: [Errno 27] File too large; otherwise download " in refusal(name)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 50_000] == []
 
 
-def test_the_original_dit_is_downloaded_once(server, tmp_path):
-    name = "DiT-XL-2-512x512.pt"
-    server.files[f"/{name}"] = b"contents"
-    found = hub.find(name)
-    assert found == hub.Source(tmp_path / "torch" / "hub" / "checkpoints" / name, name)
-    assert found.path.read_bytes() == b"contents"
-    assert hub.find(name) == found and hub.find(found.path) == hub.Source(found.path)
-    assert server.downloads() == [f"/{name}"]
-
-
-def test_half_a_file_of_the_original_dit_is_not_kept(server, tmp_path):
-    server.files["/DiT-XL-2-256x256.pt"] = bytes(1000)
-    server.cut = [400]
-    server.tells_size = False
-    assert "the server does not tell the size of the file; otherwise download" in refusal("DiT-XL-2-256x256.pt")
-    server.tells_size = True
-    message = refusal("DiT-XL-2-256x256.pt")
-    assert "the connection ended after 400 of 1000 bytes; otherwise download" in message
-    assert [path.name for path in tmp_path.rglob("*256*")] == ["DiT-XL-2-256x256.pt.lock"]
-    assert hub.find("DiT-XL-2-256x256.pt").path.read_bytes() == bytes(1000)
-    assert "HTTP Error 404: Not Found; otherwise download" in refusal("DiT-XL-2-512x512.pt")
-
-
-@pytest.mark.parametrize("name", ["hf://user/repo/a.pt", "DiT-XL-2-256x256.pt"])
 def test_of_several_processes_one_downloads(name, server):
     """Threads stand in for processes: the locks are of files that each opens for itself."""
-    server.put("user/repo/a.pt", bytes(1000))
-    server.files["/DiT-XL-2-256x256.pt"] = bytes(1000)
     server.pause = 0.5
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(hub.find, [name] * 3))
-    assert len({source.path for source in found}) == 1 and found[0].path.read_bytes() == bytes(1000)
+    assert len({source.path for source in found}) == 1 and found[0].path.read_bytes() == bytes(300_000)
     assert len(server.downloads()) == 1
+
+
+def test_the_original_dit_is_downloaded_once_and_half_a_file_not_kept(server, tmp_path):
+    name = "DiT-XL-2-512x512.pt"
+    assert "HTTP Error 404: Not Found; otherwise download" in refusal(name)
+    server.files[f"/{name}"] = bytes(1000)
+    server.cut = [400]
+    server.tells_size = False
+    assert "the server does not tell the size of the file; otherwise download" in refusal(name)
+    server.tells_size = True
+    assert "the connection ended after 400 of 1000 bytes; otherwise download" in refusal(name)
+    assert [path.name for path in tmp_path.rglob("*512*")] == [f"{name}.lock"]
+    server.seen.clear()
+    found = hub.find(name)
+    assert found == hub.Source(tmp_path / "torch" / "hub" / "checkpoints" / name, name)
+    assert found.path.read_bytes() == bytes(1000)
+    assert hub.find(name) == found and hub.find(found.path) == hub.Source(found.path)
+    assert server.downloads() == [f"/{name}"]
 
 
 # Settings

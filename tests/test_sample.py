@@ -322,24 +322,23 @@ class NormalData:
         return (torch.sqrt(1 - a) * x / (a * self.deviation**2 + 1 - a)).float()
 
 
+def sample_normal(model: NormalData, config: SamplingConfig, count: int, size: int) -> torch.Tensor:
+    return sampling.sample_latents(model, config, list(range(count)), [0] * count, (1, size, size), torch.device("cpu"))
+
+
 @pytest.mark.parametrize("deviation", [0.5, 2.0])
 @pytest.mark.parametrize(("sampler", "steps"), [("ddim", 500), ("dpm++", 40)])
 def test_deterministic_samplers_solve_the_equation(sampler, steps, deviation):
     """The solution scales the start to the data's deviation: x_0 = x_T s / sqrt(a_T s^2 + 1 - a_T)."""
-    config = SamplingConfig(sampler=sampler, steps=steps, cfg_scale=1, seed=5)
-    model, indices, shape = NormalData(deviation), [4, 9], (1, 8, 8)
-    found = sampling.sample_latents(model, config, indices, [0, 0], shape, torch.device("cpu"))
-    start = sampling.IndexedNoise(5, indices)(torch.empty(2, *shape))
+    model = NormalData(deviation)
+    found = sample_normal(model, SamplingConfig(sampler=sampler, steps=steps, cfg_scale=1, seed=5), 2, 8)
+    start = sampling.IndexedNoise(5, [0, 1])(torch.empty(2, 1, 8, 8))
     a = float(model.alphas_cumprod[-1])
-    expected = start * deviation / math.sqrt(a * deviation**2 + 1 - a)
-    torch.testing.assert_close(found, expected, atol=0, rtol=0.02)
+    torch.testing.assert_close(found, start * deviation / math.sqrt(a * deviation**2 + 1 - a), atol=0, rtol=0.02)
 
 
 def test_ancestral_sampling_has_the_deviation_of_the_data():
-    config = SamplingConfig(steps=250, cfg_scale=1)
-    found = sampling.sample_latents(
-        NormalData(0.5), config, list(range(64)), [0] * 64, (1, 16, 16), torch.device("cpu")
-    )
+    found = sample_normal(NormalData(0.5), SamplingConfig(steps=250, cfg_scale=1), 64, 16)
     assert float(found.std()) == pytest.approx(0.5, rel=0.03)
     assert float(found.mean()) == pytest.approx(0, abs=0.02)
 
@@ -363,14 +362,15 @@ def test_dpm_solver_is_the_loop_of_diffusers(run):
 
 def test_precision_follows_the_device(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert (
-        distributed.resolve_precision("fp32", cuda) == "fp32" and distributed.resolve_precision("bf16", cpu) == "bf16"
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert distributed.resolve_precision("auto", cuda) == "fp32"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    assert distributed.resolve_precision("auto", cuda) == "bf16"
-    assert distributed.resolve_precision("auto", torch.device("mps")) == "fp32"
+    for asked, device, capability, expected in (
+        ("fp32", cuda, (9, 0), "fp32"),
+        ("bf16", cpu, None, "bf16"),
+        ("auto", cuda, (7, 5), "fp32"),
+        ("auto", cuda, (8, 0), "bf16"),
+        ("auto", torch.device("mps"), None, "fp32"),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert distributed.resolve_precision(asked, device) == expected
 
 
 def test_the_autoencoder_decodes_in_bfloat16_on_request(vae_folder):

@@ -1,6 +1,8 @@
 """Grids of chosen classes: class names, what an image depends on, frames of the denoising, other sizes, mistakes."""
 
 import json
+import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -39,14 +41,12 @@ def draw(arguments, monkeypatch):
     """Runs sample.py and returns what draw_grid and draw_strips were given, by their names."""
     drawn = {}
 
-    def record(name):
-        original = getattr(pictures, name)
-        monkeypatch.setattr(
-            pictures, name, lambda *args, **named: (drawn.update({name: args}), original(*args, **named))[1]
-        )
+    def record(name, original, *args, **named):
+        drawn[name] = args
+        return original(*args, **named)
 
-    record("draw_grid")
-    record("draw_strips")
+    for name in ("draw_grid", "draw_strips"):
+        monkeypatch.setattr(pictures, name, partial(record, name, getattr(pictures, name)))
 
     def call(**changes) -> dict:
         drawn.clear()
@@ -112,42 +112,32 @@ def test_classes_that_are_drawn_when_none_are_asked_for():
     assert classes.default_labels(FOLDERS, 3) == [0, 1, 2] and classes.default_labels(None, 40) == list(range(8))
 
 
-RETRIEVERS = "fits 5 classes: 205 flat-coated retriever, 206 curly-coated retriever, 207 golden retriever,"
+NO_CLASS = "is not a class of the checkpoint"
+MANY = r"fits \d+ classes: (\d+ [^,;]+, ){7}\d+ [^,;]+ and \d+ more; pass the number of one"
 
 
 @pytest.mark.parametrize(
     ("text", "names", "message"),
     [
-        ("3", FOLDERS, "3 is not a class of the checkpoint; expected a number from 0 to 2"),
-        ("-1", FOLDERS, "-1 is not a class of the checkpoint; expected a number from 0 to 2"),
-        (
-            "wasp",
-            FOLDERS,
-            "'wasp' is not a class of the checkpoint; expected a name such as 'ant', or a number from 0 to 2",
-        ),
-        ("ant,kafer", FOLDERS, "'kafer' is not a class of the checkpoint; did you mean 2 käfer?"),
+        ("3", FOLDERS, f"3 {NO_CLASS}; expected a number from 0 to 2"),
+        ("-1", FOLDERS, f"-1 {NO_CLASS}; expected a number from 0 to 2"),
+        ("wasp", FOLDERS, f"'wasp' {NO_CLASS}; expected a name such as 'ant', or a number from 0 to 2"),
+        ("ant,kafer", FOLDERS, f"'kafer' {NO_CLASS}; did you mean 2 käfer?"),
         ("e", FOLDERS, "'e' fits 2 classes: 1 bee, 2 käfer; pass the number of one"),
         ("", FOLDERS, "has an empty entry; expected names, or numbers from 0 to 2, with commas between"),
-        ("ant, ,bee", FOLDERS, "has an empty entry;"),
+        ("ant, ,bee", FOLDERS, "has an empty entry; expected names, or numbers from 0 to 2, with commas between"),
         ("ant", None, "'ant': the checkpoint does not name its classes; pass numbers from 0 to 5"),
         ("crane", IMAGENET, "'crane' fits 2 classes: 134 crane, 517 crane; pass the number of one"),
-        ("retriever", IMAGENET, f"'retriever' {RETRIEVERS}"),
-        ("gold fish", IMAGENET, "'gold fish' is not a class of the checkpoint; did you mean 1 goldfish"),
-        ("golden retreiver", IMAGENET, "'golden retreiver' is not a class of the checkpoint; did you mean 207 golden "),
-        ("1000", IMAGENET, "1000 is not a class of the checkpoint; expected a number from 0 to 999"),
+        ("gold fish", IMAGENET, f"'gold fish' {NO_CLASS}; did you mean 1 goldfish( or .*)?"),
+        ("golden retreiver", IMAGENET, f"'golden retreiver' {NO_CLASS}; did you mean 207 golden retriever( or .*)?"),
+        ("1000", IMAGENET, f"1000 {NO_CLASS}; expected a number from 0 to 999"),
+        ("an", IMAGENET, f"'an' {MANY}"),
     ],
 )
 def test_what_means_no_class_or_more_than_one_is_refused(text, names, message):
     with pytest.raises(UserError) as error:
         classes.find_labels(text, names, 6 if names is None else len(names))
-    assert str(error.value).startswith(f"--classes {message}")
-
-
-def test_a_long_list_of_classes_is_cut():
-    with pytest.raises(
-        UserError, match=r"fits \d+ classes: (\d+ [^,;]+, ){7}\d+ [^,;]+ and \d+ more; pass the number of"
-    ):
-        classes.find_labels("an", IMAGENET, 1000)
+    assert re.fullmatch(f"--classes {message}\\??", str(error.value))
 
 
 # The grid
@@ -252,28 +242,25 @@ def test_a_short_title_is_not_cut():
 
 
 def test_both_commands_sample_at_other_sizes(draw, sample_arguments, tmp_path):
-    images, names = {}, set()
-    for mode in ("extrapolate", "interpolate"):
+    images, modes = {}, ("extrapolate", "interpolate")
+    for mode in modes:
         size = dict(image_size="48x64", rope_extend=mode)
         (images[mode],), _, _, title = draw(classes="ant", **size)["draw_grid"]
         assert images[mode].shape == (48, 64, 3) and title.endswith(f", 48x64 by {mode}")
         sample_ddp.main(sample_arguments(tmp_path / "samples", num_fid_samples=1, **size))
-        names |= {f"48x64-{mode}"}
     assert (images["extrapolate"] != images["interpolate"]).mean() > 0.01
-    found = {path.name.split("-size-")[1].split("-vae-")[0]: path for path in (tmp_path / "samples").glob("*.npz")}
-    assert found.keys() == names
-    with np.load(found["48x64-interpolate"]) as archive:
+    found = sorted((tmp_path / "samples").glob("*.npz"))
+    assert [path.name.split("-vae-")[0] for path in found] == [f"DiT-XS-2-0000007-size-48x64-{mode}" for mode in modes]
+    with np.load(found[1]) as archive:
         assert archive["arr_0"].shape == (1, 48, 64, 3) and archive["arr_0"].std() > 0
-    settings = json.loads(found["48x64-interpolate"].with_suffix(".json").read_text())
+    settings = json.loads(found[1].with_suffix(".json").read_text())
     assert (settings["image_size"], settings["rope_extend"]) == ([48, 64], "interpolate")
 
 
 def test_the_trained_size_needs_no_mode(draw):
-    grids = [draw(classes="ant", **size)["draw_grid"] for size in ({}, {"image_size": 32}, EXTENDED)]
+    sizes = ({}, {"image_size": 32}, {"image_size": 32, "rope_extend": "interpolate"})
+    grids = [draw(classes="ant", **size)["draw_grid"] for size in sizes]
     assert all(np.array_equal(grid[0][0], grids[0][0][0]) and grid[1:] == grids[0][1:] for grid in grids)
-
-
-EXTENDED = {"image_size": 32, "rope_extend": "interpolate"}
 
 
 @pytest.mark.parametrize("command", [sample, sample_ddp])
@@ -292,22 +279,17 @@ def test_other_sizes_that_are_refused(command, arguments, sample_arguments, sin_
 # Mistakes
 
 
-WHOLE = "is not a whole number >= 1"
 MISTAKES = [
     (dict(classes="3"), "--classes 3 is not a class of the checkpoint; expected a number from 0 to 2"),
-    (dict(per_class=0), f"argument --per-class: '0' {WHOLE}"),
-    (dict(batch_size=0), f"argument --batch-size: '0' {WHOLE}"),
-    (
-        dict(per_class=34),
-        "3 classes with --per-class 34 are 102 images, more than the 100 of a grid; ask for fewer, or ",
-    ),
+    (dict(per_class=0), "argument --per-class: '0' is not a whole number >= 1"),
+    (dict(batch_size=0), "argument --batch-size: '0' is not a whole number >= 1"),
+    (dict(per_class=34), "3 classes with --per-class 34 are 102 images, more than the 100 of a grid; ask for fewer"),
     (dict(per_class=7, progress_strip=True), "--progress-strip shows 20 images at most, not 21; ask for fewer"),
     (dict(seed=-1), "argument --seed: '-1' is not a whole number with 0 <= value <= 9.22337e+18"),
     (dict(cfg_scale=0.5), "argument --cfg-scale: '0.5' is not a number >= 1"),
     (dict(guidance_interval=(0.5, 0.2)), "--guidance-interval 0.5 0.2 is empty; expected LO < HI"),
     (dict(model="DiT-B/4"), "--model DiT-B/4 disagrees with checkpoint "),
     (dict(rope_rotate=2), "--rope-rotate given without --use-rope; add --use-rope, or leave it out"),
-    (dict(class_names="ant"), "unrecognized arguments: --class-names ant; did you mean --classes?"),
     (dict(out="grid.jpg"), "--out 'grid.jpg' has the wrong ending; end it in .png"),
     (dict(out="no/grid.png"), "--out 'no/grid.png' is in a folder that does not exist; make the folder first"),
 ]
@@ -340,12 +322,10 @@ def test_pictures_that_cannot_be_written(arguments, refused, tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
 
 
-def test_a_single_process(arguments, refused, tmp_path, monkeypatch):
+def test_a_single_process(arguments, refused, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    assert refused(sample.main, arguments()) == (
-        "sample.py is one process, not 2; use python sample.py, or sample_ddp.py"
-    )
-    assert list(tmp_path.iterdir()) == []
+    message = "sample.py is one process, not 2; use python sample.py, or sample_ddp.py"
+    assert refused(sample.main, arguments()) == message
 
 
 def test_help_names_the_defaults(capsys):
