@@ -32,20 +32,8 @@ ADDRESS = "--local-addr=127.0.0.1"  # the name of this machine need not resolve
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", ADDRESS, "--nproc_per_node=2"]
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
 TINY_XS = {"depth": 2, "hidden_size": 64}  # head dimension 32; a checkpoint of 3 MB in place of 30
-SLOW_FILES = [  # the last ones start processes
-    "test_evaluate.py",
-    "test_validation.py",
-    "test_sample_grid.py",
-    "test_demo.py",
-    "test_benchmark.py",
-    "test_experiments.py",
-    "test_cache_latents.py",
-    "test_train.py",
-    "test_pipeline.py",
-    "test_reliability.py",
-    "test_setup_env.py",
-    "test_run_all.py",
-]
+SLOW = "evaluate validation sample_grid demo benchmark experiments cache_latents train pipeline reliability"
+SLOW_FILES = [f"test_{name}.py" for name in [*SLOW.split(), "setup_env", "run_all"]]  # the last ones start processes
 
 # A shell's background job ignores SIGINT, and one under nohup SIGHUP; the processes that the tests start would too.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):

@@ -688,6 +688,11 @@ def test_a_mistake_ends_all_processes_with_one_line(two):
     assert two.errors.count(f"train.py: error: {line}\n") == 1
 
 
+def test_a_dry_run_of_two_processes(two):
+    assert [seen["wrote"] for seen in two("estimated")] == [False, False]
+    assert two.output.count("run: 6 steps of batch 8 on 2 x cpu") >= 1 and two.output.count("speed: ") == 1
+
+
 def test_two_processes_validate_as_one(two, image_folder, tmp_path):
     """One process measures the loss of the checkpoint that two have written beside theirs."""
     record, out = read_metrics(two.folder / "validated")[-1], tmp_path / "loss.json"

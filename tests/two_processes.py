@@ -147,6 +147,12 @@ def refused(results: Path, images: Path, vae: str) -> dict:
         return {"status": stop.code}
 
 
+def estimated(results: Path, images: Path, vae: str) -> dict:
+    """A dry run that takes a step, draws samples on rank 0, and counts a validation."""
+    train.main(arguments(results, images, vae, val_fraction=0.4, sample_every=3, dry_run=1))
+    return {"wrote": results.exists()}
+
+
 def cached(results: Path, images: Path, vae: str) -> dict:
     """A latent cache that both processes fill."""
     latents.CHUNK = 5
@@ -189,14 +195,15 @@ def restarted(results: Path, images: Path, vae: str) -> dict:
     return {}
 
 
-SCENARIOS = (gradients, stopped, non_finite, unreadable, refused, cached, validated, trained, sampled, restarted)
+SCENARIOS = (gradients, stopped, non_finite, unreadable, refused, estimated, cached, validated, trained, sampled)
 
 
 def main() -> None:
     monitor.plot_loss = report.write = lambda _: None
     models.SIZES["XS"].update(TINY_XS)
     folder, images, vae = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    for scenario in SCENARIOS if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else SCENARIOS[-1:]:
+    first_start = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    for scenario in [*(SCENARIOS if first_start else ()), restarted]:
         seen = scenario(folder / scenario.__name__, images, vae)
         torch.save(seen, folder / f"{scenario.__name__}-{distributed.rank()}.pt")
 
