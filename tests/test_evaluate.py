@@ -160,15 +160,9 @@ def test_metrics_equal_those_of_torch_fidelitys_command(command, sets, inception
     capsys.readouterr()
     torch_fidelity_command.main()
     theirs = json.loads(capsys.readouterr().out)
-    names = {
-        "fid": "frechet_inception_distance",
-        "inception_score": "inception_score_mean",
-        "inception_score_std": "inception_score_std",
-        "kid": "kernel_inception_distance_mean",
-        "kid_std": "kernel_inception_distance_std",
-        "precision": "precision",
-        "recall": "recall",
-    }
+    names = {"fid": "frechet_inception_distance", "kid": "kernel_inception_distance_mean"}
+    names |= {"inception_score": "inception_score_mean", "kid_std": "kernel_inception_distance_std"}
+    names |= {name: name for name in ("inception_score_std", "precision", "recall")}
     ours = {name: command[0][name] for name in names}
     assert ours == pytest.approx({name: theirs[key] for name, key in names.items()}, rel=1e-6)
     assert 0 < ours["precision"] < 1 and 0 < ours["recall"] < 1 and ours["precision"] != ours["recall"]
@@ -526,32 +520,33 @@ class Code:
         return os.mkdir, ("code-was-run",)
 
 
+OTHER = "holds other weights than torch-fidelity's Inception-v3 ("
+NO_WEIGHTS = {  # of a file: its name, what becomes of the weights in it, and how the line about it goes on
+    "missing": ("none.pth", None, f"is not a file; expected {WEIGHTS}"),
+    "one less": ("less.pth", lambda state: state.pop("fc.bias"), f'{OTHER}Missing key(s) in state_dict: "fc.bias".); '),
+    "list": ("list.pth", lambda state: state.update({"fc.bias": [0.0] * 1008}), f"{OTHER}While copying the parameter"),
+    "other network": ("a.safetensors", lambda state: state.update(x=torch.ones(1)), f"{OTHER}Unexpected key(s) in"),
+    "damaged": (WEIGHTS, lambda state: state.clear(), "is damaged: its sha256 begins with "),
+}
+
+
 @pytest.mark.parametrize("dry_run", [None, True])
-def test_weights_that_are_none(inception_file, arguments, refused, tmp_path, monkeypatch, dry_run):
+@pytest.mark.parametrize("name, change, message", NO_WEIGHTS.values(), ids=NO_WEIGHTS)
+def test_weights_that_are_none(inception_file, arguments, refused, tmp_path, name, change, message, dry_run):
+    if change is not None:
+        state = torch.load(inception_file)
+        change(state)
+        (save_file if name.endswith(".safetensors") else torch.save)(state, tmp_path / name)
+    found = refused(evaluate.main, arguments(inception_weights=tmp_path / name, dry_run=dry_run))
+    assert found.startswith(f"--inception-weights {str(tmp_path / name)!r} {message}")
+
+
+def test_weights_that_are_code(arguments, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "weights.pth"
-
-    def message():
-        command = arguments(inception_weights=path, dry_run=dry_run)
-        return refused(evaluate.main, command).replace(repr(str(path)), "FILE")
-
-    assert message() == f"--inception-weights FILE is not a file; expected {WEIGHTS}"
-    torch.save({"weight": Code()}, path)
-    assert message().startswith("--inception-weights: checkpoint FILE is refused: it asks for posix.mkdir;")
+    torch.save({"weight": Code()}, tmp_path / "weights.pth")
+    found = refused(evaluate.main, arguments(inception_weights="weights.pth"))
+    assert found.startswith("--inception-weights: checkpoint 'weights.pth' is refused: it asks for posix.mkdir;")
     assert not (tmp_path / "code-was-run").exists()
-    other = "--inception-weights FILE holds other weights than torch-fidelity's Inception-v3 ("
-    state = torch.load(inception_file, weights_only=True)
-    bias = state.pop("fc.bias")
-    torch.save(state, path)
-    assert message() == f'{other}Missing key(s) in state_dict: "fc.bias".); expected {WEIGHTS}'
-    torch.save(state | {"fc.bias": bias.tolist()}, path)
-    assert message().startswith(f"{other}While copying the parameter named ")
-    path = tmp_path / "dit.safetensors"
-    save_file({"x_embedder.proj.bias": bias}, path)
-    assert message().startswith(f"{other}Unexpected key(s) in state_dict: ")
-    path = tmp_path / WEIGHTS
-    path.write_bytes(b"other")
-    assert "FILE is damaged: its sha256 begins with d9298a10, expected 6726825d as its name tells" in message()
 
 
 @pytest.mark.parametrize("what", ["metrics", "features"])
@@ -616,34 +611,34 @@ def test_mistakes(fake, arguments, refused, tmp_path, monkeypatch, changes, mess
     assert fake.calls == 0 and sorted(tmp_path.iterdir()) == before
 
 
-def test_archives_that_hold_no_images(tmp_path):
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (np.zeros((2, 8, 8, 3)), "holds arr_0 float64 (2, 8, 8, 3)"),
+        (np.zeros((2, 8, 8, 1), np.uint8), "holds arr_0 uint8 (2, 8, 8, 1)"),
+        (np.zeros((2, 8, 8), np.uint8), "holds arr_0 uint8 (2, 8, 8)"),
+        (np.array([{"an": "object"}]), "holds arr_0 object (1,)"),
+        (np.zeros((0, 8, 8, 3), np.uint8), "holds no images"),
+        (np.zeros((2, 8, 8, 3), np.uint8, order="F"), "holds arr_0 uint8 (2, 8, 8, 3) in column-major order"),
+        (lambda whole: b"", "cannot be read ("),
+        (lambda whole: b"not an archive", "cannot be read ("),
+        (lambda whole: whole[:200], "cannot be read ("),
+        (lambda whole: whole[:-30], "cannot be read ("),
+        (lambda whole: whole[:40] + b"x" * 20 + whole[60:], "cannot be read ("),
+        (lambda whole: whole[:900] + b"x" + whole[901:], "cannot be read (Bad CRC-32 for file 'arr_0.npy')"),
+        (lambda whole: whole.replace(b"(90, 24,", b"(91, 24,"), "holds 129600 bytes for arr_0 uint8 (91, 24, 20, 3)"),
+    ],
+)
+def test_archives_that_hold_no_images(tmp_path, images, message):
     path = tmp_path / "wrong.npz"
-
-    def message(contents: bytes | None = None, **arrays) -> str:
-        np.savez(path, **arrays)
-        if contents is not None:
-            path.write_bytes(contents)
-        with pytest.raises(UserError) as error:
-            list(NpzImages(path, "--samples").batches(5))
-        text = str(error.value)
-        assert text.startswith(f"--samples {str(path)!r} ") and text.endswith(f"; {PIXELS}")
-        return text.removeprefix(f"--samples {str(path)!r} ").removesuffix(f"; {PIXELS}")
-
-    assert message(arr_0=np.zeros((2, 8, 8, 3))) == "holds arr_0 float64 (2, 8, 8, 3)"
-    assert message(arr_0=np.zeros((2, 8, 8, 1), np.uint8)) == "holds arr_0 uint8 (2, 8, 8, 1)"
-    assert message(arr_0=np.zeros((2, 8, 8), np.uint8)) == "holds arr_0 uint8 (2, 8, 8)"
-    assert message(arr_0=np.array([{"an": "object"}])) == "holds arr_0 object (1,)"
-    assert message(arr_0=np.zeros((0, 8, 8, 3), np.uint8)) == "holds no images"
-    columns = np.zeros((2, 8, 8, 3), np.uint8, order="F")
-    assert message(arr_0=columns) == "holds arr_0 uint8 (2, 8, 8, 3) in column-major order"
-    np.savez(path, arr_0=np.zeros((90, *SIZE, 3), np.uint8))
-    whole = path.read_bytes()
-    for damaged in (b"", b"not an archive", whole[:200], whole[:-30], whole[:40] + b"x" * 20 + whole[60:]):
-        assert message(damaged).startswith("cannot be read (")
-    flipped = whole[:900] + bytes([whole[900] ^ 1]) + whole[901:]
-    assert message(flipped) == "cannot be read (Bad CRC-32 for file 'arr_0.npy')"
-    more = whole.replace(b"(90, 24,", b"(91, 24,")
-    assert message(more) == "holds 129600 bytes for arr_0 uint8 (91, 24, 20, 3)"
+    is_damage = callable(images)
+    np.savez(path, arr_0=np.zeros((90, *SIZE, 3), np.uint8) if is_damage else images)
+    if is_damage:
+        path.write_bytes(images(path.read_bytes()))
+    with pytest.raises(UserError) as error:
+        list(NpzImages(path, "--samples").batches(5))
+    assert str(error.value).startswith(f"--samples {str(path)!r} {message}")
+    assert str(error.value).endswith(f"; {PIXELS}")
 
 
 @pytest.mark.parametrize(
