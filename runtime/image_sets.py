@@ -29,7 +29,7 @@ EXPECTED = f"expected a reference file of ADM, an .npz of {IMAGES}, or a folder 
 def checksum(path: Path) -> str:
     """What changes with the contents of an .npz or a folder of images, although it reads none of them."""
     try:
-        if path.is_dir():  # where it is; names, sizes and times; what becomes of the images
+        if path.is_dir():  # names, sizes and times; where it is, since those of two folders can be alike
             found = [(name, os.stat(path / os.fsdecode(name))) for name in data.images_below(path, ".")]
             held = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
             held += [str(path.resolve()), data.PREPARATION]
@@ -134,11 +134,8 @@ class FolderImages(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def path(self, row: int) -> Path:
-        return self.root / os.fsdecode(self.paths[row])
-
     def __getitem__(self, row: int):
-        pixels = data.read_prepared(self.path(row), self.size)
+        pixels = data.read_prepared(self.root / os.fsdecode(self.paths[row]), self.size)
         return pixels if isinstance(pixels, data.Unreadable) else (data.to_tensor(pixels), row)
 
     def share(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
