@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import io
 import os
 import re
 import shlex
@@ -49,8 +50,8 @@ OTHER_NAMES = {  # those that are not named like their option, most because trai
     "INCEPTION_WEIGHTS": ("evaluate", "--inception-weights"),
 }
 SAMPLE_TOO = ("--precision", "--tf32")  # what else train.py and sample_ddp.py share, the checkpoint tells
-NO_VARIABLE = ("--help", "--dry-run", "--planned", "--print-name")
-OF_OTHERS = ("WANDB_", "COMPILER", "MODELS", "SAMPLES")  # how names begin that other programs read
+NO_VARIABLE = ("--help", "--dry-run", "--planned", "--print-name", "--ckpt")
+OF_OTHERS = tuple("WANDB_PROJECT WANDB_ENTITY COMPILER COMPILERS MODELS NODES RECIPES SAMPLE SAMPLES".split())
 SIMILAR = 0.88  # from 0 to 1, to a known name: taken for a slip of the pen
 
 
@@ -119,13 +120,17 @@ class Stage:
         try:
             return call(arguments)
         except UserError as error:
-            for argument, origin in reversed(self.given):
+            mentioned = []
+            for index, (argument, origin) in enumerate(self.given):
                 flag = argument.split("=")[0]
-                if flag.startswith("-") and re.search(rf"{flag}(?![\w-])", str(error)):
-                    remedy = "; - keeps the default" if origin.startswith("argument ") else ""
-                    message = str(error).removeprefix(f"argument {flag}: ")
-                    raise UserError(f"{origin}: {message}{remedy}") from error
-            raise
+                if flag.startswith("-") and (match := re.search(rf"{flag}(?![\w-])", str(error))):
+                    mentioned.append((match.start(), -index, flag, origin))
+            if not mentioned:
+                raise
+            _, _, flag, origin = min(mentioned)  # the first that it mentions, as set the last time
+            remedy = "; - keeps the default" if origin.startswith("argument ") else ""
+            message = str(error).removeprefix(f"argument {flag}: ")
+            raise UserError(f"{origin}: {message}{remedy}") from error
 
 
 def locate(path: str, start: str) -> str:
@@ -155,7 +160,7 @@ def variables(stages: dict[str, Stage]) -> dict[str, list[tuple[str, str]]]:
     train, sample = stages["train"].actions, stages["sample"].actions
     for flag in {**train, **sample}:
         name = flag.removeprefix("--").replace("-", "_").upper()
-        if flag in NO_VARIABLE or flag.startswith("--no-") or name in SETTINGS or name.startswith(OF_OTHERS):
+        if not flag.startswith("--") or flag.startswith("--no-") or flag in NO_VARIABLE or name in SETTINGS + OF_OTHERS:
             continue
         names = [stage for stage in COMMANDS if flag in stages[stage].actions]
         if flag in train and flag not in SAMPLE_TOO and "sample" in names:
@@ -167,7 +172,7 @@ def variables(stages: dict[str, Stage]) -> dict[str, list[tuple[str, str]]]:
 def check_names(environment: Mapping[str, str], known: list[str]) -> None:
     """Raise UserError for a variable whose name is nearly that of one that would be read."""
     for name in environment:
-        if name in known or name.startswith(OF_OTHERS) or not re.fullmatch("[A-Z][A-Z0-9_]{4,}", name):
+        if name in known or name in OF_OTHERS or not re.fullmatch("[A-Z][A-Z0-9_]{4,}", name):
             continue
         if close := difflib.get_close_matches(name, known, n=1, cutoff=SIMILAR):
             raise UserError(
@@ -270,40 +275,39 @@ def give_folders(stages: dict[str, Stage], environment: Mapping[str, str], start
 
     Raises UserError.
     """
-    folders = {
-        name: locate(environment[name], start)
-        for name in ("DATA_PATH", "RESULTS_BASE", "LATENTS_DIR", "FID_REFERENCE")
-        if name in environment
-    }
-    data = folders.get("DATA_PATH")
-    base = folders.get("RESULTS_BASE", "results/demo" if data is None else "results")
-    digits = "" if data else f"{base}/digits"
+    given = ("DATA_PATH", "RESULTS_BASE", "LATENTS_DIR", "FID_REFERENCE")
+    folders = {name: locate(environment[name], start) for name in given if name in environment}
+    if not os.path.exists(folders.get("DATA_PATH", ".")):
+        raise UserError(
+            f"DATA_PATH: {folders['DATA_PATH']!r} does not exist; expected a folder with a sub-folder for each class"
+        )
+    base = folders.get("RESULTS_BASE", "results" if "DATA_PATH" in folders else "results/demo")
+    digits = "" if "DATA_PATH" in folders else f"{base}/digits"
     cache, train, sample, evaluate = stages.values()
-    cache.give_first("--data-path", data or digits, "DATA_PATH")
-    latents = f"{base}/latents/{latents_name(data, cache.parse('--latents-dir=unnamed'))}"
-    latents = folders.get("LATENTS_DIR", latents)
-    cache.give_first("--latents-dir", latents, "LATENTS_DIR")
-    if read(boolean, environment.get("CACHE_LATENTS", "True"), "CACHE_LATENTS"):
-        train.give_first("--latents-dir", latents, "LATENTS_DIR")
-    else:
-        train.give_first("--data-path", data or digits, "DATA_PATH")
+    data = ("--data-path", folders.get("DATA_PATH", digits), "DATA_PATH")
+    cache.give_first(*data)
+    latents = latents_name(folders.get("DATA_PATH"), cache.parse("--latents-dir=unnamed"))
+    latents = ("--latents-dir", f"{base}/latents/{latents}", "RESULTS_BASE")
+    if "LATENTS_DIR" in folders:
+        latents = ("--latents-dir", folders["LATENTS_DIR"], "LATENTS_DIR")
+    cache.give_first(*latents)
+    is_cached = read(boolean, environment.get("CACHE_LATENTS", "True"), "CACHE_LATENTS")
+    train.give_first(*(latents if is_cached else data))
+    if not is_cached:
         del stages["cache"]
     args = train.parse()
-    train.give_first(
-        "--results-dir",
-        f"{base}/{run_name(args.model, options.rope_from_args(args), args.global_seed)}",
-        "RESULTS_BASE",
-    )
+    run = run_name(args.model, options.rope_from_args(args), args.global_seed)
+    train.give_first("--results-dir", f"{base}/{run}", "RESULTS_BASE")
     results = str(train.parse().results_dir)
     sample.give_first("--ckpt", results, "RESULTS_BASE")
     sample.give_first("--sample-dir", f"{results}/samples", "RESULTS_BASE")
-    samples = str(sample.parse().sample_dir)
+    args = sample.parse()
     if "FID_REFERENCE" in folders:
         evaluate.give_first("--reference", folders["FID_REFERENCE"], "FID_REFERENCE")
-        evaluate.give_first("--samples-expected", str(sample.parse().num_fid_samples), "NUM_FID_SAMPLES")
+        evaluate.give_first("--samples-expected", str(args.num_fid_samples), "NUM_FID_SAMPLES")
     else:
         del stages["evaluate"]
-    return {"RUN_DIR": results, "SAMPLE_DIR": samples, "DIGITS": digits}
+    return {"RUN_DIR": results, "SAMPLE_DIR": str(args.sample_dir), "DIGITS": digits}
 
 
 def machines(environment: Mapping[str, str]) -> dict[str, str]:
@@ -319,6 +323,10 @@ def machines(environment: Mapping[str, str]) -> dict[str, str]:
     return texts | {name: str(value) for name, value in values.items()}
 
 
+def has_nvidia_driver() -> bool:
+    return os.path.exists("/dev/nvidiactl") or shutil.which("nvidia-smi") is not None
+
+
 def count_processes(environment: Mapping[str, str]) -> int:
     """On this machine: one for each GPU that PyTorch sees. Raises UserError where it should see one and does not."""
     if "NPROC_PER_NODE" in environment:
@@ -326,8 +334,7 @@ def count_processes(environment: Mapping[str, str]) -> int:
     import torch
 
     gpus = torch.cuda.device_count()
-    has_driver = os.path.exists("/dev/nvidiactl") or shutil.which("nvidia-smi")
-    if gpus == 0 and has_driver and "CUDA_VISIBLE_DEVICES" not in os.environ:
+    if gpus == 0 and has_nvidia_driver() and "CUDA_VISIBLE_DEVICES" not in environment:
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         raise UserError(
             f"this machine has an NVIDIA driver, but PyTorch {torch.__version__}, {build}, sees no GPU; install a "
@@ -354,7 +361,8 @@ def describe(stages: dict[str, Stage], folders: dict[str, str]) -> str:
 
 def make_plan(start: str, positions: list[str], environment: Mapping[str, str]) -> list[tuple[str, str]]:
     """The fields that run_all.sh reads. Raises UserError."""
-    environment = {name: value for name, value in environment.items() if value}
+    unlimited = {"GRAD_CLIP": "none"} if environment.get("GRAD_CLIP") == "" else {}  # of old, for the demo
+    environment = {name: value for name, value in environment.items() if value} | unlimited
     recipe = choose_recipe(environment)
     stages = {name: Stage(name, start, recipe) for name in COMMANDS}
     shell = machines(environment)
@@ -365,10 +373,10 @@ def make_plan(start: str, positions: list[str], environment: Mapping[str, str]) 
     shell |= give_folders(stages, environment, start)
     processes = count_processes(environment)
     shell["NPROC_PER_NODE"] = str(processes)
-    print(describe(stages, shell), file=sys.stderr)
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(io.StringIO()):  # each stage says it again when it starts
         for stage in stages.values():
             stage.dry_run(processes * int(shell["NNODES"]))
+    print(describe(stages, shell), file=sys.stderr)
     return [*shell.items(), *((name, argument) for name, stage in stages.items() for argument in stage.arguments)]
 
 
