@@ -100,7 +100,6 @@ def build_parser() -> options.Parser:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """With device and precisions as they will be used. Raises UserError for what cannot be measured or written."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.quick:
@@ -109,6 +108,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in (args.model, args.latents_model):
         patch = ModelConfig(name).patch_size
         options.check_image_size((args.image_size, args.image_size), VAEConfig.downsampling, patch)
+    return args
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Replace device and precisions by those to measure on. Raises UserError for what this machine cannot do."""
     files.check_output(args.out, ())
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this PyTorch sees no GPU; leave --device out")
@@ -119,7 +123,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"compiling on the CPU needs the C++ compiler {compiler!r}; install it, or pass --no-compile")
     native = distributed.resolve_precision("auto", args.device)
     args.precisions = args.precisions or list(dict.fromkeys(["fp32", native]))
-    return args
 
 
 def alternate(args: argparse.Namespace, variants: dict[Variant, Callable]) -> Times:
@@ -484,6 +487,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
 @options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    prepare(args)
     parts = files.read_json(args.out) if args.out.exists() else {}
     print(f"{machine(args.device)}; {', '.join(args.precisions)}")
     if args.dry_run:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from diffusion.objectives import OBJECTIVES
 from models import ModelConfig
-from runtime import checkpoint, data, distributed, estimate, files, holdout, monitor, options, trackers, validation
+from runtime import checkpoint, data, distributed, estimate, files, monitor, options, trackers, validation
 from runtime.config import DEFAULT_OBJECTIVE, DataConfig, Recipe, RunConfig, recipe_names
 from runtime.latents import LatentCache, LatentData
 from runtime.options import UserError, check_image_size, check_rope
@@ -55,7 +55,7 @@ def build_parser() -> options.Parser:
     add("--compile", action="store_true", help="compile the model")
     add("--grad-accum-steps", type=options.count, default=1, help="micro-batches a step, for less memory")
     add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass, for less memory")
-    holdout.add_options(parser)
+    validation.add_options(parser)
     trackers.add_options(parser)
     options.add_rope_options(parser)
     estimate.add_options(parser)
@@ -86,7 +86,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if (args.data_path is None) == (args.latents_dir is None):
         both = "both were" if args.data_path is not None else "neither was"
         raise UserError(f"exactly one of --data-path and --latents-dir is needed, {both} given; see --help")
-    holdout.check_options(args)
+    validation.check_options(args)
     check_rope(options.rope_from_args(args), ModelConfig(model=args.model).head_dim, args.model)
     check_batch(args)
     if args.max_steps is not None:
@@ -113,7 +113,7 @@ class Job:
     device: torch.device
     dataset: Dataset
     vae: VAE | None  # None when latents are cached
-    held_out: holdout.HeldOut | None  # None without validation
+    held_out: validation.HeldOut | None  # None without validation
     config: RunConfig
     total_steps: int
     steps_per_epoch: int
@@ -153,7 +153,7 @@ def plan(args: argparse.Namespace, device: torch.device) -> Job:
     else:
         source, vae = data.ImageList(args.data_path), VAE(args.vae or "ema", device)
         vae_config = vae.config
-    training, held_out = holdout.hold_out(source, vae, vae_config, args, device)
+    training, held_out = validation.hold_out(source, vae, args, device)
     if vae is None:
         dataset = LatentData(training, args.flip, args.global_seed)
     else:
@@ -286,16 +286,17 @@ def validate(
     if validator is None or not validator.is_due(trainer.step, last):
         return {}
     began = time.perf_counter()
-    scores = validator.measure(trainer.model, trainer.ema)
+    scores = validator.measure(trainer.model, trainer.ema, trainer.step, logger)
     pace.paused(began)
-    validator.log(trainer.step, scores, logger)
     return scores
 
 
 def train(job: Job, trainer: Trainer, folder: RunFolder, decoder: VAE | None) -> None:
     """Run the remaining steps, or as many as come before a reason to stop."""
     args, logger = job.args, folder.logger
-    validator = validation.open_validator(job.held_out, args, job.total_steps, job.device, trainer.precision, logger)
+    validator = None
+    if job.held_out is not None:
+        validator = validation.Validator(job.held_out, args, job.total_steps, job.device, trainer.precision)
     batches = data.EpochBatches(
         len(job.dataset), args.global_batch_size, args.global_seed, trainer.step, args.grad_accum_steps
     )

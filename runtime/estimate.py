@@ -65,13 +65,16 @@ def describe(job) -> list[str]:
     source = "cached latents" if job.vae is None else "encoded online"
     precision = distributed.resolve_precision(args.precision, job.device)
     disk = checkpoint_disk(config.model, job.total_steps, args.ckpt_every, args.keep_checkpoints)
-    return [
+    lines = [
         f"model: {args.model}, {parameters_of(config.model):,} parameters, {position}",
         f"data: {config.data.images:,} images in {len(config.data.classes)} classes, {source}, "
         f"{job.steps_per_epoch:,} steps an epoch",
         f"run: {job.total_steps:,} steps of batch {args.global_batch_size} on {distributed.world_size()} x "
         f"{job.device.type} in {precision}; {disk}",
     ]
+    if config.validation is not None:
+        lines.append(validation.describe_schedule(config.validation.images, args, job.total_steps))
+    return lines
 
 
 def dry_run(job, decoder: VAE | None, done: int) -> None:
@@ -145,9 +148,7 @@ def interruptions(job, trainer: Trainer, decoder: VAE | None, step: float, done:
         parts[f"{grids:,} sample grids of {drawn:.2g} s"] = grids * drawn
     if job.held_out is not None:
         images = job.held_out.config.images
-        every = args.val_every or validation.default_interval(
-            images, args.global_batch_size, args.ckpt_every, job.total_steps
-        )
+        every = validation.interval(images, args, job.total_steps)
         times = sum(number % every == 0 or number == job.total_steps for number in remaining)
         one = validation.cost_in_steps(images, args.global_batch_size) * step
         parts[f"{times:,} validations of about {one:.2g} s"] = times * one

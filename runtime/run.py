@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from runtime import checkpoint, distributed, files, holdout, monitor, options, pictures, report, trackers
+from runtime import checkpoint, distributed, files, monitor, options, pictures, report, trackers, validation
 from runtime.config import RunConfig, flatten
 from runtime.options import UserError
 from runtime.training import NonFiniteWatch, Trainer
@@ -29,7 +29,7 @@ def check_same(stored: dict | None, config: RunConfig, path: Path) -> None:
         raise UserError(f"checkpoint {str(path)!r} has no config, so it cannot be resumed; use another --results-dir")
     before = RunConfig.from_dict(stored)
     if before.data.fingerprint == config.data.fingerprint:
-        holdout.check_same(before.validation, config.validation, path)
+        validation.check_same(before.validation, config.validation, path)
     old, new = flatten(before.to_dict()), flatten(config.to_dict())
     # Where weights came from, and what the fingerprints cover.
     ignored = ("vae.source", "data.classes", "validation.left_out")

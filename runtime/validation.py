@@ -1,29 +1,205 @@
-"""The denoising loss of held-out images, with the same timesteps and noise for every model.
+"""The images that a run holds out, and their denoising loss, with the same timesteps and noise for every model.
 
-Image i gets one timestep in each tenth of the schedule. Timesteps, noise and the draw from the posterior come from
-streams seeded by (0, i): two models differ by their weights alone, whatever the number of processes or the batch.
+Held out is a folder of their own, or a part of every class that a hash of the paths chooses. Image i gets one timestep
+in each tenth of the schedule. Timesteps, noise and the draw from the posterior come from streams seeded by (0, i): two
+models differ by their weights alone, whatever the number of processes or the batch.
 """
 
+import argparse
+import hashlib
 import math
-from contextlib import contextmanager
+import os
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from logging import Logger
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion.objectives import OBJECTIVES
 from models import DiT
-from runtime import data, distributed, monitor
-from runtime.config import DEFAULT_OBJECTIVE, VAEConfig
-from runtime.distributed import autocast, hash_seed
-from runtime.holdout import HeldOut
-from runtime.latents import LatentCache
+from runtime import checkpoint, data, distributed, monitor, options
+from runtime.config import DEFAULT_OBJECTIVE, HeldOutConfig, VAEConfig
+from runtime.data import ImageList
+from runtime.latents import LatentCache, LatentData
 from runtime.options import UserError
-from runtime.vae import VAE, sample_latents
+from runtime.vae import VAE, load_same, sample_latents
 
 AFFORDABLE = 0.05  # of a training's computation, which validation at the default interval stays below
 SEED = 0  # not the run's: runs with other seeds are compared on the same noise
 TENTHS = 10
+BEGINNING = 4096  # bytes that tell nearly all files apart
+LISTED = 5  # class names in a message
+
+
+def add_options(parser: options.Parser) -> None:
+    group = parser.add_argument_group("validation: the noise MSE of images that are not trained on")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--val-data-path", type=Path, default=None, help="class folders to validate on")
+    part = options.number(float, 0, 1, open_low=True, open_high=True)
+    help = "part of every class to hold out, in place of --val-data-path"
+    add("--val-fraction", type=part, default=None, help=help)
+    group.add_argument(
+        "--val-every",
+        type=options.count,
+        default=None,
+        help="steps between validations, beside the one after the last step (None: at every checkpoint, or at every "
+        "so many that all cost less than 5 %% of the training); N images cost as much as training on about 7 N",
+    )
+
+
+def check_options(args: argparse.Namespace) -> None:
+    if args.val_every is not None and args.val_data_path is None and args.val_fraction is None:
+        raise UserError("--val-every given without held-out images; add --val-data-path or --val-fraction")
+
+
+# What is held out
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Images that the run never trains on."""
+
+    images: ImageList | LatentCache
+    vae: VAE | None  # what encodes an ImageList; None for a cache
+    config: HeldOutConfig  # what the checkpoint stores and a resumed run has to repeat
+
+
+def hold_out(
+    source: ImageList | LatentCache, vae: VAE | None, args: argparse.Namespace, device: torch.device
+) -> tuple[ImageList | LatentCache, HeldOut | None]:
+    """The images to train on, and those held out, None without validation; vae is None for a cache.
+
+    Raises UserError for a held-out set that is empty, has other classes, or overlaps the training data.
+    """
+    left_out = []
+    if args.val_fraction is not None:
+        chosen = split(source.paths, source.labels, source.classes, args.val_fraction)
+        training, images = source.subset(~chosen), source.subset(chosen)
+        left_out = source.paths_left_out if isinstance(source, LatentCache) else []
+    elif args.val_data_path is not None:
+        training, images = source, ImageList(args.val_data_path, "--val-data-path")
+        check_classes(images, source.classes)
+        distributed.on_main(check_overlap, images, source, args.results_dir)
+        vae = vae or load_same(args.vae, source.vae, device, f"--latents-dir {str(args.latents_dir)!r}")
+    else:
+        return source, None
+    hashes = [hash_path(path) for path in left_out]
+    config = HeldOutConfig(args.val_fraction, data.hash_paths(images.paths), len(images), hashes)
+    return training, HeldOut(images, vae, config)
+
+
+def split(paths: np.ndarray, labels: np.ndarray, classes: list[str], fraction: float) -> np.ndarray:
+    """Mask (N,) of the held-out images: in each class, the fraction of paths (N,) bytes with the smallest hashes.
+
+    At least one image of a class is held out and at least one is not. Whether an image is held out depends on the
+    relative paths of its class alone. Raises UserError for a class with less than two images.
+    """
+    hashes = np.array([int(hash_path(path), 16) for path in paths], dtype=np.uint64)
+    chosen = np.zeros(len(paths), dtype=bool)
+    for label, name in enumerate(classes):
+        members = np.flatnonzero(labels == label)
+        if len(members) < 2:
+            raise UserError(
+                f"--val-fraction {fraction:g} leaves class {name!r} empty in one part (images in all: {len(members)}); "
+                "add images to it, remove it, or use --val-data-path"
+            )
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        chosen[members[np.argsort(hashes[members], kind="stable")[:count]]] = True
+    return chosen
+
+
+def hash_path(path: bytes) -> str:
+    """16 hexadecimal digits, by whose order a split chooses."""
+    return hashlib.sha256(path).hexdigest()[:16]
+
+
+def check_same(stored: HeldOutConfig | None, current: HeldOutConfig | None, path: Path) -> None:
+    """Raise UserError where a command holds out other images than the checkpoint that it would resume.
+
+    Both are of the same training data; None is no validation.
+    """
+    before, now = describe_held_out(stored), describe_held_out(current)
+    if before != now:
+        raise UserError(
+            f"checkpoint {str(path)!r} was trained with {before}, the command has {now}; what is held out stays the "
+            "same for the whole run: repeat its options with the files that it had (a latent cache may have left some "
+            "out), or use another --results-dir"
+        )
+
+
+def describe_held_out(held_out: HeldOutConfig | None) -> str:
+    """What decides it: the fingerprint covers the files left out, which early checkpoints do not list."""
+    if held_out is None:
+        return "no validation"
+    option = "--val-data-path" if held_out.fraction is None else f"--val-fraction {held_out.fraction}"
+    return f"{option} ({held_out.images:,} images, of fingerprint {held_out.fingerprint[:8]})"
+
+
+def check_classes(images: ImageList, classes: list[str]) -> None:
+    """Raise UserError, naming classes, unless the validation set has those of the training data."""
+    missing, added = set(classes) - set(images.classes), set(images.classes) - set(classes)
+    if missing or added:
+        raise UserError(
+            f"--val-data-path {str(images.root)!r} has other class folders than the training data (missing: "
+            f"{list_names(missing)}; only here: {list_names(added)}); give both the same"
+        )
+
+
+def list_names(names: Iterable[str]) -> str:
+    """The first few of some classes in quotes, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return (", ".join(map(repr, names[:LISTED])) or "none") + more
+
+
+def check_overlap(images: ImageList, source: ImageList | LatentCache, results_dir: Path) -> None:
+    """Raise UserError when a file of the validation set, or a copy of it, is among the training images.
+
+    A run that is gone on with was checked when it began.
+    """
+    if checkpoint.training_checkpoints(results_dir / "checkpoints"):
+        return
+    try:
+        pairs = same_files(images, source.images() if isinstance(source, LatentCache) else source)
+    except UserError as error:
+        warnings.warn(f"the validation set was not compared with the images of the cache: {error}", stacklevel=2)
+        return
+    if pairs:
+        raise UserError(
+            f"--val-data-path {str(images.root)!r} overlaps the training data: {str(pairs[0][0])!r} is the same image "
+            f"as {str(pairs[0][1])!r}, {len(pairs)} in all; remove them from one of the two"
+        )
+
+
+def same_files(images: ImageList, others: ImageList) -> list[tuple[Path, Path]]:
+    """Pairs of files with the same content, one of each list; only what size and beginning leave open is read whole."""
+    left, right = ([part.path(index) for index in range(len(part))] for part in (images, others))
+    with ThreadPoolExecutor(16) as pool:
+        for length in (BEGINNING, -1):
+            key = partial(_content, length=length)
+            left, right = (dict(zip(paths, pool.map(key, paths), strict=True)) for paths in (left, right))
+            common = set(left.values()) & set(right.values())
+            left, right = ({path: key for path, key in part.items() if key in common} for part in (left, right))
+    first = {key: path for path, key in reversed(right.items())}
+    return [(path, first[key]) for path, key in left.items()]
+
+
+def _content(path: Path, length: int) -> tuple[int, bytes] | Path:
+    """Size of a file and hash of its first bytes, -1 for all; one that cannot be read is equal to no other."""
+    try:
+        with open(path, "rb") as file:
+            return os.fstat(file.fileno()).st_size, hashlib.sha256(file.read(length)).digest()
+    except OSError:  # whoever reads its image will say so
+        return path
+
+
+# Its loss
 
 
 @dataclass(frozen=True)
@@ -37,12 +213,17 @@ class EncodedImages:
     vae: VAEConfig
 
 
-def encode(images: data.ImageList, size: tuple[int, int], vae: VAE, num_workers: int, batch: int = 32) -> EncodedImages:
-    """Encode every image once, shared out over the processes. Raises UserError for one that cannot be read."""
-    total = len(images)
-    indices = list(range(total))[distributed.rank() :: distributed.world_size()]
+def encode(
+    images: ImageList | LatentCache, size: tuple[int, int], vae: VAE | None, num_workers: int, batch: int = 32
+) -> EncodedImages:
+    """Every image once, unmirrored, shared out over the processes; vae is None for a cache, which has the moments.
+
+    Raises UserError for an image that cannot be read.
+    """
+    indices = list(range(len(images)))[distributed.rank() :: distributed.world_size()]
     batches = [[(0, index) for index in indices[first : first + batch]] for first in range(0, len(indices), batch)]
-    prepared, moments, unreadable = data.ImageData(images, size, flip=False, seed=0), [], []
+    prepared = LatentData(images, flip=False, seed=0) if vae is None else data.ImageData(images, size, False, seed=0)
+    moments, unreadable = [torch.empty(0, dtype=torch.float16)], []
     bar = monitor.progress_bar(len(indices), unit="image", description="encoding held-out images")
     workers = min(num_workers, len(batches))
     with bar, data.open_loader(prepared, batches, workers, torch.device("cpu")) as loader:
@@ -50,27 +231,19 @@ def encode(images: data.ImageList, size: tuple[int, int], vae: VAE, num_workers:
             if isinstance(found, data.Unreadable):
                 unreadable.append(str(found))
                 break
-            moments.append(vae.encode(found[0]).half().cpu())
+            moments.append(found[0] if vae is None else vae.encode(found[0]).half().cpu())
             bar.update(len(found[0]))
     errors = [text for texts in distributed.gather(unreadable) for text in texts]
     if errors:
         raise UserError(errors[0])
-    labels = torch.from_numpy(images.labels[indices])
-    stacked = torch.cat(moments) if moments else torch.empty(0)
-    return EncodedImages(indices, total, stacked, labels, vae.config)
-
-
-def from_cache(cache: LatentCache) -> EncodedImages:
-    """This process's share of a latent cache, unmirrored."""
-    indices = list(range(len(cache)))[distributed.rank() :: distributed.world_size()]
-    moments = torch.from_numpy(cache.moments[cache.rows[indices], 0])
-    return EncodedImages(indices, len(cache), moments, torch.from_numpy(cache.labels[indices]), cache.vae)
+    labels, config = torch.from_numpy(images.labels[indices]), images.vae if vae is None else vae.config
+    return EncodedImages(indices, len(images), torch.cat(moments), labels, config)
 
 
 def draw(index: int, latent_shape: tuple[int, int, int], num_timesteps: int) -> tuple[Tensor, Tensor, Tensor]:
     """What is random about image index: timesteps (10,), their noise (10, C, h, w), posterior noise (C, h, w)."""
     times, noise, posterior = (
-        torch.Generator().manual_seed(hash_seed(SEED, "validation", index, name))
+        torch.Generator().manual_seed(distributed.hash_seed(SEED, "validation", index, name))
         for name in ("timesteps", "noise", "posterior")
     )
     width = num_timesteps // TENTHS
@@ -90,48 +263,25 @@ def image_losses(
 ) -> Tensor:
     """Noise MSE (models, images, 10) float64 of every held-out image in each tenth of the schedule, on all processes.
 
-    batch counts the images at a time, each of them at its ten timesteps.
+    batch counts the images at a time, each of them at its ten timesteps. Leaves the models in evaluation mode.
     """
-    losses = torch.zeros(len(models), held_out.total, TENTHS, dtype=torch.float64)
-    with evaluating(models):
-        for first in range(0, len(held_out.indices), batch):
-            rows = slice(first, first + batch)
-            for k, values in enumerate(batch_losses(models, held_out, rows, device, precision, objective)):
-                losses[k, held_out.indices[rows]] = values.cpu().double()
+    process, losses = OBJECTIVES[objective], torch.zeros(len(models), held_out.total, TENTHS, dtype=torch.float64)
+    for first in range(0, len(held_out.indices), batch):
+        rows = slice(first, first + batch)
+        indices, moments = held_out.indices[rows], held_out.moments[rows]
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        drawn = zip(*(draw(index, shape, process.num_timesteps) for index in indices), strict=True)
+        t, noise, posterior = (torch.stack(values).to(device) for values in drawn)
+        x = sample_latents(moments.to(device), held_out.vae.scaling_factor, held_out.vae.shift_factor, posterior)
+        x, y = (values.repeat_interleave(TENTHS, dim=0) for values in (x, held_out.labels[rows].to(device)))
+        t, noise = t.flatten(), noise.flatten(0, 1)  # (n, 10, ...) -> (10n, ...)
+        x_t = process.noised(x, t, noise)
+        for k, model in enumerate(models):
+            model.eval()  # no label dropout
+            with distributed.autocast(device, precision):
+                output = model.forward(x_t, t, y)  # past --compile, which would compile for these shapes too
+            losses[k, indices] = process.validation_loss(output, x, t, noise).view(-1, TENTHS).cpu().double()
     return distributed.all_reduce(losses)  # every image is one process's alone: the sum is exact
-
-
-def batch_losses(
-    models: list[DiT], held_out: EncodedImages, rows: slice, device, precision: str, objective: str
-) -> list[Tensor]:
-    """Noise MSE (n, 10) of some images, for each model."""
-    moments, process = held_out.moments[rows], OBJECTIVES[objective]
-    shape = (moments.shape[1] // 2, *moments.shape[2:])
-    drawn = zip(*(draw(index, shape, process.num_timesteps) for index in held_out.indices[rows]), strict=True)
-    t, noise, posterior = (torch.stack(values).to(device) for values in drawn)
-    x = sample_latents(moments.to(device), held_out.vae.scaling_factor, held_out.vae.shift_factor, posterior)
-    x, y = (values.repeat_interleave(TENTHS, dim=0) for values in (x, held_out.labels[rows].to(device)))
-    t, noise = t.flatten(), noise.flatten(0, 1)  # (n, 10, ...) -> (10n, ...)
-    x_t = process.noised(x, t, noise)
-    found = []
-    for model in models:
-        with autocast(device, precision):
-            output = model.forward(x_t, t, y)  # past --compile, which would compile for these shapes too
-        found.append(process.validation_loss(output, x, t, noise).view(-1, TENTHS))
-    return found
-
-
-@contextmanager
-def evaluating(models: list[DiT]):
-    """No label dropout within; afterwards every model is in the mode that it was in."""
-    modes = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
 
 
 def summarize(losses: Tensor, name: str = "loss") -> dict:
@@ -140,37 +290,19 @@ def summarize(losses: Tensor, name: str = "loss") -> dict:
     What is not finite becomes None, since JSON knows no such numbers.
     """
     error = losses.mean(1).std() / len(losses) ** 0.5 if len(losses) > 1 else math.nan
-    return {
-        name: finite(losses.mean()),
-        f"{name}_se": finite(error),
-        f"{name}_tenths": [finite(loss) for loss in losses.mean(0)],
-    }
+    values = [losses.mean(), error, *losses.mean(0)]
+    mean, error, *tenths = (float(value) if math.isfinite(value) else None for value in values)
+    return {name: mean, f"{name}_se": error, f"{name}_tenths": tenths}
 
 
-def finite(value) -> float | None:
-    """The number, None for infinity and NaN."""
-    return float(value) if math.isfinite(value) else None
+def format_loss(loss: float | None, error: float | None = None) -> str:
+    """0.0489 ± 0.0007, with a standard error."""
+    if loss is None:
+        return "not finite"
+    return f"{loss:.4f}" if error is None else f"{loss:.4f} ± {error:.4f}"
 
 
-def describe(scores: dict, name: str = "loss") -> str:
-    """0.0489 ± 0.0007: mean and standard error."""
-    error = scores[f"{name}_se"]
-    return shown(scores[name]) + ("" if error is None else f" ± {error:.4f}")
-
-
-def shown(loss: float | None) -> str:
-    return "not finite" if loss is None else f"{loss:.4f}"
-
-
-def open_validator(
-    held_out: HeldOut | None, args, total_steps: int, device: torch.device, precision: str, logger
-) -> "Validator | None":
-    """The validator of a run of so many steps, with its images encoded; None without held-out images."""
-    if held_out is None:
-        return None
-    validator = Validator(held_out, args, total_steps, device, precision)
-    validator.announce(logger)
-    return validator
+# In training
 
 
 def cost_in_steps(images: int, global_batch: int) -> float:
@@ -181,13 +313,29 @@ def cost_in_steps(images: int, global_batch: int) -> float:
     return 2 * TENTHS * images / (3 * global_batch)
 
 
-def default_interval(images: int, global_batch: int, ckpt_every: int, total_steps: int) -> int:
-    """Steps between validations: every checkpoint, or every so many that all of the run stay below AFFORDABLE.
+def interval(images: int, args: argparse.Namespace, total_steps: int) -> int:
+    """Steps between validations: --val-every, or so many checkpoints that all of a run stay below AFFORDABLE.
 
     Where the one after the last step alone does not, it is the only one.
     """
-    affordable = math.ceil(AFFORDABLE * total_steps / cost_in_steps(images, global_batch)) - 1  # strictly below
-    return ckpt_every * math.ceil(total_steps / (ckpt_every * max(affordable, 1)))
+    if args.val_every is not None:
+        return args.val_every
+    times = math.ceil(AFFORDABLE * total_steps / cost_in_steps(images, args.global_batch_size)) - 1  # strictly below
+    return args.ckpt_every * math.ceil(total_steps / (args.ckpt_every * max(times, 1)))
+
+
+def describe_schedule(images: int, args: argparse.Namespace, total_steps: int) -> str:
+    """When a run of so many steps validates, and what that costs."""
+    every = interval(images, args, total_steps)
+    times = math.ceil(total_steps / every)  # with the one after the last step
+    share = cost_in_steps(images, args.global_batch_size) / total_steps  # of one
+    when = f"every {every:,} steps and after the last, {times:,} times in all"
+    if times == 1:
+        when = "once, after the last step"
+    too_many = args.val_every is None and share >= AFFORDABLE
+    remedy = "; even a single validation of so many images costs that: hold out fewer of them" if too_many else ""
+    cost = f"about {100 * times * share:.1f} % of the training's computation"
+    return f"validation: {images:,} held-out images, {when}: {cost}{remedy}"
 
 
 class Validator:
@@ -195,42 +343,23 @@ class Validator:
 
     def __init__(self, held_out: HeldOut, args, total_steps: int, device: torch.device, precision: str):
         self.device, self.precision, self.objective = device, precision, args.objective
-        source, vae = held_out.source, held_out.vae
-        self.images = from_cache(source) if vae is None else encode(source, args.image_size, vae, args.num_workers)
+        self.images = encode(held_out.images, args.image_size, held_out.vae, args.num_workers)
         micro_batch = args.global_batch_size // distributed.world_size() // args.grad_accum_steps
         self.batch = max(1, micro_batch // TENTHS)  # takes no more memory than training
-        images, batch = self.images.total, args.global_batch_size
-        self.every = args.val_every or default_interval(images, batch, args.ckpt_every, total_steps)
-        self.times = math.ceil(total_steps / self.every)  # of the whole run, with the one after the last step
-        share = cost_in_steps(images, batch) / total_steps  # of one
-        self.share = self.times * share
-        self.remedy = None  # where not even the default interval is affordable
-        if args.val_every is None and share >= AFFORDABLE:
-            self.remedy = "a smaller --val-fraction" if held_out.fraction else "fewer images in --val-data-path"
-
-    def announce(self, logger) -> None:
-        when = "once, after the last step"
-        if self.times > 1:
-            when = f"every {self.every:,} steps and after the last, {self.times:,} times in all"
-        remedy = f"; even a single validation of so many images costs that: use {self.remedy}" if self.remedy else ""
-        logger.info(
-            f"validation: {self.images.total:,} held-out images, {when}: about {100 * self.share:.1f} % of the "
-            f"training's computation{remedy}"
-        )
+        self.every = interval(self.images.total, args, total_steps)
 
     def is_due(self, step: int, last: bool) -> bool:
         return last or step % self.every == 0
 
-    def measure(self, model: DiT, ema: DiT) -> dict:
-        """The keys of a metrics.jsonl record."""
+    def measure(self, model: DiT, ema: DiT, step: int, logger: Logger) -> dict:
+        """The keys of a metrics.jsonl record, which the log gets too."""
         losses = image_losses([model, ema], self.images, self.device, self.precision, self.batch, self.objective)
-        return summarize(losses[0], "val_loss") | summarize(losses[1], "val_loss_ema")
-
-    def log(self, step: int, scores: dict, logger) -> None:
-        logger.info(
-            f"step {step:07d}: validation loss {describe(scores, 'val_loss')}, EMA {describe(scores, 'val_loss_ema')} "
-            f"(noise MSE of {self.images.total:,} images)"
-        )
+        model.train()
+        scores = summarize(losses[0], "val_loss") | summarize(losses[1], "val_loss_ema")
+        raw, averaged = (format_loss(scores[key], scores[f"{key}_se"]) for key in ("val_loss", "val_loss_ema"))
+        start = f"step {step:07d}: validation loss"
+        logger.info(f"{start} {raw}, EMA {averaged} (noise MSE of {self.images.total:,} images)")
         for key, (weights, _) in monitor.VALIDATED.items():
-            tenths = ", ".join(shown(loss) for loss in scores[f"{key}_tenths"])
-            logger.info(f"step {step:07d}: validation loss by tenth of the schedule, {weights} weights: {tenths}")
+            tenths = ", ".join(map(format_loss, scores[f"{key}_tenths"]))
+            logger.info(f"{start} by tenth of the schedule, {weights} weights: {tenths}")
+        return scores

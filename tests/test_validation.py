@@ -7,8 +7,7 @@ import math
 import os
 import shutil
 from argparse import Namespace
-from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,26 +20,40 @@ import export
 import train
 from diffusion import create_diffusion
 from models import ModelConfig
-from runtime import checkpoint, data, holdout, monitor, pretrained, validation
+from runtime import checkpoint, data, monitor, pretrained, validation
+from runtime.config import HeldOutConfig, VAEConfig
 from runtime.distributed import hash_seed
 from runtime.options import UserError
 from runtime.vae import VAE
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
 
-SPEED = ("images_per_second", "eta_seconds")
+CPU = torch.device("cpu")
+RECIPE = {"lr": 0.01, "ema_decay": 0.5, "use_rope": True, "rope_rotate": 2}
+QUARTER = {"val_fraction": 0.25, "val_every": 2}
+CACHED = {"data_path": None, "vae": None}  # with latents_dir
+LAST = "checkpoints/0000007.pt"
 
 
 def metrics(results) -> list[dict]:
     return [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]
 
 
+def curves(results) -> list[dict]:
+    """Its records without what the clock decides."""
+    speed = ("images_per_second", "eta_seconds")
+    return [{key: value for key, value in record.items() if key not in speed} for record in metrics(results)]
+
+
+def names(line: str, *parts) -> bool:
+    return all(str(part) in line for part in parts)
+
+
 @pytest.fixture(scope="module")
 def validated(tmp_path_factory, image_folder, vae_folder):
     """Folder of a finished run of 7 steps that holds out two images of each class and validates every second step."""
     results = tmp_path_factory.mktemp("validated") / "run"
-    options = TINY_RUN | {"data_path": image_folder, "vae": vae_folder, "results_dir": results, "lr": 0.01}
-    options |= {"ema_decay": 0.5, "use_rope": True, "rope_rotate": 2, "val_fraction": 0.25, "val_every": 2}
+    options = TINY_RUN | {"data_path": image_folder, "vae": vae_folder, "results_dir": results} | RECIPE | QUARTER
     with pytest.MonkeyPatch.context() as patch, tiny(patch):
         patch.setattr(monitor, "plot_loss", lambda _: None)
         train.main(command_line(options))
@@ -52,45 +65,51 @@ def loss_of(tmp_path, image_folder):
     """Runs evaluate_loss.py on a run's last checkpoint and returns what it wrote: loss_of(results, split="val")."""
 
     def call(results, **changes) -> dict:
-        options = {"ckpt": results / "checkpoints" / "0000007.pt", "data_path": image_folder, "precision": "fp32"}
-        options |= {"num_workers": 0, "out": tmp_path / "loss.json"}
-        evaluate_loss.main(command_line(options | changes))
+        options = {"ckpt": results and results / LAST, "data_path": image_folder, "precision": "fp32", "num_workers": 0}
+        evaluate_loss.main(command_line(options | {"out": tmp_path / "loss.json"} | changes))
         return json.loads((tmp_path / "loss.json").read_text())
 
     return call
 
 
 @pytest.fixture
-def held_out_validation(image_folder, tmp_path):
+def two_folders(image_folder, tmp_path):
     """A copy of the images split by hand into two folders: (training, validation)."""
-    training = shutil.copytree(image_folder, tmp_path / "training")
-    for name in sorted(os.listdir(training)):
-        (tmp_path / "validation" / name).mkdir(parents=True)
-        for path in sorted((training / name).iterdir())[:3]:
-            path.rename(tmp_path / "validation" / name / path.name)
-    return training, tmp_path / "validation"
+    training, held_out = shutil.copytree(image_folder, tmp_path / "training"), tmp_path / "validation"
+    for folder in sorted(training.iterdir()):
+        (held_out / folder.name).mkdir(parents=True)
+        for path in sorted(folder.iterdir())[:3]:
+            path.rename(held_out / folder.name / path.name)
+    return training, held_out
+
+
+@pytest.fixture
+def make_cache(vae_folder, tmp_path):
+    """Writes a latent cache of a folder of images: make_cache(folder, vae=other) -> its folder."""
+
+    def make(folder, name: str = "latents", **changes):
+        options = {"data_path": folder, "latents_dir": tmp_path / name, "vae": vae_folder, "image_size": 32}
+        cache_latents.main(command_line(options | {"num_workers": 0} | changes))
+        return tmp_path / name
+
+    return make
 
 
 # The loss
 
 
 @pytest.fixture
-def tiny_model(fill_weights):
-    config = ModelConfig(model="DiT-XS/2", num_classes=3, input_size=(4, 4), in_channels=4, rope=None)
-    return fill_weights(config.build())
-
-
-@pytest.fixture
 def encoded():
     """Five images with moments of their own."""
-    generator = torch.Generator().manual_seed(1)
-    moments = torch.rand(5, 8, 4, 4, generator=generator).half()
-    return validation.EncodedImages(list(range(5)), 5, moments, torch.tensor([0, 2, 1, 1, 0]), 0.5, 0.1)
+    moments = torch.rand(5, 8, 4, 4, generator=torch.Generator().manual_seed(1)).half()
+    config = VAEConfig(scaling_factor=0.5, shift_factor=0.1)
+    return validation.EncodedImages(list(range(5)), 5, moments, torch.tensor([0, 2, 1, 1, 0]), config)
 
 
-def test_the_loss_is_that_of_a_double_loop(tiny_model, encoded):
-    diffusion, expected = create_diffusion(None), torch.zeros(5, 10, dtype=torch.float64)
-    tiny_model.eval()
+def test_the_loss_is_that_of_a_double_loop_for_every_batch(fill_weights, encoded):
+    config = ModelConfig(model="DiT-XS/2", num_classes=3, input_size=(4, 4), in_channels=4, rope=None)
+    model, diffusion = fill_weights(config.build()).eval(), create_diffusion(None)
+    expected = torch.zeros(5, 10, dtype=torch.float64)
     for i in range(5):
         streams = {
             name: torch.Generator().manual_seed(hash_seed(0, "validation", i, name))
@@ -103,82 +122,60 @@ def test_the_loss_is_that_of_a_double_loop(tiny_model, encoded):
         for k in range(10):
             t, y = 100 * k + offsets[k : k + 1], encoded.labels[i : i + 1]
             with torch.no_grad():
-                terms = diffusion.training_losses(tiny_model, x[None], t, {"y": y}, noise[k : k + 1])
+                terms = diffusion.training_losses(model, x[None], t, {"y": y}, noise[k : k + 1])
             expected[i, k] = terms["mse"]
-    tiny_model.train()
-    losses = validation.image_losses([tiny_model], encoded, torch.device("cpu"), "fp32", batch=2)[0]
-    assert tiny_model.training  # and without label dropout meanwhile
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-7)
+    for batch in (1, 2, 9):
+        model.train()  # whose label dropout is not in the loss
+        losses = validation.image_losses([model], encoded, CPU, "fp32", batch)[0]
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-7)
     scores = validation.summarize(losses)
     assert scores["loss"] == pytest.approx(float(expected.mean()), rel=1e-6)
     assert scores["loss_se"] == pytest.approx(float(np.std(expected.mean(1).numpy(), ddof=1)) / 5**0.5, rel=1e-5)
     assert scores["loss_tenths"] == pytest.approx(expected.mean(0).tolist(), rel=1e-5)
 
 
-def test_the_batch_does_not_matter(tiny_model, encoded):
-    losses = [validation.image_losses([tiny_model], encoded, torch.device("cpu"), "fp32", batch) for batch in (1, 3, 9)]
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(losses[2], losses[0], rtol=1e-5, atol=1e-7)
-
-
 def test_timesteps_cover_every_tenth_and_images_have_noise_of_their_own():
-    drawn = [validation.draw(index, (4, 2, 2)) for index in range(50)]
+    drawn = [validation.draw(index, (4, 2, 2), 1000) for index in range(50)]
     times = torch.stack([t for t, _, _ in drawn])
     assert torch.equal(times // 100, torch.arange(10).expand(50, 10))
     assert len(set((times % 100).flatten().tolist())) > 90  # and all of it
     assert len({float(noise[k, 0, 0, 0]) for _, noise, _ in drawn for k in range(10)}) == 500
-    assert torch.equal(validation.draw(7, (4, 2, 2))[1], drawn[7][1])
-
-
-def test_training_is_the_same_with_and_without_validation(held_out_validation, train_arguments, tmp_path):
-    """Validation draws from streams of its own, so that it leaves no trace in the weights."""
-    training, held_out = held_out_validation
-    changes = {"data_path": training, "max_steps": 3, "log_every": 1}
-    train.main(train_arguments(tmp_path / "without", **changes))
-    train.main(train_arguments(tmp_path / "with", val_data_path=held_out, val_every=1, **changes))
-    left, right = (checkpoint.load(tmp_path / name / "checkpoints/0000003.pt") for name in ("without", "with"))
-    assert all(torch.equal(left["ema"][name], right["ema"][name]) for name in left["ema"])
+    assert torch.equal(validation.draw(7, (4, 2, 2), 1000)[1], drawn[7][1])
 
 
 def test_a_single_image_has_no_standard_error():
     scores = validation.summarize(torch.full((1, 10), 0.25, dtype=torch.float64))
     assert scores == {"loss": 0.25, "loss_se": None, "loss_tenths": [0.25] * 10}
-    assert validation.describe(scores) == "0.2500"
+    assert validation.format_loss(scores["loss"], scores["loss_se"]) == "0.2500"
 
 
 # What is held out
 
 
-def names(classes: dict[str, int], extra: tuple[str, ...] = ()) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    paths = [f"{name}/{index:03d}.png" for name, count in classes.items() for index in range(count)] + list(extra)
-    labels = [list(classes).index(path.split("/")[0]) for path in paths]
-    return np.array([path.encode() for path in paths]), np.array(labels), list(classes)
-
-
-def chosen(*arguments, **keywords) -> set[bytes]:
-    paths, labels, classes = names(*arguments)
-    return set(paths[holdout.split(paths, labels, classes, **keywords)].tolist())
+def chosen(counts: dict[str, int], fraction: float) -> set[bytes]:
+    names = [(name, f"{name}/{index:03d}.png".encode()) for name, count in counts.items() for index in range(count)]
+    labels, paths = np.array([list(counts).index(name) for name, _ in names]), np.array([path for _, path in names])
+    return set(paths[validation.split(paths, labels, list(counts), fraction)].tolist())
 
 
 @pytest.mark.parametrize(
     "fraction, counts", [(0.25, (2, 25, 1)), (0.1, (1, 10, 1)), (0.001, (1, 1, 1)), (0.999, (7, 99, 1))]
 )
 def test_every_class_is_split_by_the_fraction(fraction, counts):
-    found = chosen({"a": 8, "b": 100, "c": 2}, fraction=fraction)
+    found = chosen({"a": 8, "b": 100, "c": 2}, fraction)
     assert tuple(sum(path.startswith(name) for path in found) for name in (b"a", b"b", b"c")) == counts
 
 
 def test_the_split_stays_when_files_are_added_elsewhere():
-    before = chosen({"a": 30, "b": 30}, fraction=0.2)
-    after = chosen({"a": 30, "b": 31, "c": 5}, fraction=0.2)
+    before, after = chosen({"a": 30, "b": 30}, 0.2), chosen({"a": 30, "b": 31, "c": 5}, 0.2)
     assert {path for path in before if path.startswith(b"a")} == {path for path in after if path.startswith(b"a")}
-    assert chosen({"a": 30, "b": 30}, fraction=0.1) < before < chosen({"a": 30, "b": 30}, fraction=0.5)
+    assert chosen({"a": 30, "b": 30}, 0.1) < before < chosen({"a": 30, "b": 30}, 0.5)
 
 
 def test_what_is_held_out_is_not_trained_on(train_arguments, tmp_path, monkeypatch):
     arguments = train_arguments(tmp_path / "run", val_fraction=0.25, epochs=3, max_steps=None)
-    job = train.plan(train.parse_args(arguments), torch.device("cpu"))
-    held_out = {job.held_out.source.path(index) for index in range(len(job.held_out.source))}
+    job = train.plan(train.parse_args(arguments), CPU)
+    held_out = {job.held_out.images.path(index) for index in range(len(job.held_out.images))}
     assert (len(held_out), len(job.dataset), job.steps_per_epoch) == (6, 18, 2)
     seen, read = [], data.read_prepared
     monkeypatch.setattr(data, "read_prepared", lambda path, size: (seen.append(path), read(path, size))[1])
@@ -187,49 +184,67 @@ def test_what_is_held_out_is_not_trained_on(train_arguments, tmp_path, monkeypat
     assert len(seen) == 6 + 3 * 16 and not held_out & set(seen[6:])
 
 
-def test_cache_and_images_give_the_same_split_and_loss(validated, image_folder, vae_folder, train_arguments, tmp_path):
-    cache = tmp_path / "latents"
-    options = {"data_path": image_folder, "latents_dir": cache, "vae": vae_folder, "image_size": 32, "num_workers": 0}
-    cache_latents.main(command_line(options))
-    changes = {"data_path": None, "vae": None, "latents_dir": cache, "val_fraction": 0.25, "val_every": 2, "lr": 0.01}
-    changes |= {"ema_decay": 0.5, "use_rope": True, "rope_rotate": 2}
+def test_cache_and_images_give_the_same_split_and_loss(validated, image_folder, make_cache, train_arguments, tmp_path):
+    changes = CACHED | {"latents_dir": make_cache(image_folder)} | RECIPE | QUARTER
     train.main(train_arguments(tmp_path / "run", **changes))
-    online, cached = (checkpoint.load(run / "checkpoints/0000007.pt") for run in (validated, tmp_path / "run"))
-    for part in ("validation", "data"):
-        assert cached["config"][part] == online["config"][part]
+    online, cached = (checkpoint.load(run / LAST)["config"] for run in (validated, tmp_path / "run"))
+    assert [cached[part] for part in ("validation", "data")] == [online[part] for part in ("validation", "data")]
     for record, expected in zip(metrics(tmp_path / "run"), metrics(validated), strict=True):
         if "val_loss" in expected:
             assert record["val_loss"] == pytest.approx(expected["val_loss"], rel=2e-3)
             assert record["val_loss_ema_tenths"] == pytest.approx(expected["val_loss_ema_tenths"], rel=1e-2)
 
 
-def test_a_cache_takes_a_separate_validation_set(held_out_validation, make_vae, train_arguments, tmp_path, capsys):
-    (training, held_out), vae, cache = held_out_validation, make_vae(), tmp_path / "latents"
-    cache_latents.main(command_line({"data_path": training, "latents_dir": cache, "vae": vae, "image_size": 32}))
+def test_a_cache_takes_a_folder_of_their_own(
+    two_folders, make_vae, make_cache, train_arguments, refused, tmp_path, capsys
+):
+    (training, held_out), vae, other = two_folders, make_vae(), make_vae(seed=1)
+    cache = make_cache(training, vae=vae)
     changes = {"data_path": None, "latents_dir": cache, "val_data_path": held_out, "max_steps": 1}
     moved = shutil.move(vae, tmp_path / "moved VAE")
+    assert names(refused(train.main, train_arguments(tmp_path / "run", vae=other, **changes)), other, cache, vae)
     train.main(train_arguments(tmp_path / "run", vae=moved, **changes))
     assert "val_loss_ema" in metrics(tmp_path / "run")[-1]
     assert capsys.readouterr().err == ""
-    meta = json.loads((cache / "meta.json").read_text())
-    assert meta["data_path"] == str(training.resolve())
     gone = shutil.move(training, tmp_path / "gone")
-    reasons = {"is not a folder; expected one with a sub-folder for each class": None, "holds other files by now": gone}
-    for number, (reason, images) in enumerate(reasons.items()):
-        if images is not None:
-            shutil.copytree(images, training)
-            next((training / "bee").iterdir()).unlink()
-        with pytest.warns(UserWarning) as warned:
-            train.main(train_arguments(tmp_path / f"other{number}", vae=moved, **changes))
-        assert str(warned[0].message) == (
-            f"the validation set was not compared with the images of the cache: their folder {str(training)!r} {reason}"
-        )
+    with pytest.warns(UserWarning, match=r"was not compared with the images of the cache: .* is not a folder"):
+        train.main(train_arguments(tmp_path / "second", vae=moved, **changes))
+    shutil.copytree(gone, training)
+    next((training / "bee").iterdir()).unlink()
+    with pytest.warns(UserWarning, match="was not compared with the images of the cache: .* holds other files by now"):
+        train.main(train_arguments(tmp_path / "third", vae=moved, **changes))
+
+
+@pytest.mark.parametrize("kind", ["copy", "link", "same folder"])
+def test_a_validation_set_that_overlaps_is_refused(kind, train_arguments, two_folders, refused, tmp_path):
+    training, held_out = two_folders
+    original, other, count = training / "bee" / "10.png", held_out / "ant" / "other.png", 1
+    if kind == "same folder":
+        held_out, original, other, count = training, training / "ant/09.png", training / "ant/09.png", 15
+    else:
+        shutil.copy(original, other) if kind == "copy" else other.symlink_to(original)
+    assert refused(train.main, train_arguments(tmp_path / "run", data_path=training, val_data_path=held_out)) == (
+        f"--val-data-path {str(held_out)!r} overlaps the training data: {str(other)!r} is the same image as "
+        f"{str(original)!r}, {count} in all; remove them from one of the two"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_of_equal_size_and_beginning_do_not_overlap(tmp_path):
+    for name, content in (("one/a/1.png", b"x" * 5000 + b"1"), ("two/a/1.png", b"x" * 5000 + b"2")):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(content)
+    one, two = data.ImageList(tmp_path / "one"), data.ImageList(tmp_path / "two")
+    assert validation.same_files(one, two) == []
+    assert validation.same_files(one, one) == [(tmp_path / "one/a/1.png", tmp_path / "one/a/1.png")]
+    (tmp_path / "one/a/2.png").symlink_to(tmp_path / "nowhere")  # whoever reads it will name it
+    assert len(validation.same_files(data.ImageList(tmp_path / "one"), one)) == 1
 
 
 # In training
 
 
-def test_when_a_run_validates(validated):
+def test_when_a_run_validates_and_what_it_says(validated):
     records = metrics(validated)
     assert [record["step"] for record in records] == [2, 3, 4, 6, 7]
     assert [record["step"] for record in records if "val_loss" in record] == [2, 4, 6, 7]
@@ -244,110 +259,94 @@ def test_when_a_run_validates(validated):
         assert f"step 0000002: validation loss by tenth of the schedule, {weights} weights: {tenths}\n" in log
     assert records[-1]["val_loss"] < records[0]["val_loss"]
     share = 4 * 20 * 6 / (3 * 8 * 7)  # four validations of twenty evaluations an image, seven steps of three
-    assert "validation: 6 held-out images, every 2 steps and after the last, 4 times in all: " in log
-    assert f": about {100 * share:.1f} % of the training's computation\n" in log
-
-
-@pytest.mark.parametrize("affordable, steps", [(10, [4, 8, 10]), (2, [8, 10]), (1, [10])])
-def test_by_default_a_run_validates_at_as_many_checkpoints_as_cost_little(
-    affordable, steps, held_out_validation, train_arguments, tmp_path, monkeypatch
-):
-    training, held_out = held_out_validation
-    monkeypatch.setattr(validation, "AFFORDABLE", affordable)  # 9 images cost as much as 7.5 steps
-    train.main(train_arguments(tmp_path / "run", data_path=training, val_data_path=held_out, max_steps=10))
-    assert [record["step"] for record in metrics(tmp_path / "run") if "val_loss" in record] == steps
+    when = "every 2 steps and after the last, 4 times in all"
+    cost = f"about {100 * share:.1f} % of the training's computation"
+    assert f"validation: 6 held-out images, {when}: {cost}\n" in log
 
 
 def test_the_default_interval_keeps_all_validations_below_five_percent():
+    def interval(images: int, batch: int, ckpt_every: int, steps: int) -> int:
+        args = Namespace(val_every=None, ckpt_every=ckpt_every, global_batch_size=batch)
+        return validation.interval(images, args, steps)
+
     epochs = 1400 * 5004
-    assert validation.default_interval(50_000, 256, 50_000, epochs) == 50_000  # 2.6 %
-    assert validation.default_interval(128_117, 256, 50_000, epochs) == 100_000  # 6.7 % at every checkpoint
+    assert interval(50_000, 256, 50_000, epochs) == 50_000  # 2.6 %
+    assert interval(128_117, 256, 50_000, epochs) == 100_000  # 6.7 % at every checkpoint
     for images, steps in itertools.product((1, 60, 143, 144, 480, 481, 10_000), (1_000, 1_001, 20_000)):
-        every = validation.default_interval(images, 32, 200, steps)
-        share = 20 * images / (3 * 32 * steps)
+        every, share = interval(images, 32, 200, steps), 20 * images / (3 * 32 * steps)
         assert every % 200 == 0
         assert share * math.ceil(steps / every) < 0.05 or (share >= 0.05 and every >= steps)
         assert every == 200 or share * math.ceil(steps / (every - 200)) >= 0.05
 
 
-def test_the_share_counts_every_validation_of_the_run(monkeypatch):
-    def announced(images, steps, fraction=0.5, val_every=None) -> str:
-        monkeypatch.setattr(validation, "encode", lambda *_: SimpleNamespace(total=images))
-        args = Namespace(val_every=val_every, ckpt_every=50_000, global_batch_size=32, grad_accum_steps=1)
-        args.image_size, args.num_workers, lines = (32, 32), 0, []
-        held_out = holdout.HeldOut(source=None, vae=object(), fraction=fraction)
-        validator = validation.Validator(held_out, args, steps, torch.device("cpu"), "fp32")
-        validator.announce(SimpleNamespace(info=lines.append))
-        return lines[0]
+@pytest.mark.parametrize(
+    "steps, val_every, when, share, has_remedy",
+    [
+        (2000, None, "once, after the last step", 9.4, True),
+        (2000, 2000, "once, after the last step", 9.4, False),
+        (2001, 500, "every 500 steps and after the last, 5 times in all", 46.7, False),
+        (100_001, None, "every 50,000 steps and after the last, 3 times in all", 0.6, False),
+    ],
+)
+def test_the_share_counts_every_validation_of_the_run(steps, val_every, when, share, has_remedy):
+    args = Namespace(val_every=val_every, ckpt_every=50_000, global_batch_size=32)
+    start = f"validation: 898 held-out images, {when}: about {share} % of the training's computation"
+    remedy = "; even a single validation of so many images costs that: hold out fewer of them"
+    assert validation.describe_schedule(898, args, steps) == start + remedy * has_remedy
 
-    start, end = "validation: 898 held-out images", "of the training's computation"
-    reason = "; even a single validation of so many images costs that: use"
-    once = f"{start}, once, after the last step: about 9.4 % {end}"
-    assert announced(898, 2000) == f"{once}{reason} a smaller --val-fraction"
-    assert announced(898, 2000, fraction=None) == f"{once}{reason} fewer images in --val-data-path"
-    assert announced(898, 2000, val_every=2000) == once
-    every = f"{start}, every 500 steps and after the last, 5 times in all"
-    assert announced(898, 2001, val_every=500) == f"{every}: about 46.7 % {end}"
-    every = f"{start}, every 50,000 steps and after the last, 3 times in all"
-    assert announced(898, 100_001) == f"{every}: about 0.6 % {end}"
+
+def test_training_is_the_same_with_and_without_validation_and_it_takes_none_of_its_time(
+    two_folders, train_arguments, tmp_path, monkeypatch
+):
+    """Validation draws from streams of its own, so that it leaves no trace in the weights."""
+    training, held_out = two_folders
+    changes = {"data_path": training, "max_steps": 3, "log_every": 1}
+    train.main(train_arguments(tmp_path / "without", **changes))
+    clock, measure = [0.0], validation.Validator.measure
+
+    def slow(self, *arguments):
+        clock[0] += 1000
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(validation.Validator, "measure", slow)
+    train.main(train_arguments(tmp_path / "with", val_data_path=held_out, val_every=1, **changes))
+    left, right = (checkpoint.load(tmp_path / name / "checkpoints/0000003.pt") for name in ("without", "with"))
+    assert all(torch.equal(left["model"][name], right["model"][name]) for name in left["model"])
+    assert clock == [3000] and metrics(tmp_path / "with")[-1]["images_per_second"] > 1e6
 
 
 def test_a_resumed_run_has_the_same_curves(validated, train_arguments, signal_after, tmp_path):
-    changes = {"lr": 0.01, "ema_decay": 0.5, "use_rope": True, "rope_rotate": 2, "val_fraction": 0.25, "val_every": 2}
-    arguments = train_arguments(tmp_path / "run", **changes)
+    arguments = train_arguments(tmp_path / "run", **RECIPE, **QUARTER)
     signal_after(train.Trainer, "train_step", 2)
     train.main(arguments)
     assert [record["step"] for record in metrics(tmp_path / "run")] == [2]
     train.main(arguments)
-    strip = [
-        [{key: value for key, value in record.items() if key not in SPEED} for record in metrics(results)]
-        for results in (tmp_path / "run", validated)
-    ]
-    assert strip[0] == strip[1]
+    assert curves(tmp_path / "run") == curves(validated)
 
 
-def test_validation_does_not_count_as_training_time(train_arguments, tmp_path, monkeypatch):
-    clock, measure = [0.0], validation.Validator.measure
-
-    def slow(self, *models):
-        clock[0] += 1000
-        return measure(self, *models)
-
-    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(validation.Validator, "measure", slow)
-    train.main(train_arguments(tmp_path / "run", val_fraction=0.25, val_every=1, max_steps=3))
-    assert clock == [3000]
-    assert metrics(tmp_path / "run")[-1]["images_per_second"] > 1e6
-
-
-def test_losses_that_are_not_finite_are_null(train_arguments, tmp_path, monkeypatch):
-    losses = validation.image_losses
-
-    def overflown(models, *rest):
-        found = losses(models, *rest)
-        found[0, 1, 3], found[1, :, 9] = torch.nan, torch.inf
-        return found
-
-    monkeypatch.setattr(validation, "image_losses", overflown)
-    changes = {"val_fraction": 0.25, "val_every": 2, "max_steps": 3, "log_every": 1}
-    train.main(train_arguments(tmp_path / "run", **changes))
-
-    def no_json(text):
-        raise ValueError(text)
-
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    record = [json.loads(line, parse_constant=no_json) for line in lines][-1]
-    for key, tenth in (("val_loss", 3), ("val_loss_ema", 9)):
-        assert record[key] is None and record[f"{key}_se"] is None
-        assert [loss is None for loss in record[f"{key}_tenths"]] == [k == tenth for k in range(10)]
-    log = (tmp_path / "run" / "log.txt").read_text()
-    assert "step 0000003: validation loss not finite, EMA not finite (noise MSE of 6 images)\n" in log
+def test_losses_that_are_not_finite_are_null_and_refused_by_evaluate_loss(
+    validated, image_folder, refused, tmp_path, monkeypatch
+):
+    found = torch.ones(24, 10, dtype=torch.float64)
+    found[1, 3], found[4, 9] = torch.nan, torch.inf
+    tenths = [None if k in (3, 9) else 1.0 for k in range(10)]
+    assert validation.summarize(found) == {"loss": None, "loss_se": None, "loss_tenths": tenths}
+    assert validation.format_loss(None, None) == "not finite"
+    monkeypatch.setattr(validation, "image_losses", lambda *_: found[None])
+    options = {"ckpt": validated / LAST, "data_path": image_folder, "num_workers": 0, "out": tmp_path / "loss.json"}
+    for precision, remedy in (("fp32", ""), ("bf16", "--precision fp32, or ")):
+        assert refused(evaluate_loss.main, command_line(options | {"precision": precision})) == (
+            f"the loss of 2 of 24 images is not finite: the ema weights of checkpoint {str(validated / LAST)!r} "
+            f"overflow in {precision}; use {remedy}an earlier checkpoint"
+        )
+    assert not (tmp_path / "loss.json").exists()
 
 
 # evaluate_loss.py
 
 
-def test_any_checkpoint_has_the_loss_of_its_metrics(validated, loss_of, capsys):
+def test_any_checkpoint_has_the_loss_of_its_metrics(validated, loss_of, capsys, tmp_path):
     record = metrics(validated)[-1]
     for weights, key in (("ema", "val_loss_ema"), ("model", "val_loss")):
         found = loss_of(validated, split="val", weights=weights, batch_size=4)
@@ -358,360 +357,182 @@ def test_any_checkpoint_has_the_loss_of_its_metrics(validated, loss_of, capsys):
     output = capsys.readouterr().out
     assert f"noise MSE of 6 images, model weights: {record['val_loss']:.4f} ± {record['val_loss_se']:.4f}\n" in output
     assert f"\n900 - 999  {record['val_loss_tenths'][9]:.4f}\n" in output
+    extended = [
+        loss_of(validated, split="val", image_size=48, rope_extend=extend) for extend in ("extrapolate", "interpolate")
+    ]
+    assert [found["image_size"] for found in extended] == [[48, 48], [48, 48]]
+    assert len({found["loss"] for found in extended} | {loss_of(validated, split="val")["loss"]}) == 3
 
 
-def test_a_separate_validation_set_has_the_loss_of_the_metrics(held_out_validation, train_arguments, loss_of, tmp_path):
-    training, held_out = held_out_validation
-    train.main(train_arguments(tmp_path / "run", data_path=training, val_data_path=held_out, lr=0.01, ema_decay=0.5))
-    found = loss_of(tmp_path / "run", data_path=held_out)
-    assert found["loss"] == pytest.approx(metrics(tmp_path / "run")[-1]["val_loss_ema"], rel=1e-6)
+def test_a_dry_run_of_evaluate_loss_writes_nothing(validated, image_folder, capsys, tmp_path):
+    options = {"ckpt": validated / LAST, "data_path": image_folder, "split": "val", "out": tmp_path / "loss.json"}
+    evaluate_loss.main(command_line(options | {"dry_run": True, "precision": "fp32"}))
+    assert "dry run: would measure the noise MSE of 6 images, ema weights: 60 evaluations" in capsys.readouterr().out
+    assert not (tmp_path / "loss.json").exists()
+
+
+def test_a_folder_of_their_own_has_the_loss_of_the_metrics(two_folders, train_arguments, loss_of, tmp_path):
+    (training, held_out), results = two_folders, tmp_path / "run"
+    train.main(train_arguments(results, data_path=training, val_data_path=held_out, lr=0.01, ema_decay=0.5))
+    found = loss_of(results, data_path=held_out)
+    assert found["loss"] == pytest.approx(metrics(results)[-1]["val_loss_ema"], rel=1e-6)
     shutil.rmtree(held_out / "ant")  # other classes keep their labels
-    part = loss_of(tmp_path / "run", data_path=held_out)
-    vae = VAE(checkpoint.load(tmp_path / "run/checkpoints/0000007.pt")["config"]["vae"]["source"])
+    part, trained = loss_of(results, data_path=held_out), pretrained.load_trained(results / LAST)
     images = data.ImageList(held_out)
     images.labels = images.labels + 1
-    model = pretrained.load_trained(tmp_path / "run/checkpoints/0000007.pt").model
-    losses = validation.image_losses([model], validation.encode(images, (32, 32), vae, 0), torch.device("cpu"), "fp32")
+    encoded = validation.encode(images, (32, 32), VAE(trained.config.vae.source), 0)
+    losses = validation.image_losses([trained.model], encoded, CPU, "fp32")
     assert part["images"] == 6 and part["loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
 
 
 @pytest.fixture
-def cache_without_two(image_folder, vae_folder, tmp_path):
+def cache_without_two(image_folder, make_cache, tmp_path):
     """(folder with two unreadable images, of which one would be held out, latent cache without them)."""
-    folder, cache = shutil.copytree(image_folder, tmp_path / "images"), tmp_path / "latents"
+    folder = shutil.copytree(image_folder, tmp_path / "images")
     images = data.ImageList(folder)
-    mask = holdout.split(images.paths, images.labels, images.classes, 0.25)
+    mask = validation.split(images.paths, images.labels, images.classes, 0.25)
     for index in (np.flatnonzero(mask)[0], np.flatnonzero(~mask)[-1]):
         images.path(index).write_bytes(b"damaged")
-    options = {"data_path": folder, "latents_dir": cache, "vae": vae_folder, "image_size": 32, "num_workers": 0}
-    cache_latents.main(command_line(options | {"skip_unreadable": True}))
-    return folder, cache
+    return folder, make_cache(folder, skip_unreadable=True)
 
 
 def test_a_split_without_unreadable_images_is_found_again(
-    cache_without_two, train_arguments, loss_of, refused, tmp_path
+    cache_without_two, image_folder, make_cache, train_arguments, loss_of, refused, tmp_path
 ):
-    (folder, cache), results = cache_without_two, tmp_path / "run"
-    changes = {"data_path": None, "vae": None, "latents_dir": cache, "val_fraction": 0.25, "lr": 0.01, "ema_decay": 0.5}
-    train.main(train_arguments(results, **changes))
-    ckpt, expected = results / "checkpoints" / "0000007.pt", metrics(results)[-1]["val_loss_ema"]
+    (folder, cache), results, exported = cache_without_two, tmp_path / "run", tmp_path / "run.safetensors"
+    changes = CACHED | {"val_fraction": 0.25, "lr": 0.01, "ema_decay": 0.5}
+    train.main(train_arguments(results, latents_dir=cache, **changes))
+    expected = metrics(results)[-1]["val_loss_ema"]
     found = loss_of(results, data_path=folder, split="val")
     assert found["images"] == 6 and found["loss"] == pytest.approx(expected, rel=2e-3)
-    exported = tmp_path / "run.safetensors"
-    export.main(["--ckpt", str(ckpt), "--out", str(exported)])
+    export.main(["--ckpt", str(results / LAST), "--out", str(exported)])
     assert loss_of(results, ckpt=exported, data_path=folder, split="val")["loss"] == found["loss"]
 
-    state = copy.deepcopy(checkpoint.load(ckpt))
+    # A repaired image may be held out where the run held out another in its place, which must not be trained on.
+    again = train_arguments(results, latents_dir=make_cache(image_folder, "again"), **changes | {"max_steps": 8})
+    assert names(refused(train.main, again), results / LAST, "--val-fraction 0.25 (6 images", "a latent cache may")
+
+    state = copy.deepcopy(checkpoint.load(results / LAST))
     del state["config"]["validation"]["left_out"]  # as runs of earlier versions have it
-    checkpoint.save(ckpt, state)
-    evaluation = command_line({"ckpt": ckpt, "data_path": folder, "split": "val"})
-    assert refused(evaluate_loss.main, evaluation) == (
-        f"--split val: the training of checkpoint {str(ckpt)!r} used a latent cache without the unreadable images of "
-        f"--data-path {str(folder)!r}, and does not list them, so its 6 held-out images cannot be told; remove the "
-        "files that skipped.txt of that cache lists from the folder, or from a copy of it"
-    )
-    train.main(train_arguments(results, **changes | {"max_steps": 8}))
+    checkpoint.save(results / LAST, state)
+    evaluation = command_line({"ckpt": results / LAST, "data_path": folder, "split": "val"})
+    assert names(refused(evaluate_loss.main, evaluation), "--split val", results / LAST, folder, "skipped.txt")
+    train.main(train_arguments(results, latents_dir=cache, **changes | {"max_steps": 8}))
     assert metrics(results)[-1]["step"] == 8
     for path in (cache / "skipped.txt").read_text().splitlines():
         os.unlink(path)
     assert loss_of(results, data_path=folder, split="val")["loss"] == found["loss"]
 
 
-def test_another_split_of_a_cache_made_again_is_refused_on_resume(
-    cache_without_two, image_folder, vae_folder, train_arguments, refused, tmp_path
-):
-    """A repaired image may be held out where the run held out another in its place, which must not be trained on."""
-    (_, cache), results, again = cache_without_two, tmp_path / "run", tmp_path / "again"
-    changes = {"data_path": None, "vae": None, "val_fraction": 0.25}
-    train.main(train_arguments(results, latents_dir=cache, max_steps=1, **changes))
-    options = {"data_path": image_folder, "latents_dir": again, "vae": vae_folder, "image_size": 32, "num_workers": 0}
-    cache_latents.main(command_line(options))
-    text = refused(train.main, train_arguments(results, latents_dir=again, max_steps=2, **changes))
-    assert text.endswith(
-        "what is held out stays the same for the whole run: give the images that it had, without the unreadable ones "
-        "that its latent cache left out, or use another --results-dir"
-    )
-
-
-def test_the_loss_of_trained_images_is_marked(
-    validated, run, image_folder, held_out_validation, train_arguments, loss_of, capsys, tmp_path
-):
-    training, held_out = held_out_validation
-    separate, exported = tmp_path / "separate", tmp_path / "run.safetensors"
-    train.main(train_arguments(separate, data_path=training, val_data_path=held_out))
-    export.main(["--ckpt", str(validated / "checkpoints" / "0000007.pt"), "--out", str(exported)])
-    part = shutil.copytree(training, tmp_path / "part")
+def test_the_loss_of_trained_images_is_marked(validated, run, image_folder, loss_of, capsys, tmp_path):
+    part, exported = shutil.copytree(image_folder, tmp_path / "part"), tmp_path / "run.safetensors"
     (part / "bee" / "10.png").unlink()
-
-    def marked(results, **changes) -> tuple[bool | None, str]:
-        """What the JSON says, and the warnings."""
+    export.main(["--ckpt", str(validated / LAST), "--out", str(exported)])
+    for ckpt, changes, trained_on in (
+        (validated / LAST, {}, True),
+        (exported, {}, True),
+        (exported, {"split": "val"}, False),
+        (validated / LAST, {"data_path": part}, None),
+        (run / LAST, {}, True),
+    ):
         capsys.readouterr()
-        found = loss_of(results, **changes)["trained_on"]
-        lines = capsys.readouterr().out.splitlines()
-        return found, "".join(line.split("] ")[1] for line in lines if "warning" in line)
-
-    def warning(remedy, ckpt, images=image_folder) -> str:
-        return (
-            f"warning: --data-path {str(images)!r} holds the images that checkpoint {str(ckpt)!r} was trained on (by "
-            f"their relative paths), so this is no validation loss; {remedy}"
-        )
-
-    last, remedy = Path("checkpoints/0000007.pt"), "pass --split val for the 6 that its run held out of them"
-    assert marked(validated) == (True, warning(remedy, validated / last))
-    assert marked(validated, ckpt=exported) == (True, warning(remedy, exported))
-    assert marked(validated, split="val") == (False, "")
-    assert marked(validated, data_path=part) == (None, "")
-    assert marked(run) == (True, warning("give images that it was not trained on", run / last))
-    remedy = "give the images of its --val-data-path"
-    assert marked(separate, data_path=training) == (True, warning(remedy, separate / last, training))
-    assert marked(separate, data_path=held_out) == (False, "")
-
-
-def test_a_rope_checkpoint_has_a_loss_at_another_size(validated, loss_of):
-    extended = {
-        extend: loss_of(validated, split="val", image_size=48, rope_extend=extend)
-        for extend in ("extrapolate", "interpolate")
-    }
-    assert extended["extrapolate"]["image_size"] == [48, 48]
-    assert len({found["loss"] for found in extended.values()} | {loss_of(validated, split="val")["loss"]}) == 3
+        assert loss_of(None, ckpt=ckpt, **changes)["trained_on"] is trained_on
+        warnings = [line for line in capsys.readouterr().out.splitlines() if "so this is no validation loss" in line]
+        assert len(warnings) == (trained_on is True) and all(str(ckpt) in line for line in warnings)
 
 
 # Wrong input
 
 
-def test_a_loss_that_is_not_finite_is_refused(validated, image_folder, refused, tmp_path, monkeypatch):
-    losses = validation.image_losses
-
-    def overflown(*args):
-        found = losses(*args)
-        found[0, 1, 3], found[0, 4, 9] = torch.nan, torch.inf
-        return found
-
-    monkeypatch.setattr(validation, "image_losses", overflown)
-    ckpt = validated / "checkpoints" / "0000007.pt"
-    options = {"ckpt": ckpt, "data_path": image_folder, "num_workers": 0, "out": tmp_path / "loss.json"}
-    for precision, remedy in (("fp32", ""), ("bf16", "--precision fp32, or ")):
-        assert refused(evaluate_loss.main, command_line(options | {"precision": precision})) == (
-            f"the loss of 2 of 24 images is not finite: the ema weights of checkpoint {str(ckpt)!r} overflow in "
-            f"{precision}; use {remedy}an earlier checkpoint"
-        )
-    assert not (tmp_path / "loss.json").exists()
-
-
-def test_wrong_validation_options_are_refused(train_arguments, held_out_validation, refused, tmp_path):
-    training, held_out = held_out_validation
-
-    def message(**changes):
-        text = refused(train.main, train_arguments(tmp_path / "run", **{"data_path": training} | changes))
-        assert not (tmp_path / "run").exists()
-        return text
-
-    assert message(val_fraction=0.5, val_data_path=held_out) == (
-        "--val-data-path and --val-fraction were both given; choose one"
-    )
-    assert message(val_every=2) == ("--val-every given without held-out images; add --val-data-path or --val-fraction")
-    for value in ("0", "1", "nan"):
-        assert message(val_fraction=value) == (f"argument --val-fraction: {value!r} is not a number with 0 < value < 1")
-    assert message(val_data_path=tmp_path / "none") == (
-        f"--val-data-path {str(tmp_path / 'none')!r} is not a folder; expected one with a sub-folder for each class"
-    )
+def test_wrong_validation_options_are_refused(train_arguments, two_folders, refused, tmp_path):
+    training, held_out = two_folders
     (tmp_path / "empty").mkdir()
-    assert message(val_data_path=tmp_path / "empty") == (
-        f"--val-data-path {str(tmp_path / 'empty')!r} has no class folders; expected one sub-folder for each class"
-    )
+
+    def check(parts: tuple, **changes) -> None:
+        arguments = train_arguments(tmp_path / "run", **{"data_path": training} | changes)
+        assert names(refused(train.main, arguments), *parts)
+        assert not (tmp_path / "run").exists()
+
+    check(("--val-fraction", "--val-data-path"), val_fraction=0.5, val_data_path=held_out)
+    check(("--val-every given", "add --val-data-path or --val-fraction"), val_every=2)
+    for value in ("0", "1", "nan"):
+        check((f"--val-fraction: {value!r} is not a number with 0 < value < 1",), val_fraction=value)
+    for folder in ("none", "empty"):
+        check((f"--val-data-path {str(tmp_path / folder)!r}", "sub-folder"), val_data_path=tmp_path / folder)
     shutil.move(held_out / "bee", held_out / "wasp")
-    assert message(val_data_path=held_out) == (
-        f"--val-data-path {str(held_out)!r} has other class folders than the training data: 'bee' missing in the "
-        "validation set; 'wasp' missing in the training data; give both the same"
-    )
+    check((str(held_out), "missing: 'bee'", "only here: 'wasp'"), val_data_path=held_out)
     for path in sorted((training / "ant").iterdir())[1:]:
         path.unlink()
-    assert message(val_fraction=0.5) == (
-        "--val-fraction 0.5 leaves class 'ant' empty in one part (it has 1 image); add images to it, remove it, or use "
-        "--val-data-path"
-    )
+    check(("--val-fraction 0.5", "'ant'", "(images in all: 1)", "add images"), val_fraction=0.5)
 
 
-@pytest.mark.parametrize("kind", ["copy", "link", "same folder"])
-def test_a_validation_set_that_overlaps_is_refused(kind, train_arguments, held_out_validation, refused, tmp_path):
-    training, held_out = held_out_validation
-    original, other = training / "bee" / "10.png", held_out / "ant" / "other.png"
-    if kind == "same folder":
-        held_out, original, other, count = training, training / "ant/09.png", training / "ant/09.png", 15
-    else:
-        shutil.copy(original, other) if kind == "copy" else other.symlink_to(original)
-        count = 1
-    assert refused(train.main, train_arguments(tmp_path / "run", data_path=training, val_data_path=held_out)) == (
-        f"--val-data-path {str(held_out)!r} overlaps the training data: {str(other)!r} is the same image as "
-        f"{str(original)!r}, {count} in all; remove them from one of the two"
-    )
-    assert not (tmp_path / "run").exists()
+FOLDER = HeldOutConfig(None, "a" * 64, 9, [])
+QUARTER_OF_24 = HeldOutConfig(0.25, "b" * 64, 6, [])
 
 
-def test_files_of_equal_size_or_beginning_do_not_overlap(tmp_path):
-    for name, content in (("one/a/1.png", b"x" * 5000 + b"1"), ("two/a/1.png", b"x" * 5000 + b"2")):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_bytes(content)
-    one, two = data.ImageList(tmp_path / "one"), data.ImageList(tmp_path / "two")
-    assert holdout.same_files(one, two) == []
-    assert holdout.same_files(one, one) == [(tmp_path / "one/a/1.png", tmp_path / "one/a/1.png")]
-    (tmp_path / "one/a/2.png").symlink_to(tmp_path / "nowhere")  # whoever reads it will name it
-    assert len(holdout.same_files(data.ImageList(tmp_path / "one"), one)) == 1
+@pytest.mark.parametrize(
+    "stored, current, before, now",
+    [
+        (None, QUARTER_OF_24, "no validation", "--val-fraction 0.25 (6 images, of fingerprint bbbbbbbb)"),
+        (QUARTER_OF_24, None, "--val-fraction 0.25 (6 images, of fingerprint bbbbbbbb)", "no validation"),
+        (FOLDER, QUARTER_OF_24, "--val-data-path (9 images, of fingerprint aaaaaaaa)", "--val-fraction 0.25 (6 "),
+        (FOLDER, replace(FOLDER, fingerprint="c"), "--val-data-path (9 images, of fingerprint aaaaaaaa)", "--val-data"),
+        (QUARTER_OF_24, replace(QUARTER_OF_24, fraction=0.26), "--val-fraction 0.25 (6 ", "--val-fraction 0.26 (6 "),
+    ],
+)
+def test_what_is_held_out_stays_the_same(stored, current, before, now):
+    validation.check_same(stored, stored and replace(stored, left_out=["old checkpoints do not list it"]), "x.pt")
+    with pytest.raises(UserError) as error:
+        validation.check_same(stored, current, "x.pt")
+    assert names(str(error.value), "'x.pt' was trained with " + before, "the command has " + now, "--results-dir")
 
 
-def test_another_split_is_refused_on_resume(
-    validated, run, held_out_validation, image_folder, vae_folder, train_arguments, refused, tmp_path
-):
-    """What is held out stays the same for the whole run: the message says what it was, what it is now, and a remedy."""
-    training, other = held_out_validation
-    recipe = {"lr": 0.01, "ema_decay": 0.5, "use_rope": True, "rope_rotate": 2}
-    separate = tmp_path / "separate"
-    train.main(train_arguments(separate, data_path=training, val_data_path=other, **recipe))
-
-    def message(folder, **changes) -> tuple[str, str]:
-        ckpt = checkpoint.training_checkpoints(folder / "checkpoints")[-1]
-        text = refused(train.main, train_arguments(folder, **recipe | changes))
-        start, reason = (
-            f"checkpoint {str(ckpt)!r} was trained with ",
-            "what is held out stays the same for the whole run: ",
-        )
-        end = ", or use another --results-dir"
-        assert text.startswith(start) and text.endswith(end)
-        said, remedy = text[len(start) : -len(end)].split(f"; {reason}")
-        return said, remedy
-
-    def named(option, source) -> str:
-        stored = source if isinstance(source, str) else data.ImageList(source).fingerprint
-        return f"{option}, of fingerprint {stored[:8]})"
-
-    fingerprints = {}
-    for fraction in (0.25, 0.4):
-        args = train.parse_args(train_arguments(tmp_path / "none", val_fraction=fraction))
-        fingerprints[fraction] = train.plan(args, torch.device("cpu")).config["validation"]["fingerprint"]
-    quarter = named("--val-fraction 0.25 (6 images", fingerprints[0.25])
-    assert message(validated, val_fraction=0.4) == (
-        f"{quarter}, the command has {named('--val-fraction 0.4 (9 images', fingerprints[0.4])}",
-        "pass --val-fraction 0.25",
-    )
-    assert message(validated) == (f"{quarter}, the command has no validation", "pass --val-fraction 0.25")
-    assert message(run, val_fraction=0.25) == (
-        f"no validation, the command has {quarter}",
-        "leave --val-fraction 0.25 out",
-    )
-    nine = named("--val-data-path (9 images", other)
-    changes = {"data_path": training}
-    assert message(separate, **changes) == (
-        f"{nine}, the command has no validation",
-        "pass --val-data-path with the folder it had",
-    )
-    (other / "ant" / "00.png").rename(other / "ant" / "new.png")
-    assert message(separate, val_data_path=other, **changes) == (
-        f"{nine}, the command has {named('--val-data-path (9 images', other)}",
-        "pass the folder with the same files",
-    )
-
-
-def test_an_unreadable_held_out_image_is_named(train_arguments, held_out_validation, refused, tmp_path):
-    training, held_out = held_out_validation
+def test_an_unreadable_held_out_image_is_named(train_arguments, two_folders, refused, tmp_path_factory):
+    training, held_out = two_folders
     (held_out / "bee" / "01.png").write_bytes(b"damaged")
-    text = refused(train.main, train_arguments(tmp_path / "run", data_path=training, val_data_path=held_out))
-    assert text.startswith(f"image {str(held_out / 'bee' / '01.png')!r} cannot be read (")
+    arguments = train_arguments(tmp_path_factory.mktemp("run"), data_path=training, val_data_path=held_out)
+    assert names(refused(train.main, arguments), f"image {str(held_out / 'bee' / '01.png')!r} cannot be read (")
 
 
-def test_a_cache_without_paths_is_refused_and_completed(image_folder, vae_folder, train_arguments, refused, tmp_path):
-    cache = tmp_path / "latents"
-    making = command_line({"data_path": image_folder, "latents_dir": cache, "vae": vae_folder, "image_size": 32})
-    cache_latents.main(making)
-    before = (cache / "paths.npy").read_bytes()
-    arguments = train_arguments(
-        tmp_path / "run", data_path=None, vae=None, latents_dir=cache, val_fraction=0.25, max_steps=1
-    )
-    (cache / "paths.npy").write_bytes(b"damaged")
-    text = refused(train.main, arguments)
-    assert text.startswith(f"--latents-dir {str(cache)!r} is damaged (paths.npy: ")
-    (cache / "paths.npy").unlink()
-    assert refused(train.main, arguments) == (
-        f"--latents-dir {str(cache)!r} does not tell the images' paths (paths.npy is missing), by which --val-fraction "
-        "splits; run cache_latents.py with this folder again, which adds them"
-    )
-    cache_latents.main(making)
-    assert (cache / "paths.npy").read_bytes() == before
+def test_a_cache_without_paths_is_refused_and_completed(image_folder, make_cache, train_arguments, refused, tmp_path):
+    cache = make_cache(image_folder)
+    paths, before = cache / "paths.npy", (cache / "paths.npy").read_bytes()
+    arguments = train_arguments(tmp_path / "run", latents_dir=cache, val_fraction=0.25, max_steps=1, **CACHED)
+    paths.write_bytes(b"damaged")
+    assert names(refused(train.main, arguments), cache, "is damaged (paths.npy: ", "remove paths.npy")
+    paths.unlink()
+    assert names(refused(train.main, arguments), cache, "paths.npy is missing", "run cache_latents.py")
+    make_cache(image_folder)
+    assert paths.read_bytes() == before
     train.main(arguments)
 
 
-def test_a_cache_with_another_vae_is_refused(held_out_validation, make_vae, train_arguments, refused, tmp_path):
-    (training, held_out), cache = held_out_validation, tmp_path / "latents"
-    vae, other = make_vae(), make_vae(seed=1)
-    cache_latents.main(command_line({"data_path": training, "latents_dir": cache, "vae": vae, "image_size": 32}))
-    arguments = train_arguments(
-        tmp_path / "run", data_path=None, vae=other, latents_dir=cache, val_data_path=held_out, max_steps=1
-    )
-    assert refused(train.main, arguments) == (
-        f"--vae {str(other)!r} is another autoencoder than the one that made --latents-dir {str(cache)!r}; pass that "
-        f"one, it was {str(vae)!r}"
-    )
-
-
-def test_a_split_that_cannot_be_told_is_refused(validated, run, image_folder, make_vae, refused, tmp_path):
-    def message(ckpt, **changes):
+def test_images_that_do_not_fit_the_checkpoint_are_refused(validated, run, image_folder, make_vae, refused, tmp_path):
+    def check(ckpt, *parts, **changes) -> None:
         options = {"ckpt": ckpt, "data_path": image_folder, "out": tmp_path / "loss.json"}
-        text = refused(evaluate_loss.main, command_line(options | changes))
+        assert names(refused(evaluate_loss.main, command_line(options | changes)), *parts)
         assert not (tmp_path / "loss.json").exists()
-        return text
 
-    plain, split = run / "checkpoints" / "0000007.pt", validated / "checkpoints" / "0000007.pt"
-    assert message(plain, split="val") == (
-        f"--split val: checkpoint {str(plain)!r} was trained without --val-fraction, so nothing of --data-path was "
-        "held out; give held-out images as --data-path and leave --split out"
-    )
+    check(run / LAST, "--split val", run / LAST, "without --val-fraction", "leave --split out", split="val")
     other = shutil.copytree(image_folder, tmp_path / "other")
     for path in sorted((other / "bee").iterdir())[:5]:
         path.rename(path.with_stem(f"new {path.stem}"))
-    assert message(split, data_path=other, split="val") == (
-        f"--split val: --data-path {str(other)!r} holds other files than the training of checkpoint {str(split)!r}, so "
-        "its 6 held-out images cannot be told; give the training's folder"
-    )
+    check(validated / LAST, "--split val", other, "holds other files", validated / LAST, data_path=other, split="val")
     shutil.move(other / "bee", other / "wasp")
-    assert message(split, data_path=other) == (
-        f"--data-path {str(other)!r} has class folders that checkpoint {str(split)!r} was not trained on: 'wasp'; "
-        "remove or rename them"
-    )
-    folder = make_vae(stages=3)
-    assert message(split, vae=folder) == (
-        f"--vae {str(folder)!r} has 4 latent channels and down-sampling 4; the checkpoint was trained with 4 and 8"
-    )
-    (tmp_path / "folder").mkdir()
-    assert message(split, out=tmp_path / "folder") == (
-        f"--out {str(tmp_path / 'folder')!r} is a folder; expected the name of a file, such as loss.json"
-    )
-    assert message(split, out=tmp_path / "none" / "loss.json") == (
-        f"--out {str(tmp_path / 'none' / 'loss.json')!r} cannot be written: {str(tmp_path / 'none')!r} is not a folder"
-    )
-    assert message(split, image_size=48).endswith("or leave the option out")
-
-
-def test_an_exported_checkpoint_knows_its_split(validated, loss_of, tmp_path):
-    ckpt, exported = validated / "checkpoints" / "0000007.pt", tmp_path / "run.safetensors"
-    export.main(["--ckpt", str(ckpt), "--out", str(exported)])
-    assert pretrained.load_trained(exported).validation == pretrained.load_trained(ckpt).validation
-    assert loss_of(validated, ckpt=exported, split="val")["loss"] == loss_of(validated, split="val")["loss"]
+    check(validated / LAST, other, "'wasp'", "remove or rename", data_path=other)
+    check(validated / LAST, "--vae", "down-sampling 4", vae=make_vae(stages=3))
+    check(validated / LAST, "--out", tmp_path, "cannot be written", out=tmp_path)
+    check(validated / LAST, "--image-size 48", image_size=48)
+    torch.save(checkpoint.load(run / LAST)["ema"], tmp_path / "foreign.pt")
+    shutil.copytree(image_folder / "ant", tmp_path / "data" / "ant")
+    changes = {"data_path": tmp_path / "data", "image_size": 32, "use_rope": True, "rope_rotate": 2}
+    check(tmp_path / "foreign.pt", tmp_path / "data", "has 1 class folders", "has 3; give one folder", **changes)
 
 
 @pytest.mark.parametrize("stored", ["split", {"fraction": 0.1}, {"fraction": 7, "fingerprint": "", "images": 1}])
 def test_a_split_that_no_run_writes_is_refused(validated, tmp_path, stored):
-    state = checkpoint.load(validated / "checkpoints" / "0000007.pt")
+    state = checkpoint.load(validated / LAST)
     state["config"]["validation"] = stored
     checkpoint.save(tmp_path / "hostile.pt", state)
     with pytest.raises(UserError, match=r"has a config that cannot be read \(\w+Error"):
         pretrained.load_trained(tmp_path / "hostile.pt")
-
-
-def test_a_file_without_class_names_needs_all_classes(run, image_folder, refused, tmp_path):
-    weights = checkpoint.load(run / "checkpoints" / "0000007.pt")["ema"]
-    torch.save(weights, tmp_path / "foreign.pt")
-    shutil.copytree(image_folder / "ant", tmp_path / "data" / "ant")
-    options = {"ckpt": tmp_path / "foreign.pt", "data_path": tmp_path / "data", "image_size": 32, "use_rope": True}
-    assert refused(evaluate_loss.main, command_line(options | {"rope_rotate": 2})) == (
-        f"--data-path {str(tmp_path / 'data')!r} has 1 class folders and checkpoint {str(tmp_path / 'foreign.pt')!r}, "
-        "which does not name its classes, has 3; give one folder for each class, sorted as in training"
-    )
