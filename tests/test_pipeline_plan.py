@@ -210,6 +210,8 @@ def test_stages_without_anything_to_do_are_left_out(plan):
 
 
 def test_relative_paths_are_those_of_the_folder_one_is_in(plan, tmp_path):
+    tmp_path /= 'käse "$HOME"\n\'s'
+    tmp_path.mkdir()
     (tmp_path / "vae").mkdir()
     (tmp_path / "-images").mkdir()
     (tmp_path / "some.args").write_text("--lr 0.5")

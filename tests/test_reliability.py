@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_RUN, TORCHRUN, command_line
-from test_run_all import Repository
 
 import cache_latents
 import models
@@ -357,20 +356,6 @@ def test_awkward_names_work_in_every_command(image_folder, vae_folder, tmp_path,
     visualize_rope.main(["--rope-rotate", "2", "--grid", "4", "--only", "directions", "--out", str(root / "r.png")])
     digits.main([str(root / "digits"), "--size", "8"])
     assert (root / "r.png").exists() and (root / "digits" / "9").is_dir()
-
-
-def test_awkward_names_work_in_run_all(tmp_path):
-    repository = Repository(tmp_path)
-    images, base = tmp_path / f"images {AWKWARD}", tmp_path / f"results {AWKWARD}"
-    for name in ("one", f"two {AWKWARD}"):
-        (images / name).mkdir(parents=True)
-    settings = {"DATA_PATH": str(images), "RESULTS_BASE": str(base), "VAE": str(repository.root / "assets/demo_vae")}
-    output, errors, calls = repository.run(**settings)
-    assert errors == "" and [call[0] for call in calls][:2] == ["cache_latents.py", "train.py"]
-    (npz,) = base.rglob("*.npz")
-    assert calls[0][calls[0].index("--data-path") + 1] == str(images) and str(npz) in output
-    output, errors, calls = repository.run(**settings)
-    assert errors == "" and calls == [] and "Everything was finished already" in output
 
 
 def test_names_that_are_not_utf8(image_folder, train_arguments, sample_arguments, refused, tmp_path):
