@@ -84,7 +84,7 @@ class Stage:
     def give_words(self, text: str, origin: str) -> None:
         """Arguments as a shell would divide them. Raises UserError."""
         flag = ""
-        for word in read(shlex.split, text, origin):
+        for word in read(divide, text, origin):
             if word.startswith("@"):
                 word = f"@{locate(word[1:], self.start)}"
             elif "=" in word:
@@ -108,12 +108,9 @@ class Stage:
     def parse(self, *needed: str) -> argparse.Namespace:
         return self.ask(self.command.parse_args, [*needed, *self.arguments])
 
-    def dry_run(self, processes: int) -> None:
+    def dry_run(self, needed: list[str], processes: int) -> None:
         """All checks that the command makes before it begins. Raises UserError."""
-        planned = [*self.arguments, "--dry-run", "--planned", str(processes)]
-        if "--samples" in self.actions:
-            planned.append("--samples=planned.npz")
-        self.ask(self.command.main.__wrapped__, planned)
+        self.ask(self.command.main.__wrapped__, [*needed, *self.arguments, "--dry-run", "--planned", str(processes)])
 
     def ask(self, call: Callable, arguments: list[str]):
         """call(arguments). A UserError then names the variable or the position that set the option it speaks of."""
@@ -144,6 +141,14 @@ def read(kind: Callable, text: str, origin: str):
         return kind(text)
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise UserError(f"{origin}: {error}") from error
+
+
+def divide(text: str) -> list[str]:
+    """The words of a shell's command line. Raises ValueError."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} cannot be divided into arguments ({error})") from error
 
 
 def boolean(text: str) -> bool:
@@ -224,10 +229,8 @@ def give_positions(train: Stage, positions: list[str], use_rope: str) -> None:
     if boolean(given["USE_ROPE"]):
         return
     # Without RoPE its positions may only say what is the default, and its variables have no effect.
-    args, default = (
-        train.parse("--use-rope", "--latents-dir=unnamed"),
-        {f"rope_{field.name}": field.default for field in dataclasses.fields(RopeConfig)},
-    )
+    args = train.parse("--use-rope", "--latents-dir=unnamed")
+    default = {f"rope_{field.name}": field.default for field in dataclasses.fields(RopeConfig)}
     for name, text in given.items():
         field = train.actions[POSITIONS[name]].dest
         if field in default and getattr(args, field, default[field]) != default[field]:
@@ -329,7 +332,7 @@ def has_nvidia_driver() -> bool:
 
 def count_processes(environment: Mapping[str, str]) -> int:
     """On this machine: one for each GPU that PyTorch sees. Raises UserError where it should see one and does not."""
-    if "NPROC_PER_NODE" in environment:
+    if environment.get("NPROC_PER_NODE"):
         return read(options.number(int, 1, 99_999), environment["NPROC_PER_NODE"], "NPROC_PER_NODE")
     import torch
 
@@ -361,8 +364,10 @@ def describe(stages: dict[str, Stage], folders: dict[str, str]) -> str:
 
 def make_plan(start: str, positions: list[str], environment: Mapping[str, str]) -> list[tuple[str, str]]:
     """The fields that run_all.sh reads. Raises UserError."""
-    unlimited = {"GRAD_CLIP": "none"} if environment.get("GRAD_CLIP") == "" else {}  # of old, for the demo
-    environment = {name: value for name, value in environment.items() if value} | unlimited
+    processes = count_processes(environment)
+    environment = {name: value for name, value in environment.items() if value or name == "GRAD_CLIP"}
+    if environment.get("GRAD_CLIP") == "":  # no limit, where other empty variables say nothing
+        environment["GRAD_CLIP"] = "none"
     recipe = choose_recipe(environment)
     stages = {name: Stage(name, start, recipe) for name in COMMANDS}
     shell = machines(environment)
@@ -370,12 +375,11 @@ def make_plan(start: str, positions: list[str], environment: Mapping[str, str]) 
     give_positions(stages["train"], positions, environment.get("USE_ROPE", "True"))
     for name, stage in stages.items():
         stage.give_words(environment.get(f"{name.upper()}_ARGS", ""), f"{name.upper()}_ARGS")
-    shell |= give_folders(stages, environment, start)
-    processes = count_processes(environment)
-    shell["NPROC_PER_NODE"] = str(processes)
+    shell |= give_folders(stages, environment, start) | {"NPROC_PER_NODE": str(processes)}
     with contextlib.redirect_stdout(io.StringIO()):  # each stage says it again when it starts
-        for stage in stages.values():
-            stage.dry_run(processes * int(shell["NNODES"]))
+        for name, stage in stages.items():
+            samples = [f"--samples={shell['SAMPLE_DIR']}/planned.npz"] if name == "evaluate" else []
+            stage.dry_run(samples, processes * int(shell["NNODES"]))
     print(describe(stages, shell), file=sys.stderr)
     return [*shell.items(), *((name, argument) for name, stage in stages.items() for argument in stage.arguments)]
 
@@ -386,7 +390,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         fields = make_plan(start, positions, os.environ)
     except UserError as error:
-        sys.exit(print(f"run_all.sh: error: {options.one_line(str(error))}", file=sys.stderr) or 2)
+        print(f"run_all.sh: error: {options.one_line(str(error))}", file=sys.stderr)
+        sys.exit(2)
     for name, value in fields:
         sys.stdout.buffer.write(os.fsencode(f"{name}\0{value}\0"))
 

@@ -172,6 +172,7 @@ def test_variables_are_options_positions_win_and_extra_arguments_win_over_both(p
     assert plan("- - - - - - - - - - DiT-B/2", MODEL="DiT-S/2").parse("train").model == "DiT-B/2"
     assert plan("False", USE_ROPE="True", ROPE_ROTATE="2").parse("train").use_rope is None
     assert plan(USE_ROPE="False").parse("train").use_rope is None
+    assert plan(GRAD_CLIP="").parse("train").grad_clip is None and plan().parse("train").grad_clip == 1
 
 
 @pytest.mark.parametrize("recipe", [{}, {"DATA_PATH": "docs/images"}])
@@ -253,11 +254,8 @@ def test_driver_without_a_gpu_is_told(plan, monkeypatch):
     assert re.match(
         r"this machine has an NVIDIA driver, but PyTorch \d.*, built .* CUDA.*, sees no GPU; install", message
     )
-    assert (
-        plan(NPROC_PER_NODE="1").shell["NPROC_PER_NODE"]
-        == plan(CUDA_VISIBLE_DEVICES="-1").shell["NPROC_PER_NODE"]
-        == "1"
-    )
+    for wanted in ({"NPROC_PER_NODE": "1"}, {"CUDA_VISIBLE_DEVICES": "-1"}, {"CUDA_VISIBLE_DEVICES": ""}):
+        assert plan(**wanted).shell["NPROC_PER_NODE"] == "1"
 
 
 # Mistakes
@@ -337,7 +335,7 @@ WRONG_SETTINGS = [
     ({"RESULTS_BASE": "run_all.sh/x"}, "RESULTS_BASE: --latents-dir 'run_all.sh/x/latents/"),
     ({"RECIPE": "mine"}, "RECIPE: 'mine' is no folder in recipes/, which has demo, imagenet"),
     ({"RECIPE": "imagenet"}, "RECIPE: 'imagenet' needs data; set DATA_PATH"),
-    ({"TRAIN_ARGS": "--lr 'x"}, "TRAIN_ARGS: No closing quotation"),
+    ({"TRAIN_ARGS": "--lr 'x"}, 'TRAIN_ARGS: "--lr \'x" cannot be divided into arguments (No closing quotation)'),
     ({"TRAIN_ARGS": "--lr x"}, f"TRAIN_ARGS: 'x' {NUMBER} > 0"),
     ({"SAMPLE_ARGS": "--nonsense"}, "SAMPLE_ARGS: unrecognized arguments: --nonsense"),
 ]
