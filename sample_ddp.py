@@ -45,9 +45,9 @@ def build_parser() -> options.Parser:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
-    args.ckpt = args.ckpt or hub.dit_of(args.model, args.image_size)
     args.sampling = sampling.config_from_args(args, args.global_seed, args.class_balanced)
-    options.given_model(args)
+    given = options.given_model(args)
+    args.ckpt = args.ckpt or hub.dit_of(given)
     return args
 
 

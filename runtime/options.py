@@ -154,7 +154,9 @@ def check_argument_file(path: Path) -> None:
 def number(kind: type, low: float, high: float = math.inf, *, open_low=False, open_high=False) -> Callable:
     """An argparse type: a finite int or float between low and high, either of which may be excluded."""
     name = "a whole number" if kind is int else "a number"
-    if math.isinf(high):
+    if low == -math.inf:
+        bounds = "that is finite"
+    elif math.isinf(high):
         bounds = f"> {low:g}" if open_low else f">= {low:g}"
     else:
         bounds = f"with {low:g} {'<' if open_low else '<='} value {'<' if open_high else '<='} {high:g}"
@@ -198,7 +200,7 @@ def image_size(text: str) -> tuple[int, int]:
     return height, int(match[2] or height)
 
 
-ROPE_OPTIONS = {
+ROPE_OPTIONS = {  # what RopeConfig does not say about a field; one that is missing gets its option from its default
     "rotate": dict(type=non_negative_int, help="R: K = 2R directions; 0 = axial"),
     "theta": dict(type=positive, help="base of the lang frequencies"),
     "freqs_for": dict(choices=["lang", "pixel"], help="geometric (lang) or evenly spaced (pixel) frequencies"),
@@ -216,11 +218,20 @@ def add_rope_options(parser: Parser) -> None:
     group = parser.add_argument_group("rotary position embedding")
     group.add_argument("--use-rope", action="store_true", default=None, help="rotate queries and keys (else sin-cos)")
     for field in dataclasses.fields(RopeConfig):
-        options = dict(ROPE_OPTIONS[field.name])
+        options = dict(ROPE_OPTIONS.get(field.name) or _option_of(field.default))
         options["help"] += f" (default: {field.default})"
         group.add_argument(
             f"--rope-{field.name.replace('_', '-')}", dest=f"rope_{field.name}", default=argparse.SUPPRESS, **options
         )
+
+
+def _option_of(default: bool | int | float | str) -> dict:
+    """The option of a setting of which only the default is known."""
+    if isinstance(default, bool):
+        kind = dict(action=argparse.BooleanOptionalAction)
+    else:
+        kind = dict(type=str if isinstance(default, str) else number(type(default), -math.inf))
+    return kind | dict(help="see RopeConfig in rope.py")
 
 
 def add_vae(parser: Parser, default: str | None = None, none: str | None = None) -> None:
