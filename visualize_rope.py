@@ -90,10 +90,10 @@ def phase_map(rope: SpiralRoPE, pair: int, grid: tuple[int, int]) -> torch.Tenso
     return rope.phases(*grid)[:, pair].remainder(2 * math.pi).reshape(grid)
 
 
-def clamped(head_dim: int, config: RopeConfig, pair: int, grid: tuple[int, int]) -> torch.Tensor:
-    """Patches (h, w) at which border "clamp" limits the projection of a channel pair."""
-    clamp, exact = (SpiralRoPE(head_dim, grid, replace(config, border=border)) for border in ("clamp", "exact"))
-    return (clamp.phases(*grid)[:, pair] != exact.phases(*grid)[:, pair]).reshape(grid)
+def clamped(rope: SpiralRoPE, pair: int, grid: tuple[int, int]) -> torch.Tensor:
+    """Patches (h, w) at which the border limits the projection of a channel pair."""
+    exact = SpiralRoPE(rope.head_dim, rope.pt_grid, replace(rope.config, border="exact"))
+    return (rope.phases(*grid)[:, pair] != exact.phases(*grid)[:, pair]).reshape(grid)
 
 
 def similarity(rope: SpiralRoPE, grid: tuple[int, int], query: tuple[int, int]) -> torch.Tensor:
@@ -151,7 +151,7 @@ def style_plane(axes, limits: tuple[float, float]) -> None:
     axes.set_rlabel_position(192)  # between the lines
     axes.tick_params(axis="y", labelcolor="dimgrey")
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-    axes.yaxis.set_major_formatter(lambda power, _: f"$10^{{{power:.0f}}}$")
+    axes.yaxis.set_major_formatter(lambda power, _: f"$10^{{{power:.0f}}}$" if power > limits[0] + 0.4 else "")
 
 
 def draw_vectors(axes, vectors: np.ndarray, halves: list[list[list[int]]], limits: tuple[float, float]) -> None:
@@ -174,12 +174,9 @@ def draw_phases(figure: Figure | SubFigure, head_dim: int, config: RopeConfig, g
     """Phase of the fastest channel pair of every direction; perpendicular directions stand below each other."""
     rope, vectors = SpiralRoPE(head_dim, grid, config), frequency_vectors(head_dim, config)
     halves = directions(head_dim, config)
-    limited = config.border == "clamp" and config.rotate > 1
-    figure.suptitle(
-        f"Phase of the fastest channel pair of each direction; border: {config.border}"
-        + (" (dots: patches whose projection is clamped)" if limited else ""),
-        fontweight="bold",
-    )
+    dots = " (dots: patches whose projection is clamped)" if config.border == "clamp" and config.rotate > 1 else ""
+    title = f"Phase of the fastest channel pair of each direction; border: {config.border}{dots}"
+    figure.suptitle(title, fontweight="bold")
     rows, columns = phase_panels(halves)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for panels, half, name in zip(axes.reshape(2, -1), halves, ("row half", "column half"), strict=True):
@@ -187,9 +184,8 @@ def draw_phases(figure: Figure | SubFigure, head_dim: int, config: RopeConfig, g
             x, y = vectors[pairs[0]].tolist()
             phase = phase_map(rope, pairs[0], grid).numpy()
             image = panel.imshow(phase, cmap="twilight", vmin=0, vmax=2 * math.pi, interpolation="nearest")
-            if limited:
-                i, j = clamped(head_dim, config, pairs[0], grid).nonzero().T.numpy()
-                panel.plot(j, i, ".", color="white", mec="black", mew=0.4, ms=max(2, 80 / max(grid)))
+            i, j = clamped(rope, pairs[0], grid).nonzero().T.numpy()
+            panel.plot(j, i, ".", color="white", mec="black", mew=0.4, ms=max(2, 80 / max(grid)))
             angle = f"{math.degrees(math.atan2(y, x)):.4g}°".replace("-", "−")
             title = f"{angle}\n{math.hypot(x, y):.3g} rad/patch" if math.hypot(x, y) > 0 else "frequency 0"
             panel.set_title(title, fontsize="medium")
@@ -220,10 +216,8 @@ def draw_similarity(figure: Figure | SubFigure, head_dim: int, config: RopeConfi
     if config.rotate > 0:
         compared |= {f"Spiral RoPE, {border}": replace(config, border=border) for border in ("clamp", "exact")}
     maps = {title: similarity(SpiralRoPE(head_dim, grid, c), grid, query).numpy() for title, c in compared.items()}
-    figure.suptitle(
-        f"Similarity of a constant query at row {query[0]}, column {query[1]} to the same key at every patch",
-        fontweight="bold",
-    )
+    title = f"Similarity of a constant query at row {query[0]}, column {query[1]} to the same key at every patch"
+    figure.suptitle(title, fontweight="bold")
     axes = figure.subplots(1, len(maps) + (len(maps) > 1), squeeze=False, sharex=True, sharey=True)
     lowest = min(float(values.min()) for values in maps.values())
     for panel, (title, values) in zip(axes[0], maps.items(), strict=False):

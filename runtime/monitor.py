@@ -205,18 +205,12 @@ def version_of(package: str) -> str | None:
 
 def git_commit() -> str | None:
     """Commit of the working tree, with "+changes" when files differ from it; None outside git."""
-
-    def git(*words: str) -> str:
-        command = ["git", *words]
-        return subprocess.run(
-            command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+        found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
+    return found.stdout.strip()
 
 
 def plot_loss(folder: Path) -> None:

@@ -37,7 +37,7 @@ img { max-width: 100%; height: auto; display: block; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 td { border-bottom: 1px solid var(--line); padding: .15rem .6rem .15rem 0; }
 td { vertical-align: top; overflow-wrap: anywhere; }
-td:first-child { width: 14rem; max-width: 45vw; color: var(--soft); }
+td:first-child { width: 18rem; max-width: 45vw; color: var(--soft); }
 summary { cursor: pointer; margin: .4rem 0; }
 """
 LONGEST = 1400  # pixels to which the wide side of a picture is reduced
