@@ -63,8 +63,8 @@ def write(folder: Path, metrics_files: list[Path] | None = None) -> Path:
     ]
     files.write_text(
         path,
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
         f"<title>{escape(monitor.run_name(config))}</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n{''.join(body)}</body>\n</html>\n",
     )
@@ -186,7 +186,7 @@ def picture(path: Path, caption: str) -> str:
 
 def figure(content: bytes, kind: str, caption: str) -> str:
     source, caption = f"data:image/{kind};base64,{base64.b64encode(content).decode()}", escape(caption)
-    return f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>\n'
+    return f'<figure><img src="{source}" alt="{caption}"/><figcaption>{caption}</figcaption></figure>\n'
 
 
 def settings(config: dict, stored: dict) -> str:

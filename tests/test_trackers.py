@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY_RUN
 
 import train
+from models import ModelConfig
+from rope import RopeConfig
 from runtime import monitor, trackers
-from runtime.config import flatten
+from runtime.config import Recipe, RunConfig, flatten
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
 
@@ -102,17 +103,21 @@ def wandb_records(path: Path):
             parts = b""
 
 
-def test_names_tell_the_positions():
-    def name(**rope):
-        return monitor.group_name({"model": {"model": "DiT-B/4", "rope": rope}})  # the rest has its default
-
-    sin_cos = {"model": {"model": "DiT-B/4", "rope": None}, "recipe": {"global_seed": 3}}
-    assert monitor.run_name(sin_cos) == "DiT-B/4 sin-cos seed 3"
-    assert name() == "DiT-B/4 axial"
-    assert name(rotate=4, theta=10000.0) == "DiT-B/4 spiral-R4-clamp"
-    assert name(rotate=4, border="exact", theta=100.0, same_theta=True) == (
-        "DiT-B/4 spiral-R4-exact-theta-100.0-same_theta-True"
-    )
+@pytest.mark.parametrize(
+    ("rope", "name"),
+    [
+        (None, "DiT-B/4 sin-cos"),
+        (RopeConfig(), "DiT-B/4 axial"),
+        (RopeConfig(rotate=4), "DiT-B/4 spiral-R4-clamp"),
+        (
+            RopeConfig(rotate=4, border="exact", theta=100.0, same_theta=True),
+            "DiT-B/4 spiral-R4-exact-theta-100.0-same_theta-True",
+        ),
+    ],
+)
+def test_names_tell_the_positions(rope, name):
+    config = RunConfig(ModelConfig("DiT-B/4", rope=rope), image_size=(256, 256), recipe=Recipe(global_seed=3))
+    assert (monitor.group_name(config), monitor.run_name(config)) == (name, f"{name} seed 3")
 
 
 def test_nested_values_become_paths():
@@ -149,26 +154,35 @@ def test_wandb_that_does_not_start_is_refused(train_arguments, refused, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("flag", "module", "package"), [("tensorboard", "tensorboard", "tensorboard"), ("use_wandb", "wandb", "wandb")]
+    ("given", "start", "end"),
+    [
+        ("tensorboard", "--tensorboard needs the package tensorboard (", "); run: pip install tensorboard"),
+        ("use_wandb", "--use-wandb needs the package wandb (", "); run: pip install wandb"),
+        (
+            "wandb_project",
+            "--wandb-project x given without --use-wandb;",
+            "; add --use-wandb, or leave --wandb-project out",
+        ),
+        (
+            "wandb_entity",
+            "--wandb-entity x given without --use-wandb;",
+            "; add --use-wandb, or leave --wandb-entity out",
+        ),
+    ],
 )
-def test_a_package_that_is_absent(flag, module, package, train_arguments, refused, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)
+def test_options_that_cannot_be_followed_are_refused(
+    given, start, end, train_arguments, refused, tmp_path, monkeypatch
+):
+    """Here both packages are absent."""
+    for module in ("tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    message = refused(train.main, train_arguments(tmp_path / "run", **{flag: True}))
-    assert message.startswith(f"--{flag.replace('_', '-')} needs the package {package} (")
-    assert message.endswith(f"); run: pip install {package}")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["wandb_project", "wandb_entity"])
-def test_wandb_settings_without_wandb_are_refused(name, train_arguments, refused, tmp_path):
-    flag = f"--{name.replace('_', '-')}"
-    assert refused(train.main, train_arguments(tmp_path / "run", **{name: "digits"})) == (
-        f"{flag} digits given without --use-wandb; add --use-wandb, or leave {flag} out"
-    )
+    value = "x" if given.startswith("wandb") else True
+    message = refused(train.main, train_arguments(tmp_path / "run", **{given: value}))
+    assert message.startswith(start) and message.endswith(end)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_tracker_unless_asked_for(train_arguments):
     args = train.parse_args(train_arguments(Path("unused")))
-    assert TINY_RUN["sample_every"] == 0 and trackers.open_trackers(args, {}, Path("unused"), 0, print) == []
+    assert trackers.open_trackers(args, None, Path("unused"), 0) == []
