@@ -150,7 +150,7 @@ def style_plane(axes, limits: tuple[float, float]) -> None:
     axes.set_rlim(*limits)
     axes.set_rlabel_position(192)  # between the lines
     axes.tick_params(axis="y", labelcolor="dimgrey")
-    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_formatter(lambda power, _: f"$10^{{{power:.0f}}}$" if power > limits[0] + 0.4 else "")
 
 

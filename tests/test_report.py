@@ -34,10 +34,6 @@ def pictures_of(results: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((results / "samples").glob("*"))}
 
 
-def weights(results: Path) -> dict:
-    return checkpoint.load(results / "checkpoints" / "0000007.pt")
-
-
 # Samples during training
 
 
@@ -54,9 +50,10 @@ def test_samples_change_nothing_and_are_the_same_after_an_interruption(train_arg
     names = ["0000002.png", "0000004.png", "0000006.png", "0000007.png", "contact_sheet.png"]
     assert list(pictures_of(tmp_path / "whole")) == names
     assert pictures_of(tmp_path / "stopped") == pictures_of(tmp_path / "whole")
-    expected = weights(tmp_path / "without")
-    for name in ("whole", "stopped"):
-        found = weights(tmp_path / name)
+    expected, *states = (
+        checkpoint.load(tmp_path / name / "checkpoints" / "0000007.pt") for name in ("without", "whole", "stopped")
+    )
+    for found in states:
         for key in ("model", "ema"):
             assert all(torch.equal(found[key][part], expected[key][part]) for part in expected[key])
         assert found["log"] == expected["log"]
@@ -82,14 +79,10 @@ def test_a_full_disk_for_samples_and_report_is_survived(train_arguments, tmp_pat
     monkeypatch.setattr(pictures, "save_png", full)
     monkeypatch.setattr(report, "write", full)
     train.main(train_arguments(tmp_path / "run", sample_every=None))
-    output = capsys.readouterr().out
+    output, reason = capsys.readouterr().out, "[Errno 28] No space left on device"
     for step in (4, 7):
-        assert (
-            f"warning: no samples of step {step}: [Errno 28] No space left on device; training goes on "
-            "(--sample-every 0: none)" in output
-        )
-    path = tmp_path / "run" / "report.html"
-    assert f"warning: {path} is left as it was: [Errno 28] No space left on device" in output
+        assert f"warning: no samples of step {step}: {reason}; training goes on (--sample-every 0: none)" in output
+    assert f"warning: {tmp_path / 'run' / 'report.html'} is left as it was: {reason}" in output
     assert "finished at step 7" in output
 
 
@@ -246,6 +239,12 @@ def change_json(path: Path, change) -> None:
     path.write_text(json.dumps(values))
 
 
+def changed_page(folder: Path, change) -> Page:
+    """The page of a run after a change of its config.json."""
+    change_json(folder / "config.json", change)
+    return Page(report.write(folder))
+
+
 def draw_grid(path: Path, grey: int) -> None:
     images = [np.full((32, 32, 3), grey, np.uint8)] * pictures.COUNT
     pictures.save_png(pictures.draw_grid(images, ["a"] * pictures.COUNT, pictures.COLUMNS, "title"), path)
@@ -329,32 +328,27 @@ def test_a_run_of_a_version_with_fewer_settings_has_a_report(finished):
     def forget(config):
         del config["model"]["rope"]["min_freq_lang"], config["model"]["class_dropout_prob"]
 
-    change_json(finished / "config.json", forget)
-    seen = Page(report.write(finished))
-    assert "DiT-XS/2 spiral-R2-clamp seed 0" in seen.text and "rope.min_freq_lang 0 " in seen.text
+    text = changed_page(finished, forget).text
+    assert "DiT-XS/2 spiral-R2-clamp seed 0" in text and "rope.min_freq_lang 0 " in text
 
 
-def test_hostile_names_stay_text(finished, run, tmp_path):
+def test_hostile_names_stay_text(run, finished):
     def change(config):
         config["data"]["classes"][1] = "<script>alert(1)</script>"
         config["args"]["data_path"] = '"><img src=http://x onerror=alert(1)>'
         config["versions"]["</table>"] = "<b>"
 
-    change_json(finished / "config.json", change)
-    seen = Page(report.write(finished))
+    seen = changed_page(finished, change)
     assert seen.tags == Page(run / "report.html").tags
     assert all(link.startswith("data:image/") for link in seen.resources)
     assert "<script>alert(1)</script>" in seen.text
 
 
 def test_many_classes_and_many_records_stay_small(finished):
-    change_json(
-        finished / "config.json", lambda config: config["data"].update(classes=[f"n{k:08d}" for k in range(1000)])
-    )
     lines = [json.dumps(record(100 * k)) + "\n" for k in range(1, 20_001)]
     (finished / "metrics.jsonl").write_text("".join(lines))
     monitor.plot_loss(finished)
-    seen = Page(report.write(finished))
+    seen = changed_page(finished, lambda config: config["data"].update(classes=[f"n{k:08d}" for k in range(1000)]))
     assert "n00000019 and 980 more" in seen.text and "n00000020" not in seen.text
     assert "2,000,000" in seen.text and len(seen.source) < 1e6
 

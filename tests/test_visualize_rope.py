@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import visualize_rope
 from rope import RopeConfig, SpiralRoPE, rotate
-from visualize_rope import clamped, directions, frequency_vectors, main, phase_map, radial_limits, similarity, variants
+from visualize_rope import directions, frequency_vectors, main
 
 GRID = (16, 16)
 
@@ -43,18 +44,21 @@ def test_every_pair_is_drawn_once_in_its_direction(head_dim, rotations):
 
 def test_phase_maps_are_the_phases_of_the_module():
     rope = SpiralRoPE(64, (16, 24), RopeConfig(rotate=4))
-    drawn = phase_map(rope, 3, (16, 24))
+    drawn = visualize_rope.phase_map(rope, 3, (16, 24))
     assert drawn.shape == (16, 24) and float(drawn.min()) >= 0 and float(drawn.max()) < 2 * math.pi
     torch.testing.assert_close(drawn[5, 20].cos(), rope.phases(16, 24)[5 * 24 + 20, 3].cos())
 
 
 def test_marked_patches_are_those_that_clamping_changes():
-    share = [float(clamped(SpiralRoPE(64, GRID, RopeConfig(rotate=4)), p, GRID).float().mean()) for p in range(32)]
+    share = [
+        float(visualize_rope.clamped(SpiralRoPE(64, GRID, RopeConfig(rotate=4)), p, GRID).float().mean())
+        for p in range(32)
+    ]
     oblique = [value for p, value in enumerate(share) if p // 2 % 4]
     assert 0.10 < min(oblique) and max(oblique) < 0.12
     assert sum(share) / len(share) == pytest.approx(0.08, abs=0.005)
     assert all(value == 0 for p, value in enumerate(share) if p // 2 % 4 == 0)
-    assert not clamped(SpiralRoPE(64, GRID, RopeConfig(rotate=4, border="exact")), 3, GRID).any()
+    assert not visualize_rope.clamped(SpiralRoPE(64, GRID, RopeConfig(rotate=4, border="exact")), 3, GRID).any()
 
 
 @pytest.mark.parametrize("config", [RopeConfig(), RopeConfig(rotate=4), RopeConfig(rotate=4, border="exact")])
@@ -62,19 +66,26 @@ def test_similarity_is_the_inner_product_of_rotated_constant_vectors(config):
     rope = SpiralRoPE(64, GRID, config)
     constant = rotate(torch.ones(1, 256, 1, 64), *rope(*GRID))[0, :, 0]  # (256, 64), squared norm 64
     expected = (constant @ constant[3 * 16 + 5] / 64).reshape(GRID).double()
-    torch.testing.assert_close(similarity(rope, GRID, (3, 5)), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(visualize_rope.similarity(rope, GRID, (3, 5)), expected, rtol=0, atol=1e-5)
 
 
 def test_axial_is_drawn_alone_when_it_is_what_was_asked_for():
-    assert list(variants(RopeConfig())) == ["axial RoPE"]
-    assert list(variants(RopeConfig(rotate=4, same_theta=True))) == ["axial RoPE", "Spiral RoPE, rotate 4"]
+    assert list(visualize_rope.variants(RopeConfig())) == ["axial RoPE"]
+    assert list(visualize_rope.variants(RopeConfig(rotate=4, same_theta=True))) == [
+        "axial RoPE",
+        "Spiral RoPE, rotate 4",
+    ]
 
 
 @pytest.mark.parametrize("lengths", [[1.5, 1e-4], [1.5, 1.5], [0.0, 0.0], [2e-30, 0.0]])
 def test_every_frequency_is_inside_the_plane_and_a_power_of_ten_is_marked(lengths):
-    low, high = radial_limits(torch.tensor(lengths, dtype=torch.float64).numpy())
+    low, high = visualize_rope.radial_limits(torch.tensor(lengths, dtype=torch.float64).numpy())
     assert all(low < math.log10(length) < high for length in lengths if length > 0)
-    assert low + 0.4 < math.floor(high) <= high
+    axes = Figure().add_subplot(projection="polar")
+    visualize_rope.style_plane(axes, (low, high))
+    labels = zip(axes.get_yticks(), axes.yaxis.get_ticklabels(), strict=True)
+    marked = {power: label.get_text() for power, label in labels if low + 0.4 < power <= high}
+    assert marked and all(label == f"$10^{{{round(power)}}}$" and power % 1 == 0 for power, label in marked.items())
 
 
 def test_picture_has_all_parts(tmp_path, capsys):
