@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import safetensors.torch
@@ -52,10 +53,14 @@ def describe(trained: Trained, tensors: dict[str, Tensor], weights: str) -> dict
     }
 
 
+def cannot_write(path: Path) -> AbstractContextManager:
+    return files.cannot_write(f"--out {str(path)!r}", "free some space, or choose another")
+
+
 def write(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
     """Write the file whole or not at all. Raises UserError."""
     metadata = {"format": "pt", checkpoint.METADATA: json.dumps(about)}
-    with files.cannot_write(f"--out {str(path)!r}", "free some space, or choose another"):
+    with cannot_write(path):
         with files.whole_file(path, checkpoint.tensor_bytes(tensors)) as file:
             file.write(safetensors.torch.save(tensors, metadata))  # its own save_file would keep others from reading
 
@@ -68,7 +73,10 @@ def main(argv: list[str] | None = None) -> None:
     tensors = halve(tensors) if args.half else tensors
     about = describe(trained, tensors, args.weights)
     if args.dry_run:
-        size = files.format_bytes(checkpoint.tensor_bytes(tensors))
+        size = checkpoint.tensor_bytes(tensors)
+        with cannot_write(args.out):
+            files.check_space(args.out.parent, size)
+        size = files.format_bytes(size)
         return print(f"dry run: would export the {args.weights} weights of {trained.path}, {size}, to {args.out}")
     write(args.out, tensors, about)
     size, source_size = (path.stat().st_size for path in (args.out, trained.path))

@@ -100,16 +100,23 @@ class SpiralRoPE(nn.Module):
             self.freqs = freqs.to(self.freqs.device, torch.float32)
         return self
 
+    def directions(self, pair: Tensor, row_half: Tensor) -> tuple[Tensor, Tensor]:
+        """Direction (x, y) that every pair projects positions on, each (D/2,): Eq. 8, 90/R degrees apart.
+
+        pair counts the channel pairs, row_half is true for those of base axis y; see docs/extending.md for others.
+        """
+        rotations = max(self.config.rotate, 1)  # R; the axes alone are R = 1
+        alpha = (pair // 2) % rotations * (math.pi / 2 / rotations)
+        return torch.where(row_half, alpha.sin(), alpha.cos()), torch.where(row_half, alpha.cos(), -alpha.sin())
+
     def phases(self, h: int, w: int) -> Tensor:
         """Phase of every channel pair at every patch of an h x w grid: (h*w, D/2) float32, in radians."""
-        device, directions = self.freqs.device, max(self.config.rotate, 1)  # R; the axes alone are R = 1
+        device = self.freqs.device
         pair = torch.arange(self.head_dim // 2, device=device)  # (D/2,)
         row_half = pair < self.head_dim // 4
         t = pair % (self.head_dim // 4)
-        index = 2 * (t // (2 * directions)) + t % 2 if self.config.same_theta else t
-        alpha = (pair // 2) % directions * (math.pi / 2 / directions)  # Eq. 8: directions 90/R degrees apart
-        direction_x = torch.where(row_half, alpha.sin(), alpha.cos())
-        direction_y = torch.where(row_half, alpha.cos(), -alpha.sin())
+        index = 2 * (t // (2 * max(self.config.rotate, 1))) + t % 2 if self.config.same_theta else t
+        direction_x, direction_y = self.directions(pair, row_half)
 
         y = torch.arange(h, device=device, dtype=torch.float32) - (h - 1) / 2
         x = torch.arange(w, device=device, dtype=torch.float32) - (w - 1) / 2

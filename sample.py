@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     options.add_dry_run(parser)
     args = parser.parse_args(argv)
     files.check_output(args.out, (".png",))
-    args.ckpt = args.ckpt or hub.dit_of(args.model, args.image_size)
+    args.ckpt = args.ckpt or hub.dit_of(options.given_model(args))
     return args
 
 
@@ -74,7 +74,7 @@ def noise_indices(labels: list[int]) -> list[tuple]:
     return [("class", label, labels[:k].count(label)) for k, label in enumerate(labels)]
 
 
-def shown_states(steps: int, strip: bool) -> list[int]:
+def states_to_keep(steps: int, strip: bool) -> list[int]:
     """Which of the steps + 1 states of the sampler to keep: the result, or frames evenly spread from the noise on."""
     return sorted({round(state) for state in np.linspace(0, steps, FRAMES)}) if strip else [steps]
 
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     vae = load_vae(args.vae, trained, device, args.vae_precision)
     if args.dry_run:
         return print(f"dry run: would draw {len(labels)} images to {args.out}: {describe(trained, config)}")
-    kept = shown_states(config.steps, args.progress_strip)
+    kept = states_to_keep(config.steps, args.progress_strip)
     timesteps, latents = sample_states(trained, config, labels, kept, args, device)
     frames = decode(vae, latents, args.batch_size)
     names, title = [classes.describe(label, trained.classes) for label in labels], describe(trained, config)
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     logger = monitor.make_logger()
     logger.info(f"grid: {args.out}")
     if args.progress_strip:
-        captions = ["result" if t is None else f"t = {t}" for t in timesteps]
+        captions = ["result" if t is None else f"t = {t:g}" for t in timesteps]
         path = args.out.with_suffix(".progress.png")
         save(pictures.draw_strips(frames, names, captions, f"{title}: latents at timestep t, decoded"), path)
         logger.info(f"progress: {path}")

@@ -45,9 +45,9 @@ def build_parser() -> options.Parser:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
-    args.ckpt = args.ckpt or hub.dit_of(args.model, args.image_size)
     args.sampling = sampling.config_from_args(args, args.global_seed, args.class_balanced)
-    options.given_model(args)
+    given = options.given_model(args)
+    args.ckpt = args.ckpt or hub.dit_of(given)
     return args
 
 
@@ -196,9 +196,9 @@ def write_npz(folder: SampleFolder, labels: list[int], size: tuple[int, int]) ->
 def write_results(folder: SampleFolder, trained: Trained, config: SamplingConfig, total: int) -> None:
     """The .npz and the labelled grid of the first samples."""
     labels = [sampling.label_of(index, trained.config.model.num_classes, config) for index in range(total)]
-    shown = range(min(total, GRID_SAMPLES))
-    captions = [pictures.class_name(labels[index], trained.classes) for index in shown]
-    grid = pictures.draw_grid([folder.read(index) for index in shown], captions, columns=10, title=folder.name)
+    images = [folder.read(index) for index in range(min(total, GRID_SAMPLES))]
+    captions = [pictures.class_name(label, trained.classes) for label in labels[: len(images)]]
+    grid = pictures.draw_grid(images, captions, columns=10, title=folder.name)
     pictures.save_png(grid, folder.grid)
     write_npz(folder, labels, trained.image_size)
 

@@ -118,6 +118,10 @@ class Job:
     total_steps: int
     steps_per_epoch: int
 
+    @property
+    def processes(self) -> int:
+        return self.args.planned or distributed.world_size()
+
     def checkpoint_due(self, step: int) -> bool:
         return step % self.args.ckpt_every == 0 or step == self.total_steps
 
@@ -359,7 +363,7 @@ def main(argv: list[str] | None = None) -> None:
         return logger.info(f"nothing to do: {args.results_dir} has all of its {job.total_steps:,} steps")
     decoder = open_decoder(job)
     if args.dry_run is not None:
-        done = distributed.on_main(steps_done, args.results_dir, job.config)
+        done = distributed.on_main(steps_done, args.results_dir, job.config, monitor.make_logger().info)
         return estimate.dry_run(job, decoder, done)
     trainer = job.trainer()
     folder = RunFolder(args.results_dir, job.config, args)

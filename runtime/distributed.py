@@ -39,7 +39,7 @@ def world_size() -> int:
 
 def expected_processes() -> int:
     """Processes that torchrun says there are, before they have met."""
-    return world_size() if dist.is_initialized() else _environment("WORLD_SIZE", 1)
+    return world_size() if dist.is_initialized() else max(1, _environment("WORLD_SIZE", 1))
 
 
 def is_main() -> bool:

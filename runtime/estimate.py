@@ -69,7 +69,7 @@ def describe(job) -> list[str]:
         f"model: {args.model}, {parameters_of(config.model):,} parameters, {position}",
         f"data: {config.data.images:,} images in {len(config.data.classes)} classes, {source}, "
         f"{job.steps_per_epoch:,} steps an epoch",
-        f"run: {job.total_steps:,} steps of batch {args.global_batch_size} on {distributed.world_size()} x "
+        f"run: {job.total_steps:,} steps of batch {args.global_batch_size} on {job.processes} x "
         f"{job.device.type} in {precision}; {disk}",
     ]
     if config.validation is not None:
@@ -80,6 +80,8 @@ def describe(job) -> list[str]:
 def dry_run(job, decoder: VAE | None, done: int) -> None:
     """Say what would be done from step done on, and with --dry-run STEPS what it would take."""
     logger = monitor.make_logger()
+    if done >= job.total_steps:
+        return logger.info(f"dry run: nothing to do: the run has {done:,} of {job.total_steps:,} steps")
     begin = f"go on from step {done:,}" if done else "start"
     lines = [*describe(job), f"dry run: would {begin} in {job.args.results_dir}; nothing was written"]
     for line in lines + (measure(job, decoder, done) if job.args.dry_run else []):
@@ -114,13 +116,18 @@ def measure(job, decoder: VAE | None, done: int) -> list[str]:
 
 def made_up_batches(job) -> list[tuple[Tensor, Tensor]]:
     """This process's micro-batches of a step, of the shapes that its data set gives."""
-    args, model = job.args, job.config.model
-    count = args.global_batch_size // distributed.world_size() // args.grad_accum_steps
-    if job.vae is None:
+    args, image_size = job.args, None if job.vae is None else job.config.image_size
+    count = args.global_batch_size // job.processes // args.grad_accum_steps
+    return [made_up_batch(count, job.config.model, image_size) for _ in range(args.grad_accum_steps)]
+
+
+def made_up_batch(count: int, model: ModelConfig, image_size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+    """Cached moments (n, 2C, h, w) float16, or with a size images (n, 3, H, W) uint8; and labels (n,)."""
+    if image_size is None:
         inputs = torch.rand(count, 2 * model.in_channels, *model.input_size).half()
     else:
-        inputs = torch.randint(256, (count, 3, *job.config.image_size), dtype=torch.uint8)
-    return [(inputs, torch.randint(model.num_classes, (count,))) for _ in range(args.grad_accum_steps)]
+        inputs = torch.randint(256, (count, 3, *image_size), dtype=torch.uint8)
+    return inputs, torch.randint(model.num_classes, (count,))
 
 
 def timed(function: Callable, device: torch.device) -> float:

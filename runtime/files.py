@@ -98,7 +98,7 @@ def cannot_write(what: str, remedy: str = "choose another") -> Iterator[None]:
 def check_folder(path: Path, option: str, needed: int = 0) -> None:
     """Raise UserError unless path is, or could be made, a folder in which the user may write needed bytes."""
     existing = path.absolute()
-    while not existing.exists():
+    while not os.path.exists(existing):  # Path.exists raises where a folder above may not be looked into
         existing = existing.parent
     if not existing.is_dir():
         raise UserError(f"{option} {str(path)!r} cannot be written ({str(existing)!r} is a file); choose another")

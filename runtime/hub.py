@@ -52,24 +52,32 @@ PUBLISHED = {
 }
 
 
-def dit_of(model: str | None, image_size: tuple[int, int] | None) -> str:
-    """The checkpoint that DiT's own commands take where none is named: DiT-XL/2 of that size. Raises UserError."""
-    size = format_size(image_size or (256, 256))
+def dit_of(given: dict) -> str:
+    """The checkpoint that DiT's own commands take where none is named: DiT-XL/2 of the image size.
+
+    given is what the command line says about the model: see options.given_model. Raises UserError where no file of
+    DiT's is such a model.
+    """
+    size = format_size(given["image_size"] or (256, 256))
     name = f"DiT-XL-2-{size}x{size}.pt"
-    if model not in (None, "DiT-XL/2") or name not in PUBLISHED:
-        wanted = model or f"image size {size}"
+    fits = {
+        f"--image-size {size}": name in PUBLISHED,
+        f"--model {given['model']}": given["model"] in (None, "DiT-XL/2"),
+        f"--num-classes {given['num_classes']}": given["num_classes"] in (None, 1000),
+        "--use-rope": not given["use_rope"],
+    }
+    if not all(fits.values()):
+        wrong = next(flag for flag, does_fit in fits.items() if not does_fit)
         raise UserError(
-            f"there is no published checkpoint of DiT for {wanted}; name one with --ckpt: a file, or one of "
-            f"{', '.join(PUBLISHED)}"
+            f"DiT published no checkpoint that fits {wrong}; name another with --ckpt: a file, a run's folder, or one "
+            f"of {', '.join(PUBLISHED)}"
         )
     return name
 
 
 def is_there(name: str) -> bool:
-    """Whether a checkpoint's name is one to download, a file, or the folder of a run with checkpoints."""
-    if name in PUBLISHED or "://" in name or os.path.isfile(name):
-        return True
-    return bool(training_checkpoints(Path(name) / "checkpoints"))
+    """Whether a checkpoint's name is that of a file, or of the folder of a run with checkpoints."""
+    return os.path.isfile(name) or bool(training_checkpoints(Path(name) / "checkpoints"))
 
 
 def find(name: str | Path) -> Source:

@@ -8,6 +8,7 @@ import inspect
 import math
 import os
 import re
+import shlex
 import sys
 import time
 import warnings
@@ -85,11 +86,17 @@ def differences(stored: dict, current: dict, ignored: tuple[str, ...] = (), show
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that takes no abbreviated options, suggests corrections, and raises UserError."""
+    """An argument parser that takes no abbreviated options, suggests corrections, and raises UserError.
+
+    @FILE stands for the arguments in an argument file: one option a line, with # before comments. Later arguments win,
+    and "none" takes back a value where the default is None.
+    """
 
     def __init__(self, description: str | None = None, **kwargs):
         formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, allow_abbrev=False, formatter_class=formatter, **kwargs)
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=formatter, fromfile_prefix_chars="@", **kwargs
+        )
         self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # -1e-4 is a value too, not an option
 
     def parse_known_args(self, args=None, namespace=None):
@@ -99,10 +106,25 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(
                     f"argument {os.fsencode(text)!r} is not UTF-8; rename what it names, or pass a link to it"
                 )
+            if text.startswith("@"):
+                check_argument_file(Path(text[1:]))
         found, rest = super().parse_known_args(args, namespace)
-        if getattr(found, "planned", None) is not None and found.dry_run in (None, False):
+        if getattr(found, "planned", None) is not None and (found.dry_run is None or found.dry_run is False):
             raise UserError(f"--planned {found.planned} given without --dry-run; add --dry-run, or leave it out")
         return found, rest
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            raise UserError(
+                f"line {line!r} of an argument file cannot be read ({error}); quote it as in a shell"
+            ) from None
+
+    def _get_value(self, action: argparse.Action, text: str):
+        if text == "none" and action.default is None and not action.required:
+            return None
+        return super()._get_value(action, text)
 
     def _check_value(self, action: argparse.Action, value) -> None:
         if action.choices is not None and value not in action.choices:  # Python's own words differ from 3.12.8 on
@@ -118,10 +140,23 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def check_argument_file(path: Path) -> None:
+    """Raise UserError when it cannot be read as text."""
+    try:
+        path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(
+            f"argument file {str(path)!r} cannot be read ({reason}); give one such as recipes/demo/train.args"
+        ) from error
+
+
 def number(kind: type, low: float, high: float = math.inf, *, open_low=False, open_high=False) -> Callable:
     """An argparse type: a finite int or float between low and high, either of which may be excluded."""
     name = "a whole number" if kind is int else "a number"
-    if math.isinf(high):
+    if low == -math.inf:
+        bounds = "that is finite"
+    elif math.isinf(high):
         bounds = f"> {low:g}" if open_low else f">= {low:g}"
     else:
         bounds = f"with {low:g} {'<' if open_low else '<='} value {'<' if open_high else '<='} {high:g}"
@@ -165,7 +200,7 @@ def image_size(text: str) -> tuple[int, int]:
     return height, int(match[2] or height)
 
 
-ROPE_OPTIONS = {
+ROPE_OPTIONS = {  # what RopeConfig does not say about a field; one that is missing gets its option from its default
     "rotate": dict(type=non_negative_int, help="R: K = 2R directions; 0 = axial"),
     "theta": dict(type=positive, help="base of the lang frequencies"),
     "freqs_for": dict(choices=["lang", "pixel"], help="geometric (lang) or evenly spaced (pixel) frequencies"),
@@ -183,11 +218,20 @@ def add_rope_options(parser: Parser) -> None:
     group = parser.add_argument_group("rotary position embedding")
     group.add_argument("--use-rope", action="store_true", default=None, help="rotate queries and keys (else sin-cos)")
     for field in dataclasses.fields(RopeConfig):
-        options = dict(ROPE_OPTIONS[field.name])
+        options = dict(ROPE_OPTIONS.get(field.name) or _option_of(field.default))
         options["help"] += f" (default: {field.default})"
         group.add_argument(
             f"--rope-{field.name.replace('_', '-')}", dest=f"rope_{field.name}", default=argparse.SUPPRESS, **options
         )
+
+
+def _option_of(default: bool | int | float | str) -> dict:
+    """The option of a setting of which only the default is known."""
+    if isinstance(default, bool):
+        kind = dict(action=argparse.BooleanOptionalAction)
+    else:
+        kind = dict(type=str if isinstance(default, str) else number(type(default), -math.inf))
+    return kind | dict(help="see RopeConfig in rope.py")
 
 
 def add_vae(parser: Parser, default: str | None = None, none: str | None = None) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffusion.objectives import OBJECTIVES
 from models import SIZES, DiT, ModelConfig
 from rope import RopeConfig
 from runtime import checkpoint, hub
@@ -107,6 +108,7 @@ def _read(name, weights: str, given: dict | None, verify: bool) -> tuple[Descrip
         config = RunConfig.from_dict(stored) if stored else _from_foreign(state, tensors, given, source)
         _check_agreement(config.model, given, path)
         check_rope(config.model.rope, config.model.head_dim, config.model.model)
+        _check_objective(config.objective, path)
         with torch.device("meta"):  # nothing is allocated before the shapes are those of the file
             expected = config.model.build().state_dict()
     except UserError:
@@ -242,6 +244,15 @@ def _from_shapes(tensors: dict[str, Tensor], path: Path) -> dict:
         "has_rope": "rope_embedder.freqs" in tensors,
         "grid": None if tokens is None else math.isqrt(tokens) * patch,
     }
+
+
+def _check_objective(objective: str, path: Path) -> None:
+    """Raise UserError unless this version knows how such a model is sampled."""
+    if objective not in OBJECTIVES:
+        raise UserError(
+            f"checkpoint {str(path)!r} was trained with --objective {objective}, which diffusion/objectives.py does "
+            f"not have; expected one of {', '.join(OBJECTIVES)}"
+        )
 
 
 def _check_agreement(config: ModelConfig, given: dict, path: Path) -> None:

@@ -6,6 +6,8 @@ has all its steps, finished.json.
 
 import argparse
 import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from logging import Logger
 from pathlib import Path
 
@@ -28,8 +30,6 @@ def check_same(stored: dict | None, config: RunConfig, path: Path) -> None:
     if not isinstance(stored, dict):
         raise UserError(f"checkpoint {str(path)!r} has no config, so it cannot be resumed; use another --results-dir")
     before = RunConfig.from_dict(stored)
-    if before.data.fingerprint == config.data.fingerprint:
-        validation.check_same(before.validation, config.validation, path)
     old, new = flatten(before.to_dict()), flatten(config.to_dict())
     # Where weights came from, and what the fingerprints cover.
     ignored = ("vae.source", "data.classes", "validation.left_out")
@@ -38,6 +38,8 @@ def check_same(stored: dict | None, config: RunConfig, path: Path) -> None:
         ("other data", ("data", "validation")),
         ("other settings", ("recipe",)),
     ):
+        if what == "other data" and before.data.fingerprint == config.data.fingerprint:
+            validation.check_same(before.validation, config.validation, path)
         compared = {key: new.get(key) for key in {**old, **new} if key.split(".")[0] in sections}
         listed = options.differences(old, compared, ignored)
         if listed:
@@ -47,24 +49,47 @@ def check_same(stored: dict | None, config: RunConfig, path: Path) -> None:
             )
 
 
-def steps_done(folder: Path, config: RunConfig) -> int:
-    """Step of the newest checkpoint in a run's folder, 0 without a readable one; nothing is verified or locked.
+@contextmanager
+def going_on_from(path: Path) -> Iterator[None]:
+    """Context in which a checkpoint of whatever content is read: what it makes our lines raise becomes a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"checkpoint {str(path)!r} cannot be resumed ({reason}); use another") from error
 
-    Raises UserError where the folder belongs to a run with other settings.
-    """
-    for path in reversed(checkpoint.training_checkpoints(folder / "checkpoints")):
-        try:
-            state = checkpoint.load(path)
-        except UserError:  # resuming will report it
-            continue
+
+def step_of(state: dict, config: RunConfig, path: Path) -> int:
+    """Step of a checkpoint. Raises UserError unless it is of a run with these settings."""
+    with going_on_from(path):
         check_same(state.get("config"), config, path)
         return int(state["step"])
-    return 0
 
 
 def is_finished(folder: Path, config: RunConfig, total_steps: int) -> bool:
-    """Whether the run in this folder has all its steps. Raises UserError as steps_done does."""
-    return (folder / "finished.json").exists() and steps_done(folder, config) >= total_steps
+    """Whether the run in this folder has all its steps; nothing is verified or locked.
+
+    Raises UserError where the folder belongs to a run with other settings.
+    """
+    paths = checkpoint.training_checkpoints(folder / "checkpoints")
+    if not (paths and (folder / "finished.json").exists()):
+        return False
+    try:
+        state = checkpoint.load(paths[-1])
+    except UserError:  # resuming will report it
+        return False
+    return step_of(state, config, paths[-1]) >= total_steps
+
+
+def steps_done(folder: Path, config: RunConfig, report: Callable[[str], None]) -> int:
+    """Step from which a run would go on in this folder, 0 for a fresh start; nothing is locked.
+
+    Raises UserError as RunFolder.resume does; checkpoints that do not verify are reported.
+    """
+    path = checkpoint.latest(folder / "checkpoints", report)
+    return 0 if path is None else step_of(checkpoint.load(path), config, path)
 
 
 class RunFolder:
@@ -108,16 +133,11 @@ class RunFolder:
         if path is None:
             return None
         state = checkpoint.load(path)
-        try:
+        with going_on_from(path):
             check_same(state.get("config"), self.config, path)
             checkpoint.check_training_state(state, trainer.model, path)
             trainer.load(state)
             args = dict(state["args"])
-        except UserError:
-            raise
-        except Exception as error:  # whatever a hostile file makes these raise
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(f"checkpoint {str(path)!r} cannot be resumed ({reason}); use another") from error
         if trainer.watch.seen >= self.max_bad_steps:  # a run that a streak has ended gets all its tries again
             trainer.watch = NonFiniteWatch(trainer.device)
         self.logger.info(f"resumed from {path} at step {trainer.step:,}")

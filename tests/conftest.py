@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import zlib
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-GOLDEN = Path(__file__).parent / "golden"
+TESTS = Path(__file__).resolve().parent
+GOLDEN = TESTS / "golden"
 TINY_RUN = {
     "model": "DiT-XS/2",
     "image_size": 32,
@@ -28,12 +30,32 @@ TINY_RUN = {
 }
 ADDRESS = "--local-addr=127.0.0.1"  # the name of this machine need not resolve
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", ADDRESS, "--nproc_per_node=2"]
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
 TINY_XS = {"depth": 2, "hidden_size": 64}  # head dimension 32; a checkpoint of 3 MB in place of 30
+SLOW_FILES = [  # the last ones start processes
+    "test_evaluate.py",
+    "test_validation.py",
+    "test_sample_grid.py",
+    "test_demo.py",
+    "test_benchmark.py",
+    "test_experiments.py",
+    "test_cache_latents.py",
+    "test_train.py",
+    "test_pipeline.py",
+    "test_reliability.py",
+    "test_setup_env.py",
+    "test_run_all.py",
+]
 
 # A shell's background job ignores SIGINT, and one under nohup SIGHUP; the processes that the tests start would too.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come last, the longest at the end: most mistakes show within seconds."""
+    items.sort(key=lambda item: SLOW_FILES.index(item.path.name) if item.path.name in SLOW_FILES else -1)
 
 
 @pytest.fixture
@@ -65,19 +87,18 @@ def fill_weights():
 @pytest.fixture
 def tiny_commands(monkeypatch):
     """Runs commands on one thread of the CPU, where bits can be compared, with a smaller DiT-XS and without plots."""
-    from runtime import monitor, report
-
-    monkeypatch.setattr(monitor, "plot_loss", lambda _: None)
-    monkeypatch.setattr(report, "write", lambda _: None)
     with tiny(monkeypatch):
         yield
 
 
 @contextmanager
-def tiny(patch: pytest.MonkeyPatch):
+def tiny(patch: pytest.MonkeyPatch, plots: bool = False):
     import models
-    from runtime import distributed
+    from runtime import distributed, monitor, report
 
+    if not plots:
+        patch.setattr(monitor, "plot_loss", lambda _: None)
+        patch.setattr(report, "write", lambda _: None)
     patch.setattr(distributed, "_device", lambda *_: torch.device("cpu"))
     for name, value in TINY_XS.items():
         patch.setitem(models.SIZES["XS"], name, value)
@@ -142,6 +163,17 @@ def train_arguments(image_folder, vae_folder):
 
 
 @pytest.fixture
+def cache_arguments(image_folder, vae_folder):
+    """Command line that caches the images: cache_arguments(latents_dir, no_flip=True)."""
+
+    def build(folder: Path, **changes) -> list[str]:
+        options = {"data_path": image_folder, "latents_dir": folder, "vae": vae_folder, "image_size": 32}
+        return command_line(options | {"num_workers": 0, "batch_size": 5} | changes)
+
+    return build
+
+
+@pytest.fixture
 def sample_arguments(run):
     """Command line that makes 13 images with the run's last checkpoint: sample_arguments(sample_dir, cfg_scale=1)."""
 
@@ -159,6 +191,16 @@ def sample_arguments(run):
     return build
 
 
+def contents(folder: Path) -> dict:
+    """Size and time of every file below a folder, None for folders. A lock may have been taken and given back."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        status = path.lstat()
+        if path.name != ".lock":
+            found[path] = None if path.is_dir() else (status.st_size, status.st_mtime_ns)
+    return found
+
+
 def command_line(options: dict) -> list[str]:
     """Options as arguments: True is a flag, None is left out, a tuple is several values."""
     arguments = []
@@ -172,34 +214,84 @@ def command_line(options: dict) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory, image_folder, vae_folder):
-    """Folder of a finished run of 7 steps: Spiral RoPE, fast enough a learning rate for the weights to matter."""
-    import train
+def make_run(tmp_path_factory, image_folder, vae_folder):
+    """Trains what tests share, and do not go on with: make_run(lr=0.01) -> the run's folder."""
 
-    results = tmp_path_factory.mktemp("run") / "results"
-    options = TINY_RUN | {"data_path": image_folder, "vae": vae_folder, "results_dir": results}
-    options |= {"lr": 0.01, "ema_decay": 0.5, "use_rope": True, "rope_rotate": 2}
+    def make(plots: bool = False, **changes) -> Path:
+        import train
+
+        results = tmp_path_factory.mktemp("run") / "results"
+        options = TINY_RUN | {"data_path": image_folder, "vae": vae_folder, "results_dir": results}
+        with pytest.MonkeyPatch.context() as patch, tiny(patch, plots):
+            train.main(command_line(options | changes))
+        return results
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run(make_run):
+    """Folder of a finished run of 7 steps: Spiral RoPE, fast enough a learning rate for the weights to matter."""
+    return make_run(plots=True, lr=0.01, ema_decay=0.5, use_rope=True, rope_rotate=2)
+
+
+@pytest.fixture(scope="session")
+def whole(make_run):
+    """Folder of a finished run with the arguments of train_arguments."""
+    return make_run()
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory, image_folder, vae_folder):
+    """Folder of a latent cache of the images."""
+    import cache_latents
+
+    folder = tmp_path_factory.mktemp("cache") / "latents"
+    options = {"data_path": image_folder, "latents_dir": folder, "vae": vae_folder, "image_size": 32}
     with pytest.MonkeyPatch.context() as patch, tiny(patch):
-        train.main(command_line(options))
-    return results
+        cache_latents.main(command_line(options | {"num_workers": 0, "batch_size": 5}))
+    return folder
 
 
 @pytest.fixture
-def refused(capsys):
-    """Runs a command that has to be refused: exit status 2 and one line on stderr, which is returned."""
+def refused(capsys, tmp_path):
+    """Runs a command that has to be refused: exit status 2 and one line on stderr, which is returned.
 
-    def call(main, arguments) -> str:
+    Nothing below tmp_path is changed, unless the command had begun its work when it found the mistake.
+    """
+
+    def call(main, arguments, has_begun: bool = False) -> str:
         capsys.readouterr()
+        before = contents(tmp_path)
         with pytest.raises(SystemExit) as stopped:
             main([str(argument) for argument in arguments])
         errors = capsys.readouterr().err
         assert stopped.value.code == 2
+        assert has_begun or contents(tmp_path) == before
         assert errors.count("\n") == 1 and errors.endswith("\n"), errors
         program, line = errors[:-1].split(": error: ", 1)
         assert program == f"{main.__module__.split('.')[-1]}.py"
         return line
 
     return call
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory, image_folder, vae_folder):
+    """What two gloo processes did in each scenario of two_processes.py: two("gradients") -> one dict a rank.
+
+    Each scenario has a folder of its name in two.folder; two.output and two.errors are what was printed.
+    """
+    folder = tmp_path_factory.mktemp("two")
+    command = [*TORCHRUN, "--max-restarts=1", TESTS / "two_processes.py", folder, image_folder, vae_folder]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
+    assert process.returncode == 0, process.stdout + process.stderr
+
+    def read(scenario: str) -> list[dict]:
+        return [torch.load(folder / f"{scenario}-{rank}.pt") for rank in range(2)]
+
+    read.folder, read.output, read.errors = folder, process.stdout, process.stderr
+    return read
 
 
 @pytest.fixture

@@ -11,11 +11,13 @@ file that is otherwise in order.
 import argparse
 import copy
 import io
+import logging
 import random
 import sys
 import tempfile
 import zipfile
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,26 +27,16 @@ import torch
 import models
 import train
 from demo.digits import write_digits
-from runtime import checkpoint, monitor, pretrained
+from runtime import checkpoint, monitor, pretrained, report
 from runtime.options import UserError
+from runtime.run import RunFolder
+from runtime.training import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALLEST_XS = {"depth": 1, "hidden_size": 32}
-OTHER_VALUES = (
-    None,
-    "text",
-    -1,
-    10**30,
-    float("nan"),
-    [],
-    {},
-    [[1.0, 2.0]],
-    torch.zeros(0),
-    torch.zeros(3, dtype=torch.long),
-    torch.zeros(2, 2, dtype=torch.complex64),
-    torch.zeros(1).expand(10**10),
-    torch.full((2, 3), float("inf")),
-)
+FLAWED = (torch.zeros(3, dtype=torch.long), torch.zeros(2, 2, dtype=torch.complex64), torch.full((2, 3), float("inf")))
+OTHER_VALUES = (None, "text", -1, 10**30, float("nan"), [], {}, [[1.0, 2.0]])
+OTHER_VALUES += (torch.zeros(0), torch.zeros(1).expand(10**10), *FLAWED)
 
 
 def damage_bytes(whole: bytes, rng: random.Random) -> bytes:
@@ -90,7 +82,7 @@ def damage_archive(whole: bytes, rng: random.Random) -> bytes:
         del entries[rng.randrange(len(entries))]
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", rng.choice([zipfile.ZIP_STORED] * 9 + [zipfile.ZIP_DEFLATED])) as archive:
-        for name, contents in {name: contents for name, contents in entries}.items():
+        for name, contents in dict(entries).items():
             archive.writestr(name, contents)
     return buffer.getvalue()
 
@@ -117,58 +109,67 @@ def damage_values(state: dict, rng: random.Random) -> bytes:
     return buffer.getvalue()
 
 
-def assert_finite(*models: torch.nn.Module) -> None:
-    for model in models:
-        assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+@dataclass
+class Readers:
+    """Reads the checkpoint of a run's folder: as sampling commands do, and as a training that goes on from it."""
+
+    folder: RunFolder
+    trainer: Trainer
+    path: Path
+
+    def sampling(self) -> None:
+        self.assert_finite(pretrained.load_trained(self.path).model)
+
+    def training(self) -> None:
+        self.folder.resume(self.trainer)
+        self.assert_finite(self.trainer.model, self.trainer.ema)
+        assert self.trainer.step >= 0 and self.trainer.sums.shape == (4,)
+
+    def assert_finite(self, *models: torch.nn.Module) -> None:
+        assert all(bool(torch.isfinite(value).all()) for model in models for value in model.state_dict().values())
+
+    def refuses(self, message: str) -> bool:
+        """Whether a refusal names the file, or the folder in which no other is left."""
+        return str(self.path.parent) in message or message.startswith("--rope-rotate")
 
 
-def read_as_sampling(path: Path) -> None:
-    assert_finite(pretrained.load_trained(path).model)
+def prepare(folder: Path, images: Path, vae: Path) -> tuple[Path, Readers]:
+    """A checkpoint of two steps, and who reads it."""
+    arguments = "--model=DiT-XS/2 --image-size=32 --use-rope --rope-rotate=2 --global-batch-size=8 --max-steps=2"
+    arguments = [*arguments.split(), "--sample-every=0", "--num-workers=0", "--precision=fp32"]
+    arguments += [f"--data-path={images}", f"--vae={vae}", f"--results-dir={folder / 'run'}"]
+    train.main(arguments)
+    args = train.parse_args(arguments)
+    job = train.plan(args, torch.device("cpu"))
+    run = RunFolder(args.results_dir, job.config, args)
+    run.logger = logging.getLogger("silent")  # of a warning for every mutation
+    path = run.checkpoints / "0000002.pt"
+    return path, Readers(run, job.trainer(), path)
 
 
-def read_as_training(path: Path, trainer: train.Trainer) -> None:
-    checkpoint.load(path, verify=True)  # as checkpoint.latest does
-    trainer.load(path)
-    assert_finite(trainer.model, trainer.ema)
-    assert trainer.step >= 0 and trainer.sums.shape == (4,)
-
-
-def fuzz(path: Path, trainer: train.Trainer, mutations: int, seed: int = 0) -> Counter:
-    """Mutate a checkpoint and read it both ways; how often each kind was refused or loaded by each reader.
+def fuzz(path: Path, readers: Readers, mutations: int, seed: int = 0) -> Counter:
+    """Mutate the checkpoint and read it both ways; how often each kind was refused or loaded by each reader.
 
     Raises AssertionError, or whatever else a reader lets through, where that is not a UserError naming the file.
     """
-    whole, state, outcomes = path.read_bytes(), checkpoint.load(path), Counter()
-    state = copy.deepcopy(state)  # the file it is mapped from is about to go
-    with tempfile.TemporaryDirectory() as folder:
-        damaged = Path(folder) / "0000002.pt"
-        for number in range(mutations):
-            rng = random.Random(seed * 10**6 + number)
-            kind = ("bytes", "archive", "values")[number % 3]
-            change = {"bytes": damage_bytes, "archive": damage_archive, "values": damage_values}[kind]
-            damaged.unlink(missing_ok=True)  # and not overwritten: tensors of the last one may still be mapped from it
-            damaged.write_bytes(change(state if kind == "values" else whole, rng))
-            readers = {"sampling": lambda: read_as_sampling(damaged)}
-            readers["training"] = lambda: read_as_training(damaged, trainer)
-            for reader, read in readers.items():
-                try:
-                    read()
-                    outcomes[reader, kind, "loaded"] += 1
-                except UserError as error:
-                    assert str(damaged) in str(error) or str(error).startswith("--rope-rotate"), (number, str(error))
-                    outcomes[reader, kind, "refused"] += 1
-                except Exception as error:
-                    raise AssertionError(f"mutation {number} ({kind}, seed {seed}) as {reader}: {error!r}") from error
+    whole, outcomes = path.read_bytes(), Counter()
+    state = copy.deepcopy(checkpoint.load(path))  # the file it is mapped from is about to go
+    for number in range(mutations):
+        rng = random.Random(seed * 10**6 + number)
+        kind = ("bytes", "archive", "values")[number % 3]
+        change = {"bytes": damage_bytes, "archive": damage_archive, "values": damage_values}[kind]
+        path.unlink()  # and not overwritten: tensors of the last one may still be mapped from it
+        path.write_bytes(change(state if kind == "values" else whole, rng))
+        for reader in ("sampling", "training"):
+            try:
+                getattr(readers, reader)()
+                outcomes[reader, kind, "loaded"] += 1
+            except UserError as error:
+                assert readers.refuses(str(error)), (number, str(error))
+                outcomes[reader, kind, "refused"] += 1
+            except Exception as error:
+                raise AssertionError(f"mutation {number} ({kind}, seed {seed}) as {reader}: {error!r}") from error
     return outcomes
-
-
-def prepare(folder: Path, images: Path, vae: Path) -> tuple[Path, train.Trainer]:
-    """A checkpoint of two steps, and the trainer that would go on from it."""
-    arguments = "--model=DiT-XS/2 --image-size=32 --use-rope --rope-rotate=2 --global-batch-size=8 --max-steps=2"
-    arguments = [*arguments.split(), "--num-workers=0", "--precision=fp32", f"--data-path={images}", f"--vae={vae}"]
-    train.main([*arguments, f"--results-dir={folder / 'run'}"])
-    job = train.plan(train.parse_args(arguments), torch.device("cpu"))
-    return folder / "run" / "checkpoints" / "0000002.pt", train.Trainer(job)
 
 
 def main() -> None:
@@ -178,15 +179,16 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_digits(Path(folder) / "digits", 32)
-        path, trainer = prepare(Path(folder), Path(folder) / "digits", ROOT / "assets" / "demo_vae")
-        outcomes = fuzz(path, trainer, args.mutations, args.seed)
+        path, readers = prepare(Path(folder), Path(folder) / "digits", ROOT / "assets" / "demo_vae")
+        outcomes = fuzz(path, readers, args.mutations, args.seed)
+        readers.folder.close()
     for (reader, kind, outcome), times in sorted(outcomes.items()):
         print(f"{reader:10} {kind:10} {outcome:10} {times}")
-    print(f"{args.mutations} mutations, read as {' and as '.join(sorted({key[0] for key in outcomes}))}: no crash")
+    print(f"{args.mutations} mutations, read as sampling and as training: no crash")
 
 
 if __name__ == "__main__":
-    monitor.plot_loss = lambda _: None
+    monitor.plot_loss = report.write = lambda _: None
     models.SIZES["XS"].update(SMALLEST_XS)
     torch.set_num_threads(1)
     main()

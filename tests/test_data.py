@@ -46,24 +46,17 @@ def test_preparation_is_that_of_the_original(size):
     assert np.array_equal(prepare(image, (32, 32)), center_crop(image, 32))
 
 
-def test_halving_averages_blocks():
+def test_preparation_of_other_shapes():
+    """Blocks are averaged, an image of the right size is kept, and the middle is cropped."""
     image = picture(128, 128)
     blocks = np.asarray(image).reshape(32, 4, 32, 4, 3).astype(float).mean((1, 3))
     assert np.abs(prepare(image, (32, 32)) - blocks).max() <= 2  # both axes of both halvings round half up
-
-
-def test_an_image_of_the_right_size_is_kept():
     image = picture(48, 32)
     assert np.array_equal(prepare(image, (32, 48)), np.asarray(image))
-
-
-def test_the_centre_is_cropped_for_any_shape():
-    """A size of 16 x 32 from 64 x 64: halved once, resized not at all, the middle rows kept."""
-    image = picture(64, 64)
+    image = picture(64, 64)  # halved once, resized not at all
     halved = np.asarray(image.resize((32, 32), Image.BOX))
     assert np.array_equal(prepare(image, (16, 32)), halved[8:24])
-    assert prepare(picture(40, 100), (48, 32)).shape == (48, 32, 3)
-    assert prepare(picture(100, 40), (48, 32)).shape == (48, 32, 3)
+    assert prepare(picture(40, 100), (48, 32)).shape == prepare(picture(100, 40), (48, 32)).shape == (48, 32, 3)
 
 
 # Formats
@@ -74,61 +67,58 @@ def saved(path: Path, image: Image.Image, **options) -> Path:
     return path
 
 
-def test_formats_are_read_as_they_look(tmp_path):
-    reference = picture(20, 12)
-    pixels = np.asarray(reference)
-    grey = np.asarray(reference.convert("L"))
-    assert np.array_equal(read_image(saved(tmp_path / "a.png", reference)), pixels)
-    assert np.array_equal(read_image(saved(tmp_path / "a.bmp", reference)), pixels)
-    assert np.array_equal(read_image(saved(tmp_path / "a.webp", reference, lossless=True)), pixels)
-    assert np.array_equal(read_image(saved(tmp_path / "a.tiff", reference)), pixels)
-    assert np.array_equal(read_image(saved(tmp_path / "grey.png", reference.convert("L"))), np.stack([grey] * 3, 2))
-    cmyk = saved(tmp_path / "cmyk.jpg", reference.convert("CMYK"), quality=95)
-    assert np.abs(np.asarray(read_image(cmyk)).astype(int) - pixels).mean() < 12
-    binary = saved(tmp_path / "binary.png", Image.fromarray(grey > 100))
-    assert np.array_equal(np.asarray(read_image(binary))[..., 0], 255 * (grey > 100))
+@pytest.fixture
+def read(tmp_path):
+    """Saves an image and reads it: read("a.png", image) -> (H, W, 3)."""
+    return lambda name, image, **options: np.asarray(read_image(saved(tmp_path / name, image, **options)))
 
 
-def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+def grey(values: np.ndarray) -> np.ndarray:
+    return np.stack([values] * 3, axis=2)
+
+
+def test_formats_are_read_as_they_look(read):
+    image = picture(20, 12)
+    pixels, dark = np.asarray(image), np.asarray(image.convert("L"))
+    for name in ("a.png", "a.bmp", "a.tiff"):
+        assert np.array_equal(read(name, image), pixels)
+    assert np.array_equal(read("a.webp", image, lossless=True), pixels)
+    assert np.array_equal(read("a.jpeg", image, format="PNG"), pixels)  # contents count and not the extension
+    assert np.array_equal(read("grey.png", image.convert("L")), grey(dark))
+    assert np.abs(read("cmyk.jpg", image.convert("CMYK"), quality=95).astype(int) - pixels).mean() < 12
+    assert np.array_equal(read("binary.png", Image.fromarray(dark > 100)), grey(255 * (dark > 100)))
+
+
+def test_sixteen_bits_are_scaled_to_eight(read):
     """0 to 65535 becomes 0 to 255; plain conversion would make everything above 255 white."""
     values = np.linspace(0, 65535, 240).astype(np.uint16).reshape(12, 20)
-    found = np.asarray(read_image(saved(tmp_path / "a.png", Image.fromarray(values))))
-    assert np.array_equal(found, np.stack([values >> 8] * 3, 2))
-    found = np.asarray(read_image(saved(tmp_path / "a.tiff", Image.fromarray(values))))
-    assert np.array_equal(found, np.stack([values >> 8] * 3, 2))
+    for name in ("a.png", "a.tiff"):
+        assert np.array_equal(read(name, Image.fromarray(values)), grey(values >> 8))
 
 
-def test_transparency_is_dropped(tmp_path):
-    reference = picture(20, 12)
-    clear = reference.copy()
+def test_transparency_is_dropped(read):
+    image = picture(20, 12)
+    clear, palette, dark = image.copy(), image.quantize(16), image.convert("LA")
     clear.putalpha(Image.fromarray(np.tile(np.array([0, 128], np.uint8), (12, 10))))
-    assert np.array_equal(read_image(saved(tmp_path / "a.png", clear)), np.asarray(reference))
-    palette = reference.quantize(16)
-    expected = np.asarray(palette.convert("RGB"))
-    assert np.array_equal(read_image(saved(tmp_path / "p.png", palette, transparency=3)), expected)
-    assert np.array_equal(read_image(saved(tmp_path / "p.gif", palette, transparency=3)), expected)
-    grey = reference.convert("LA")
-    assert np.array_equal(read_image(saved(tmp_path / "la.png", grey)), np.stack([np.asarray(grey)[..., 0]] * 3, 2))
+    assert np.array_equal(read("a.png", clear), np.asarray(image))
+    for name in ("p.png", "p.gif"):
+        assert np.array_equal(read(name, palette, transparency=3), np.asarray(palette.convert("RGB")))
+    assert np.array_equal(read("la.png", dark), grey(np.asarray(dark)[..., 0]))
 
 
-def test_animations_show_their_first_frame(tmp_path):
+def test_animations_show_their_first_frame(read):
     frames = [picture(20, 12, seed) for seed in range(3)]
     for name, options in (("a.png", {}), ("a.webp", {"lossless": True}), ("a.tiff", {})):
-        path = saved(tmp_path / name, frames[0], save_all=True, append_images=frames[1:], **options)
-        assert np.array_equal(read_image(path), np.asarray(frames[0])), name
+        found = read(name, frames[0], save_all=True, append_images=frames[1:], **options)
+        assert np.array_equal(found, np.asarray(frames[0])), name
 
 
-def test_rotated_photographs_are_upright(tmp_path):
+def test_rotated_photographs_are_upright(read):
     """EXIF orientation 6: the camera was turned, so that what is stored has to be turned back clockwise."""
     upright, exif = picture(20, 12), Image.Exif()
     exif[0x0112] = 6
-    path = saved(tmp_path / "a.png", upright.transpose(Image.Transpose.ROTATE_90), exif=exif)
-    assert np.array_equal(read_image(path), np.asarray(upright))
-
-
-def test_contents_count_and_not_the_extension(tmp_path):
-    reference = picture(20, 12)
-    assert np.array_equal(read_image(saved(tmp_path / "a.jpeg", reference, format="PNG")), np.asarray(reference))
+    found = read("a.png", upright.transpose(Image.Transpose.ROTATE_90), exif=exif)
+    assert np.array_equal(found, np.asarray(upright))
 
 
 def test_tiny_and_thin_images(tmp_path):
@@ -204,39 +194,37 @@ def test_linked_folders_are_followed(tmp_path, image_folder):
 
 
 def test_the_fingerprint_is_of_the_list_and_not_of_its_place(tmp_path):
-    def listed(name, files):
-        for file in files:
+    def fingerprint(name, files):
+        for file in files.split():
             (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name / file).touch()
         return ImageList(tmp_path / name).fingerprint
 
-    first = listed("a", ["x/1.png", "x/2.png", "y/3.png"])
-    assert listed("b", ["x/1.png", "x/2.png", "y/3.png"]) == first
-    assert listed("c", ["x/1.png", "y/2.png", "y/3.png"]) != first
-    assert listed("d", ["x/1.png", "x/2.png", "y/3.png", "y/4.png"]) != first
-    assert listed("e", ["x/1.png", "x/2.png", "z/3.png"]) != first
+    first = fingerprint("a", "x/1.png x/2.png y/3.png")
+    assert fingerprint("b", "x/1.png x/2.png y/3.png") == first
+    others = ("x/1.png y/2.png y/3.png", "x/1.png x/2.png y/3.png y/4.png", "x/1.png x/2.png z/3.png")
+    assert first not in [fingerprint(f"c{number}", files) for number, files in enumerate(others)]
 
 
-def test_folders_that_hold_no_data_set(tmp_path):
-    def message(path):
-        with pytest.raises(UserError) as error:
-            ImageList(path)
-        return str(error.value)
-
-    not_a_folder = "is not a folder; expected one with a sub-folder for each class"
-    assert message(tmp_path / "none") == f"--data-path {str(tmp_path / 'none')!r} {not_a_folder}"
-    (tmp_path / "file").touch()
-    assert message(tmp_path / "file") == f"--data-path {str(tmp_path / 'file')!r} {not_a_folder}"
-    (tmp_path / "flat").mkdir()
-    no_classes = "has no class folders; expected one sub-folder for each class"
-    assert message(tmp_path / "flat") == f"--data-path {str(tmp_path / 'flat')!r} {no_classes}"
-    (tmp_path / "flat" / "a.png").touch()
-    assert message(tmp_path / "flat") == f"--data-path {str(tmp_path / 'flat')!r} {no_classes}"
-    (tmp_path / "flat" / "cat").mkdir()
-    assert message(tmp_path / "flat") == (
-        f"class folder {str(tmp_path / 'flat' / 'cat')!r} has no images; expected files ending in .jpg, .jpeg, .png, "
-        ".ppm, .bmp, .pgm, .tif, .tiff, .webp; add some or remove the folder"
-    )
+@pytest.mark.parametrize("case", ["none", "file", "flat", "empty class"])
+def test_folders_that_hold_no_data_set(case, tmp_path):
+    root = tmp_path / case
+    if case == "file":
+        root.touch()
+    elif case != "none":
+        root.mkdir()
+        (root / "a.png").touch()
+    if case == "empty class":
+        (root / "cat").mkdir()
+    with pytest.raises(UserError) as error:
+        ImageList(root)
+    expected = {
+        "flat": f"--data-path {str(root)!r} has no class folders; expected one sub-folder for each class",
+        "empty class": f"class folder {str(root / 'cat')!r} has no images; expected files ending in .jpg, .jpeg, .png, "
+        ".ppm, .bmp, .pgm, .tif, .tiff, .webp; add some or remove the folder",
+    }
+    other = f"--data-path {str(root)!r} is not a folder; expected one with a sub-folder for each class"
+    assert str(error.value) == expected.get(case, other)
 
 
 # Batches

@@ -197,21 +197,15 @@ def test_last_step_adds_no_noise(loop):
     close(sample, diffusion.p_mean_variance(model, x, torch.zeros_like(t), clip_denoised=False)["mean"])
 
 
-def test_deterministic_sampling_draws_no_noise():
+def test_deterministic_sampling_draws_no_noise_and_yields_every_state():
     def noise_sampler(x):
         raise AssertionError("DDIM with eta 0 asked for noise")
 
-    diffusion, start = create_diffusion("5"), randn(1, 1, 4, 4)
-    diffusion.ddim_sample_loop(constant(randn(1, 2, 4, 4)), start.shape, start, noise_sampler=noise_sampler)
-
-
-def test_progressive_loops_yield_every_state():
-    diffusion = create_diffusion("5")
-    model, start = constant(randn(1, 2, 4, 4)), randn(1, 1, 4, 4, seed=1)
+    diffusion, model, start = create_diffusion("5"), constant(randn(1, 2, 4, 4)), randn(1, 1, 4, 4, seed=1)
+    sample = diffusion.ddim_sample_loop(model, start.shape, start, noise_sampler=noise_sampler)
     states = list(diffusion.ddim_sample_loop_progressive(model, start.shape, start))
-    assert len(states) == 5
-    assert torch.equal(states[-1]["sample"], diffusion.ddim_sample_loop(model, start.shape, start))
-    assert torch.equal(states[-1]["sample"], states[-1]["pred_xstart"])  # alphas_cumprod is 1 before the first step
+    assert len(states) == 5 and torch.equal(states[-1]["sample"], sample)
+    assert torch.equal(sample, states[-1]["pred_xstart"])  # alphas_cumprod is 1 before the first step
 
 
 def test_variance_is_interpolated_between_its_bounds_in_the_log():
@@ -283,8 +277,6 @@ def test_fixed_variance_is_beta_or_the_posterior_variance(sigma_small):
         torch.testing.assert_close(log_variance, torch.full_like(x, math.log(variances[t])), atol=1e-5, rtol=0)
     losses = diffusion.training_losses(constant(0.5 * noise), x, torch.tensor([3]), noise=noise)
     torch.testing.assert_close(losses["loss"], (noise / 2).square().mean((1, 2, 3)))
-    with pytest.raises(AssertionError, match=r"model output \(1, 4, 4, 4\), expected \(1, 2, 4, 4\)"):
-        diffusion.training_losses(constant(randn(1, 4, 4, 4)), x, torch.tensor([3]))
 
 
 @pytest.mark.filterwarnings("error")
@@ -336,16 +328,14 @@ def test_guided_sampling_uses_the_device_and_labels_of_the_model(fill_weights):
     assert torch.equal(sample, other) and not sample.requires_grad
 
 
-def test_squared_cosine_schedule_is_a_squared_cosine():
+def test_noise_schedules_follow_their_formulas():
     diffusion = create_diffusion("", noise_schedule="squaredcos_cap_v2")
     curve = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
     np.testing.assert_allclose(diffusion.alphas_cumprod[:-1], curve[1:-1] / curve[0], rtol=1e-9)
     assert diffusion.betas.max() == 0.999
-
-
-def test_linear_schedule_scales_with_its_number_of_steps():
-    assert create_diffusion("").betas[[0, -1]].tolist() == pytest.approx([1e-4, 0.02])
-    assert create_diffusion("", diffusion_steps=100).betas[[0, -1]].tolist() == pytest.approx([1e-3, 0.2])
+    for steps in (1000, 100):  # the linear one scales with its number of steps
+        expected = [1e-4 * 1000 / steps, 0.02 * 1000 / steps]
+        assert create_diffusion("", diffusion_steps=steps).betas[[0, -1]].tolist() == pytest.approx(expected)
 
 
 def test_counts_choose_evenly_spaced_steps_of_each_section():
@@ -362,34 +352,28 @@ def test_counts_choose_evenly_spaced_steps_of_each_section():
 
 
 @pytest.mark.parametrize(
-    "respacing, message",
+    "settings, message",
     [
-        ("1001", "cannot choose 1001 timesteps from a section of 1000"),
-        ("0", "cannot choose 0 timesteps from a section of 1000"),
-        ("400,10,10", "cannot choose 400 timesteps from a section of 334"),
-        ("ddim300", "no integer stride gives 300 of 1000 timesteps"),
-        ("ddim0", "no integer stride gives 0 of 1000 timesteps"),
-        ("fast", "timestep respacing 'fast' is not a count"),
-        ("ddim", "timestep respacing 'ddim' is not a count"),
-        ("-5", "timestep respacing '-5' is not a count"),
-        ("10,", "timestep respacing '10,' is not a count"),
+        (["1001"], "cannot choose 1001 timesteps from a section of 1000"),
+        (["0"], "cannot choose 0 timesteps from a section of 1000"),
+        (["400,10,10"], "cannot choose 400 timesteps from a section of 334"),
+        (["ddim300"], "no integer stride gives 300 of 1000 timesteps"),
+        (["ddim0"], "no integer stride gives 0 of 1000 timesteps"),
+        *(([text], f"timestep respacing '{text}' is not a count") for text in ("fast", "ddim", "-5", "10,")),
+        (["", "cosine"], "noise schedule 'cosine' is unknown; expected one of linear, squaredcos"),
+        (["", "linear", True, 20], "a linear noise schedule needs more than 20 steps, got 20"),
     ],
 )
-def test_respacings_that_do_not_fit_are_refused_by_name(respacing, message):
+def test_schedules_that_do_not_fit_are_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message):
-        create_diffusion(respacing)
-
-
-def test_schedules_that_do_not_exist_are_refused_by_name():
-    with pytest.raises(ValueError, match="noise schedule 'cosine' is unknown; expected one of linear, squaredcos"):
-        create_diffusion("", noise_schedule="cosine")
-    with pytest.raises(ValueError, match="a linear noise schedule needs more than 20 steps, got 20"):
-        create_diffusion("", diffusion_steps=20)
+        create_diffusion(*settings)
 
 
 def test_wrong_shapes_are_refused_with_both_of_them():
-    diffusion, x = create_diffusion("5"), randn(1, 2, 4, 4)
-    with pytest.raises(AssertionError, match=r"model output \(1, 2, 4, 4\), expected \(1, 4, 4, 4\)"):
-        diffusion.training_losses(constant(x), x, torch.tensor([3]))
+    x = randn(1, 2, 4, 4)
+    for learn_sigma, output, expected in ((True, x, "4, 4, 4"), (False, x.repeat(1, 2, 1, 1), "2, 4, 4")):
+        message = rf"model output \(1, {output.shape[1]}, 4, 4\), expected \(1, {expected}\)"
+        with pytest.raises(AssertionError, match=message):
+            create_diffusion("5", learn_sigma=learn_sigma).training_losses(constant(output), x, torch.tensor([3]))
     with pytest.raises(AssertionError, match=r"noise \(1, 2, 4, 4\), expected \(2, 2, 4, 4\)"):
-        diffusion.p_sample_loop(constant(x), (2, 2, 4, 4), x)
+        create_diffusion("5").p_sample_loop(constant(x), (2, 2, 4, 4), x)

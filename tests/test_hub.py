@@ -3,24 +3,22 @@
 import argparse
 import hashlib
 import json
-import resource
-import signal
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
 import numpy as np
 import pytest
-import torch
+from test_checkpoint import build, disk_full_at, write
 
 import export
+import sample
 import sample_ddp
-from models import DiT_models
 from rope import RopeConfig
 from runtime import hub, pretrained
 from runtime.options import UserError
@@ -51,39 +49,44 @@ class StandIn(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    def do_HEAD(self):
-        self.answer()
-
     def do_GET(self):
-        self.answer()
-
-    def answer(self):
         server, part = self.server, self.headers.get("Range")
         server.seen.append((self.command, self.path, part))
         contents = server.files.get(self.path)
         if self.path in server.errors or contents is None:
             status, name = server.errors.get(self.path, (404, "EntryNotFound"))
-            self.send_response(status)
-            self.send_header("X-Error-Code", name)
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
+            return self.begin(status, {"X-Error-Code": name, "Content-Length": 0})
         first = int(part.removeprefix("bytes=").split("-")[0]) if part else 0
-        self.send_response(206 if part else 200)
-        self.send_header("ETag", f'"{hashlib.sha256(contents).hexdigest()}"')
-        self.send_header("X-Repo-Commit", hashlib.sha1(self.path.encode()).hexdigest())
+        headers = {"ETag": f'"{hashlib.sha256(contents).hexdigest()}"'}
+        headers["X-Repo-Commit"] = hashlib.sha1(self.path.encode()).hexdigest()
         if server.tells_size:
-            self.send_header("Content-Length", str(len(contents) - first))
+            headers["Content-Length"] = len(contents) - first
         if part:
-            self.send_header("Content-Range", f"bytes {first}-{len(contents) - 1}/{len(contents)}")
-        self.end_headers()
+            headers["Content-Range"] = f"bytes {first}-{len(contents) - 1}/{len(contents)}"
+        self.begin(206 if part else 200, headers)
         if self.command == "GET":
             time.sleep(server.pause)
             cut = server.cut.pop(0) if server.cut else len(contents)
             self.wfile.write(contents[first : first + cut])
             self.close_connection = True
 
+    do_HEAD = do_GET
+
+    def begin(self, status: int, headers: dict) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+
     def log_message(self, *_):
         pass
+
+
+def move_hub(monkeypatch, url: str) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(hub, "DIT", url)
 
 
 @pytest.fixture
@@ -95,15 +98,10 @@ def server(monkeypatch, tmp_path):
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "127.0.0.1")
     huggingface_hub.utils.close_session()  # the next one looks at the proxies anew
-    constants = huggingface_hub.constants  # the library has read the environment already
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # it has read the environment already
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(hub, "DIT", server.url)
+    move_hub(monkeypatch, server.url)
     for name, published in hub.PUBLISHED.items():
         moved = hub.Published(published.url.replace("https://dl.fbaipublicfiles.com/DiT/models", server.url))
         if published.url.startswith("https://"):
@@ -114,12 +112,9 @@ def server(monkeypatch, tmp_path):
     server.server_close()
 
 
-def model_bytes(path: Path, wrap=lambda state: {"ema": state}, **options) -> bytes:
+def model_bytes(folder: Path, wrap=lambda state: {"ema": state}, **options) -> bytes:
     """A file of a tiny model's weights that are not zero."""
-    torch.manual_seed(0)
-    model = DiT_models["DiT-XS/2"](**({"input_size": 4, "num_classes": 3} | options))
-    torch.save(wrap({name: value + 0.01 for name, value in model.state_dict().items()}), path)
-    return path.read_bytes()
+    return write(folder / "a.pt", wrap(build(**({"num_classes": 3} | options)).state_dict())).read_bytes()
 
 
 def refusal(name) -> str:
@@ -132,22 +127,16 @@ def refusal(name) -> str:
 
 
 def test_the_table_of_published_checkpoints():
-    spiral = {name: published for name, published in hub.PUBLISHED.items() if published.args}
-    assert {name: published.url for name, published in spiral.items()} == {
-        "dit_s2": "hf://haoyuliu00/Spiral_RoPE/dit_s2/0400000.pt",
-        "dit_b2": "hf://haoyuliu00/Spiral_RoPE/dit_b2/0400000.pt",
-        "dit_l2": "hf://haoyuliu00/Spiral_RoPE/dit_l2/0400000.pt",
-        "dit_xl2": "hf://haoyuliu00/Spiral_RoPE/dit_xl2/0400000.pt",
-        "dit_xl2_7m": "hf://haoyuliu00/Spiral_RoPE/dit_xl2/0700000.pth",
-    }
-    for name, published in spiral.items():
-        settings = ("rope_rotate", "rope_theta", "rope_max_freq_lang", "rope_border", "image_size")
-        assert [published.args[key] for key in settings] == [3 if "xl" in name else 4, 10000.0, 1.5, "clamp", 256]
-    others = {name: published.url for name, published in hub.PUBLISHED.items() if name not in spiral}
-    assert others == {
-        name: f"https://dl.fbaipublicfiles.com/DiT/models/{name}"
-        for name in ("DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt")
-    }
+    files = {f"dit_{size}": f"dit_{size}/0400000.pt" for size in ("s2", "b2", "l2", "xl2")}
+    files = {name: f"hf://haoyuliu00/Spiral_RoPE/{file}" for name, file in files.items()}
+    files["dit_xl2_7m"] = "hf://haoyuliu00/Spiral_RoPE/dit_xl2/0700000.pth"
+    others = {f"DiT-XL-2-{size}x{size}.pt" for size in (256, 512)}
+    files |= {name: f"https://dl.fbaipublicfiles.com/DiT/models/{name}" for name in others}
+    assert {name: published.url for name, published in hub.PUBLISHED.items()} == files
+    for name, published in hub.PUBLISHED.items():
+        rope = asdict(replace(SPIRAL, rotate=3 if "xl" in name else 4))
+        settings = {"image_size": 256} | {f"rope_{key}": value for key, value in rope.items()}
+        assert published.args == ({} if name in others else settings)
 
 
 def test_a_file_wins_over_a_name(server, tmp_path, monkeypatch):
@@ -158,64 +147,36 @@ def test_a_file_wins_over_a_name(server, tmp_path, monkeypatch):
     assert server.seen == []
 
 
-def test_an_unknown_name_is_refused_with_the_names_there_are(refused, tmp_path):
-    names = "dit_s2, dit_b2, dit_l2, dit_xl2, dit_xl2_7m, DiT-XL-2-256x256.pt, DiT-XL-2-512x512.pt"
+def test_a_name_that_stands_for_nothing_is_refused(server, refused, tmp_path):
     start = "is neither a file nor the name of a published checkpoint"
-    end = f"; expected a path such as checkpoints/0050000.pt, hf://user/repo/file, or one of {names}"
-    samples = tmp_path / "samples"
+    end = f"; expected a path such as checkpoints/0050000.pt, hf://user/repo/file, or one of {', '.join(hub.PUBLISHED)}"
     for name, close in (("dit_b4", "dit_b2"), ("DiT-XL-2-256x256", "DiT-XL-2-256x256.pt")):
-        message = refused(sample_ddp.main, ["--ckpt", name, "--sample-dir", samples])
+        message = refused(sample_ddp.main, ["--ckpt", name, "--sample-dir", tmp_path / "samples"])
         assert message == f"checkpoint {name!r} {start}; did you mean {close}?{end}"
     assert refusal("weights.bin") == f"checkpoint 'weights.bin' {start}{end}"
-    assert not samples.exists()
-
-
-def test_names_that_are_no_file_of_the_hub(server):
     for name in ("hf://user/repo", "hf://user/repo@main", "hf://buckets/user/repo/file"):
         expected = f"checkpoint {name!r} names no file of a repository; expected hf://user/repo/file"
         assert refusal(name) == expected
-    remedy = "; correct it, or download it by hand and pass its path"
     for name in ("hf://", "hf://file.pt", "https://example.org/a.pt", "s3://user/repo/file", "hf://user/repo/a//b"):
         message = refusal(name)
-        assert message.startswith(f"checkpoint {name!r} is not hf://user/repo/file (") and message.endswith(remedy)
+        assert message.startswith(f"checkpoint {name!r} is not hf://user/repo/file (")
+        assert message.endswith("; correct it, or download it by hand and pass its path")
     assert refusal("hf://user/repo/../../../escape.pt").startswith("checkpoint 'hf://user/repo/../../../escape.pt' ")
-    assert server.downloads() == []
+    assert not (tmp_path / "samples").exists() and server.downloads() == []
 
 
 # Downloads
 
 
-def test_a_file_of_the_hub_is_downloaded_once(server, tmp_path):
+def test_a_file_of_the_hub_is_downloaded_once_and_needs_no_network_then(server, tmp_path, monkeypatch):
     server.put("user/repo/folder/a.pt", b"contents")
     first = hub.find("hf://user/repo/folder/a.pt")
     assert first.path.read_bytes() == b"contents" and first.path.name == "a.pt" and first.args == {}
     assert first.path.is_relative_to(tmp_path / "hf")
     assert hub.find("hf://user/repo/folder/a.pt") == first
     assert server.downloads() == ["/user/repo/resolve/main/folder/a.pt"]
-
-
-def test_a_revision_is_asked_for(server):
-    server.put("user/repo/a.pt", b"old", revision="v1")
-    server.put("user/repo/a.pt", b"proposed", revision="refs%2Fpr%2F7")
-    assert hub.find("hf://user/repo@v1/a.pt").path.read_bytes() == b"old"
-    assert hub.find("hf://user/repo@refs/pr/7/a.pt").path.read_bytes() == b"proposed"
-
-
-def test_a_broken_connection_is_resumed(server, monkeypatch):
-    contents = bytes(range(256)) * 1000
-    server.put("user/repo/a.pt", contents)
-    server.cut = [100_000]
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 50_000)
-    assert hub.find("hf://user/repo/a.pt").path.read_bytes() == contents
-    parts = [part for method, path, part in server.seen if method == "GET" and path in server.files]
-    assert parts == [None, "bytes=100000-"]
-
-
-def test_a_downloaded_file_needs_no_network(server, monkeypatch):
-    server.put("user/repo/a.pt", b"contents")
-    path = hub.find("hf://user/repo/a.pt").path
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert hub.find("hf://user/repo/a.pt").path == path
+    assert hub.find("hf://user/repo/folder/a.pt") == first
     assert refusal("hf://user/repo/b.pt") == (
         f"checkpoint 'hf://user/repo/b.pt' cannot be fetched: Cannot reach {server.url}/user/repo/resolve/main/b.pt: "
         "offline mode is enabled. To disable it, please unset the `HF_HUB_OFFLINE` environment variable; "
@@ -223,39 +184,49 @@ def test_a_downloaded_file_needs_no_network(server, monkeypatch):
     )
 
 
-def test_what_the_hub_refuses(server, refused, tmp_path):
-    link = f"{server.url}/user/repo/resolve/{{}}/a.pt"
-    gated = "it is gated: accept its conditions on the hub, then log in with `hf auth login` or set HF_TOKEN"
-    private = "the hub has no model user/repo, or it is private: check the name, or log in with `hf auth login`"
-    for status, name, revision, reason in (
+def test_a_revision_is_asked_for_and_a_broken_connection_resumed(server, monkeypatch):
+    contents = bytes(range(256)) * 1000
+    server.put("user/repo/a.pt", b"old", revision="v1")
+    server.put("user/repo/a.pt", contents, revision="refs%2Fpr%2F7")
+    assert hub.find("hf://user/repo@v1/a.pt").path.read_bytes() == b"old"
+    server.cut = [100_000]
+    server.seen.clear()
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 50_000)
+    assert hub.find("hf://user/repo@refs/pr/7/a.pt").path.read_bytes() == contents
+    parts = [part for method, path, part in server.seen if method == "GET" and path in server.files]
+    assert parts == [None, "bytes=100000-"]
+
+
+GATED = "it is gated: accept its conditions on the hub, then log in with `hf auth login` or set HF_TOKEN"
+PRIVATE = "the hub has no model user/repo, or it is private: check the name, or log in with `hf auth login`"
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "revision", "reason"),
+    [
         (404, "EntryNotFound", "main", "user/repo has no file a.pt"),
         (404, "RevisionNotFound", "v2", "user/repo has no revision v2"),
-        (404, "RepoNotFound", "main", private),
-        (401, "RepoNotFound", "main", private),
-        (401, "GatedRepo", "main", gated),
-        (403, "GatedRepo", "main", gated),
-        (403, "Other", "main", f"Client error '403 Forbidden' for url '{link.format('main')}'"),
-    ):
-        server.errors[f"/user/repo/resolve/{revision}/a.pt"] = (status, name)
-        url = "hf://user/repo/a.pt" if revision == "main" else f"hf://user/repo@{revision}/a.pt"
-        message = refused(sample_ddp.main, ["--ckpt", url, "--sample-dir", tmp_path / "samples"])
-        assert message == (
-            f"checkpoint {url!r} cannot be fetched: {reason}; otherwise download {link.format(revision)} by hand and "
-            "pass its path"
-        )
-    assert not (tmp_path / "samples").exists()
+        (404, "RepoNotFound", "main", PRIVATE),
+        (401, "RepoNotFound", "main", PRIVATE),
+        (401, "GatedRepo", "main", GATED),
+        (403, "GatedRepo", "main", GATED),
+        (403, "Other", "main", "Client error '403 Forbidden' for url 'LINK'"),
+    ],
+)
+def test_what_the_hub_refuses(status, error, revision, reason, server):
+    server.errors[f"/user/repo/resolve/{revision}/a.pt"] = (status, error)
+    name = "hf://user/repo/a.pt" if revision == "main" else f"hf://user/repo@{revision}/a.pt"
+    assert refusal(name).replace(f"{server.url}/user/repo/resolve/{revision}/a.pt", "LINK") == (
+        f"checkpoint {name!r} cannot be fetched: {reason}; otherwise download LINK by hand and pass its path"
+    )
 
 
 def test_a_server_that_is_not_there(server, monkeypatch):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         closed = f"http://127.0.0.1:{unused.getsockname()[1]}"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", closed)
-    monkeypatch.setattr(
-        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", closed + "/{repo_id}/resolve/{revision}/{filename}"
-    )
     monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda _: None)  # between its retries
-    monkeypatch.setattr(hub, "DIT", closed)
+    move_hub(monkeypatch, closed)
     for url, link in (("hf://user/repo/a.pt", f"{closed}/user/repo/resolve/main/a.pt"), (f"{closed}/a.pt",) * 2):
         assert refusal(url) == (
             f"checkpoint {url!r} cannot be fetched: [Errno 111] Connection refused; otherwise download {link} by hand "
@@ -263,57 +234,48 @@ def test_a_server_that_is_not_there(server, monkeypatch):
         )
 
 
-def test_a_full_disk(server, tmp_path):
-    """A limit on the size of files stands in for a disk that fills up half-way."""
+NAMES = ["hf://user/repo/a.pt", "DiT-XL-2-256x256.pt"]
+
+
+@pytest.fixture(params=NAMES)
+def name(request, server):
+    """A name of each kind, whose file has 300,000 bytes."""
     server.put("user/repo/a.pt", bytes(300_000))
     server.files["/DiT-XL-2-256x256.pt"] = bytes(300_000)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        messages = [refusal("hf://user/repo/a.pt"), refusal("DiT-XL-2-256x256.pt")]
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, previous)
-    assert all(" cannot be fetched: [Errno 27] File too large; otherwise download " in text for text in messages)
+    return request.param
+
+
+def test_a_full_disk(name, tmp_path):
+    with disk_full_at(100_000):
+        assert " cannot be fetched: [Errno 27] File too large; otherwise download " in refusal(name)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 50_000] == []
 
 
-def test_the_original_dit_is_downloaded_once(server, tmp_path):
-    server.files["/DiT-XL-2-512x512.pt"] = b"contents"
-    found = hub.find("DiT-XL-2-512x512.pt")
-    assert found == hub.Source(
-        tmp_path / "torch" / "hub" / "checkpoints" / "DiT-XL-2-512x512.pt", "DiT-XL-2-512x512.pt"
-    )
-    assert found.path.read_bytes() == b"contents"
-    assert hub.find("DiT-XL-2-512x512.pt") == found
-    assert hub.find(found.path) == hub.Source(found.path)
-    assert server.downloads() == ["/DiT-XL-2-512x512.pt"]
-
-
-def test_half_a_file_of_the_original_dit_is_not_kept(server, tmp_path):
-    server.files["/DiT-XL-2-256x256.pt"] = bytes(1000)
-    server.cut = [400]
-    server.tells_size = False
-    assert "the server does not tell the size of the file; otherwise download" in refusal("DiT-XL-2-256x256.pt")
-    server.tells_size = True
-    message = refusal("DiT-XL-2-256x256.pt")
-    assert "the connection ended after 400 of 1000 bytes; otherwise download" in message
-    assert [path.name for path in tmp_path.rglob("*256*")] == ["DiT-XL-2-256x256.pt.lock"]
-    assert hub.find("DiT-XL-2-256x256.pt").path.read_bytes() == bytes(1000)
-    assert "HTTP Error 404: Not Found; otherwise download" in refusal("DiT-XL-2-512x512.pt")
-
-
-@pytest.mark.parametrize("name", ["hf://user/repo/a.pt", "DiT-XL-2-256x256.pt"])
 def test_of_several_processes_one_downloads(name, server):
     """Threads stand in for processes: the locks are of files that each opens for itself."""
-    server.put("user/repo/a.pt", bytes(1000))
-    server.files["/DiT-XL-2-256x256.pt"] = bytes(1000)
     server.pause = 0.5
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(hub.find, [name] * 3))
-    assert len({source.path for source in found}) == 1 and found[0].path.read_bytes() == bytes(1000)
+    assert len({source.path for source in found}) == 1 and found[0].path.read_bytes() == bytes(300_000)
     assert len(server.downloads()) == 1
+
+
+def test_the_original_dit_is_downloaded_once_and_half_a_file_not_kept(server, tmp_path):
+    name = "DiT-XL-2-512x512.pt"
+    assert "HTTP Error 404: Not Found; otherwise download" in refusal(name)
+    server.files[f"/{name}"] = bytes(1000)
+    server.cut = [400]
+    server.tells_size = False
+    assert "the server does not tell the size of the file; otherwise download" in refusal(name)
+    server.tells_size = True
+    assert "the connection ended after 400 of 1000 bytes; otherwise download" in refusal(name)
+    assert [path.name for path in tmp_path.rglob("*512*")] == [f"{name}.lock"]
+    server.seen.clear()
+    found = hub.find(name)
+    assert found == hub.Source(tmp_path / "torch" / "hub" / "checkpoints" / name, name)
+    assert found.path.read_bytes() == bytes(1000)
+    assert hub.find(name) == found and hub.find(found.path) == hub.Source(found.path)
+    assert server.downloads() == [f"/{name}"]
 
 
 # Settings
@@ -321,50 +283,61 @@ def test_of_several_processes_one_downloads(name, server):
 
 def test_a_published_file_takes_its_settings_from_the_table(server, tmp_path, capsys):
     """Where the file carries none; whatever the name it was asked for by, and the revision."""
-    server.put("haoyuliu00/Spiral_RoPE/dit_b2/0400000.pt", model_bytes(tmp_path / "a.pt", rope=SPIRAL, input_size=32))
-    server.put("haoyuliu00/Spiral_RoPE/dit_b2/0400000.pt", model_bytes(tmp_path / "a.pt", rope=SPIRAL), "v1")
-    for name in (
-        "dit_b2",
-        "hf://haoyuliu00/Spiral_RoPE/dit_b2/0400000.pt",
-        "hf://haoyuliu00/Spiral_RoPE@v1/dit_b2/0400000.pt",
-    ):
+    server.put("haoyuliu00/Spiral_RoPE/dit_b2/0400000.pt", model_bytes(tmp_path, rope=SPIRAL, input_size=32))
+    server.put("haoyuliu00/Spiral_RoPE/dit_b2/0400000.pt", model_bytes(tmp_path, rope=SPIRAL), "v1")
+    for user in ("hf://haoyuliu00/Spiral_RoPE", "hf://haoyuliu00/Spiral_RoPE@v1", None):
+        name = f"{user}/dit_b2/0400000.pt" if user else "dit_b2"
         trained = pretrained.load_trained(name)
-        assert (trained.config.rope, trained.image_size) == (SPIRAL, (256, 256))
+        assert (trained.config.model.rope, trained.image_size) == (SPIRAL, (256, 256))
         assert trained.path.name == "0400000.pt"
-        (line,) = capsys.readouterr().err.splitlines()
         size = trained.path.stat().st_size / 1e6
-        assert line == (
+        assert capsys.readouterr().err == (
             f"checkpoint {name}: DiT-XS/2, image size 256, 3 classes, RoPE {asdict(SPIRAL)}; {size:,.1f} MB in "
-            f"{trained.path}"
+            f"{trained.path}\n"
         )
     pretrained.load_trained("dit_b2", given=dict(use_rope=True, rope={"rotate": 4, "theta": 10000.0}))
-    for rope, flag in (({"rotate": 2}, "--rope-rotate 2"), ({"same_theta": True}, "--rope-same-theta True")):
-        with pytest.raises(UserError, match=f"{flag} disagrees with checkpoint '.*0400000.pt', which was trained with"):
-            pretrained.load_trained("dit_b2", given=dict(use_rope=True, rope=rope))
-    with pytest.raises(UserError, match="--image-size 512 disagrees .* trained with 256; pass --rope-extend"):
-        pretrained.load_trained("dit_b2", given=dict(image_size=(512, 512)))
+    with pytest.raises(UserError, match="--rope-rotate 2 disagrees with checkpoint '.*0400000.pt', which was trained"):
+        pretrained.load_trained("dit_b2", given=dict(use_rope=True, rope={"rotate": 2}))
+    capsys.readouterr()
+    pretrained.load_trained(trained.path, given=dict(use_rope=True, rope={"rotate": 4}))
+    assert capsys.readouterr().err == ""  # of a path there is nothing to tell
 
 
 def test_the_settings_in_a_published_file_win(server, tmp_path):
     rope = RopeConfig(rotate=2, theta=100.0)
     args = argparse.Namespace(image_size=32, rope_rotate=2, rope_theta=100.0, vae="mse")
-    contents = model_bytes(tmp_path / "a.pt", lambda state: {"ema": state, "args": args, "train_steps": 7}, rope=rope)
+    contents = model_bytes(tmp_path, lambda state: {"ema": state, "args": args, "train_steps": 7}, rope=rope)
     server.put("haoyuliu00/Spiral_RoPE/dit_xl2/0700000.pth", contents)
     trained = pretrained.load_trained("dit_xl2_7m")
-    assert (trained.config.rope, trained.image_size, trained.step) == (rope, (32, 32), 7)
+    assert (trained.config.model.rope, trained.image_size, trained.step) == (rope, (32, 32), 7)
 
 
-def test_a_local_path_says_nothing(run, capsys):
-    pretrained.load_trained(run / "checkpoints" / "0000007.pt")
-    assert capsys.readouterr().err == ""
+# The commands
 
 
-def test_the_original_dit_samples_by_its_name(server, vae_folder, sample_arguments, tmp_path):
-    server.files["/DiT-XL-2-256x256.pt"] = model_bytes(tmp_path / "a.pt", lambda state: state)
-    options = dict(ckpt="DiT-XL-2-256x256.pt", vae=vae_folder, num_fid_samples=2)
-    sample_ddp.main(sample_arguments(tmp_path / "samples", **options))
-    (npz,) = (tmp_path / "samples").glob("*.npz")
-    assert npz.name.startswith("DiT-XS-2-DiT-XL-2-256x256-size-32-vae-")
+def test_the_first_commands_of_users_of_dit(server, vae_folder, monkeypatch, capsys, tmp_path):
+    """Without --ckpt they take the file that DiT published for the image size; here it holds a smaller model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrained, "_check_agreement", lambda *_: None)
+    for size in (256, 512):
+        contents = model_bytes(tmp_path, lambda state: state, num_classes=1000, input_size=size // 8)
+        server.files[f"/DiT-XL-2-{size}x{size}.pt"] = contents
+    sample.main(f"--image-size 512 --seed 1 --dry-run --vae {vae_folder}".split())
+    assert "DiT-XL-2-512x512, cfg 4, ddpm 50 steps, seed 1" in capsys.readouterr().out
+    sample_ddp.main("--model DiT-XL/2 --num-fid-samples 50000 --print-name".split())
+    assert capsys.readouterr().out == "samples/DiT-XS-2-DiT-XL-2-256x256-size-256-vae-ema-cfg-1.5-seed-0.npz\n"
+    assert server.downloads() == ["/DiT-XL-2-512x512.pt", "/DiT-XL-2-256x256.pt"]
+    assert not (tmp_path / "samples").exists() and not (tmp_path / "sample.png").exists()
+
+
+@pytest.mark.parametrize("given", ["--model DiT-B/2", "--image-size 256x384", "--num-classes 10", "--use-rope"])
+def test_where_dit_has_no_checkpoint_one_has_to_be_named(given, server, refused):
+    for command in (sample, sample_ddp):
+        assert refused(command.main, given.split()) == (
+            f"DiT published no checkpoint that fits {given}; name another with --ckpt: a file, a run's folder, or one "
+            f"of {', '.join(hub.PUBLISHED)}"
+        )
+    assert server.seen == []
 
 
 def test_an_exported_file_samples_from_the_hub(server, run, sample_arguments, tmp_path):
@@ -372,12 +345,11 @@ def test_an_exported_file_samples_from_the_hub(server, run, sample_arguments, tm
     export.main(["--ckpt", str(run / "checkpoints" / "0000007.pt"), "--out", str(tmp_path / "0000007.safetensors")])
     server.put("user/repo/0000007.safetensors", (tmp_path / "0000007.safetensors").read_bytes())
     found = []
-    for folder, ckpt in (("local", None), ("hub", "hf://user/repo/0000007.safetensors")):
-        changes = {"ckpt": ckpt} if ckpt else {}
+    for folder, changes in (("local", {}), ("hub", {"ckpt": "hf://user/repo/0000007.safetensors"})):
         sample_ddp.main(sample_arguments(tmp_path / folder, num_fid_samples=3, **changes))
         (npz,) = (tmp_path / folder).glob("*.npz")
         settings = json.loads(npz.with_suffix(".json").read_text())
+        assert settings.pop("checkpoint") == changes.get("ckpt", str(run / "checkpoints" / "0000007.pt"))
         with np.load(npz) as archive:
-            found.append((archive["arr_0"].tobytes(), npz.name, settings | {"checkpoint": None}))
-        assert settings["checkpoint"] == str(ckpt or run / "checkpoints" / "0000007.pt")
+            found.append((archive["arr_0"].tobytes(), npz.name, settings))
     assert found[0] == found[1]

@@ -23,18 +23,15 @@ def inputs(batch=2, size=(8, 8), channels=4):
     return x, t, torch.randint(0, 10, (batch,), generator=generator)
 
 
-@pytest.mark.parametrize("name, rope", [("DiT-S/2 rope rotate=4", RopeConfig(rotate=4)), ("DiT-S/2 no rope", None)])
-def test_state_dict_has_the_published_names_and_shapes(golden, name, rope):
-    with torch.device("meta"):
-        model = DiT_models["DiT-S/2"](rope=rope)
-    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
-    assert shapes == golden("state_dict.json")["trainable_and_buffers"][name]
-
-
-def test_sizes_have_the_published_parameter_counts(golden):
-    counts = golden("state_dict.json")["parameters_with_rope"]
-    assert len(counts) == 12
-    for name, expected in counts.items():
+def test_names_shapes_and_sizes_are_the_published_ones(golden):
+    published = golden("state_dict.json")
+    for name, rope in (("DiT-S/2 rope rotate=4", RopeConfig(rotate=4)), ("DiT-S/2 no rope", None)):
+        with torch.device("meta"):
+            state = DiT_models["DiT-S/2"](rope=rope).state_dict()
+        shapes = {key: list(value.shape) for key, value in state.items()}
+        assert shapes == published["trainable_and_buffers"][name]
+    assert len(published["parameters_with_rope"]) == 12
+    for name, expected in published["parameters_with_rope"].items():
         with torch.device("meta"):
             model = DiT_models[name](rope=RopeConfig())
         assert sum(p.numel() for p in model.parameters()) == expected, name
@@ -125,42 +122,36 @@ def test_labels_are_dropped_at_the_right_rate_in_training_alone():
     assert dropped.float().mean().item() == pytest.approx(0.1, abs=4 * math.sqrt(0.1 * 0.9 / 50000))
     assert torch.equal(embedded[~dropped], labels[~dropped].float())
     assert torch.equal(embedder.eval()(labels).flatten(), labels.float())
+    compiled = torch.compile(embedder.train(), backend="aot_eager", fullgraph=True)
+    assert (compiled(labels) == 10).float().mean().item() == pytest.approx(0.1, abs=0.01)
     embedder.dropout_prob = 0.0
     assert torch.equal(embedder.train()(labels).flatten(), labels.float())
 
 
 @encodings
-@pytest.mark.parametrize("cfg_channels, guided_channels", [(3, 3), ("all", 4), (1, 1)])
-def test_guidance_is_its_closed_form_over_two_passes(rope, cfg_channels, guided_channels, fill_weights):
-    model = fill_weights(DiT(**TINY, rope=rope)).eval()
-    x, t, y = inputs()
+@pytest.mark.parametrize(
+    "cfg_channels, guided_channels, options",
+    [
+        (3, 3, {}),
+        ("all", 4, {}),
+        (1, 1, {}),
+        (3, 2, {"in_channels": 2}),  # the variance is never guided
+        ("all", 4, {"learn_sigma": False}),
+    ],
+)
+def test_guidance_is_its_closed_form_over_two_passes(rope, cfg_channels, guided_channels, options, fill_weights):
+    model = fill_weights(DiT(**TINY, **options, rope=rope)).eval()
+    x, t, y = inputs(channels=model.in_channels)
     with torch.no_grad():
         conditional, unconditional = model(x, t, y), model(x, t, torch.full_like(y, 10))
         guided = model.forward_with_cfg(x, t, y, 2.5, cfg_channels)
         unguided = model.forward_with_cfg(x, t, y, 1.0, cfg_channels)
+    assert conditional.shape[1] == model.in_channels * (1 if options == {"learn_sigma": False} else 2)
     expected = conditional.clone()
     expected[:, :guided_channels] += 1.5 * (conditional - unconditional)[:, :guided_channels]
     assert (conditional - unconditional).abs().max() > 0.05
     torch.testing.assert_close(guided, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(unguided, conditional, atol=1e-5, rtol=0)
-
-
-def test_guidance_never_touches_the_variance(fill_weights):
-    model = fill_weights(DiT(**TINY, in_channels=2, rope=RopeConfig())).eval()
-    x, t, y = inputs(channels=2)
-    with torch.no_grad():
-        guided, conditional = model.forward_with_cfg(x, t, y, 4.0), model(x, t, y)
-    torch.testing.assert_close(guided[:, 2:], conditional[:, 2:], atol=1e-5, rtol=0)
-
-
-def test_model_without_variance_predicts_the_noise_alone(fill_weights):
-    model = fill_weights(DiT(**TINY, learn_sigma=False, rope=RopeConfig(rotate=4))).eval()
-    x, t, y = inputs()
-    with torch.no_grad():
-        conditional, unconditional = model(x, t, y), model(x, t, torch.full_like(y, 10))
-        guided = model.forward_with_cfg(x, t, y, 3.0, "all")
-    assert conditional.shape == x.shape
-    torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), atol=1e-5, rtol=0)
 
 
 @pytest.fixture
@@ -189,15 +180,6 @@ def test_queries_and_keys_are_rotated_and_values_are_not(attended, fill_weights)
             turn = torch.complex(cos, sin) * torch.complex(cos[:1], -sin[:1])
             expected = torch.view_as_real(pairs * turn).flatten(-2)
         torch.testing.assert_close(heads, expected, atol=1e-5, rtol=0)
-
-
-def test_phases_are_computed_once_per_forward(monkeypatch):
-    model = DiT(**TINY, rope=RopeConfig(rotate=4))
-    calls = []
-    phases = model.rope_embedder.phases
-    monkeypatch.setattr(model.rope_embedder, "phases", lambda h, w: calls.append((h, w)) or phases(h, w))
-    model(*inputs(size=(8, 12)))
-    assert calls == [(4, 6)]
 
 
 @pytest.mark.parametrize("mode", ["cast", "autocast"])
@@ -235,15 +217,6 @@ def test_compiled_model_has_no_graph_break_and_equal_gradients(rope, fill_weight
         torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-5)
 
 
-def test_compiled_training_drops_labels():
-    torch.manual_seed(0)
-    model = DiT(**TINY, class_dropout_prob=0.5, rope=RopeConfig())
-    embed = torch.compile(model.y_embedder, backend="aot_eager", fullgraph=True)
-    null = model.y_embedder.embedding_table.weight[10]
-    dropped = (embed(torch.zeros(2000, dtype=torch.long)) == null).all(-1).float().mean().item()
-    assert dropped == pytest.approx(0.5, abs=0.05)
-
-
 @pytest.mark.parametrize("rope", [None, RopeConfig(rotate=4)], ids=["sincos", "spiral"])
 def test_gradient_checkpointing_changes_no_gradient(rope, fill_weights, attended):
     model = fill_weights(DiT(**TINY, rope=rope)).train()
@@ -269,12 +242,15 @@ def test_model_built_without_memory_computes_the_same_once_weights_are_loaded(ro
     assert torch.equal(model(*inputs()), source(*inputs()))
 
 
-def test_non_square_latents_are_patches_in_row_major_order(attended, fill_weights):
-    model = fill_weights(DiT(**{**TINY, "input_size": (4, 12), "depth": 1}, rope=RopeConfig(rotate=4))).eval()
+def test_non_square_latents_are_patches_in_row_major_order(attended, fill_weights, monkeypatch):
+    model = fill_weights(DiT(**{**TINY, "input_size": (4, 12)}, rope=RopeConfig(rotate=4))).eval()
     assert model.rope_embedder.pt_grid == (2, 6)
+    calls, phases = [], model.rope_embedder.phases
+    monkeypatch.setattr(model.rope_embedder, "phases", lambda h, w: calls.append((h, w)) or phases(h, w))
     x = torch.zeros(1, 4, 4, 12)
     x[..., :2, 6:8] = 1.0  # patch (0, 3)
     model(x, torch.tensor([5]), torch.tensor([1]))
+    assert calls == [(2, 6)] and len(attended) == 2  # once for all blocks
     _, _, values = attended[0]
     differs = (values - values[:, :, :1]).abs().amax((0, 1, 3)) > 1e-3
     assert differs.nonzero().flatten().tolist() == [3]

@@ -4,17 +4,19 @@ import copy
 import json
 import os
 import pty
+import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import fuzz_checkpoint
+import kill
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, TORCHRUN, command_line
-from test_run_all import Repository
+from conftest import ENVIRONMENT, TINY_RUN, command_line
+from kill import assert_same_run, read_metrics, read_samples
 
 import cache_latents
 import models
@@ -22,69 +24,52 @@ import sample_ddp
 import train
 import visualize_rope
 from demo import digits, measure
-from runtime import checkpoint, distributed, monitor, options, pictures
+from runtime import checkpoint, distributed, files, latents, monitor, options, pictures
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
-TESTS = Path(__file__).resolve().parent
-ROOT = TESTS.parent
-ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ROOT = Path(__file__).resolve().parent.parent
 FULL = OSError(28, "No space left on device")
 AWKWARD = 'it\'s "a" $HOME `x`\n${y} 日本 é\\'
 
 
-def arrays(folder: Path):
-    (npz,) = folder.glob("*.npz")
-    with np.load(npz) as archive:
-        return archive["arr_0"], archive["arr_1"]
+def full(*_):
+    raise FULL
 
 
 # Kills and restarts
 
 
-def test_sampling_killed_again_and_again(run, tmp_path):
-    """kill_sampling.py in its short form: one process, two, and one run killed three times give the same images."""
-    command = [sys.executable, TESTS / "kill_sampling.py", "--kills", "3", "--folder", tmp_path]
-    options = {"num_fid_samples": 24, "num_sampling_steps": 4, "precision": "fp32"}
-    process = subprocess.run(
-        [*command, "--ckpt", run / "checkpoints" / "0000007.pt", "--", *command_line(options)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=ENVIRONMENT,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert process.stdout.endswith("killed 3 of 3 times: {'random': 1, 'half an image': 1, 'half the .npz': 1}\n")
+def test_training_killed_again_and_again(image_folder, vae_folder, tmp_path):
+    """kill.py in its short form: a random moment, half a checkpoint written, one written and not renamed."""
+    random.seed(0)
+    changes = {"data_path": image_folder, "vae": vae_folder, "log_every": 1, "ckpt_every": 2, "max_steps": 30}
+    assert kill.kill_training(tmp_path, 3, command_line(TINY_RUN | changes)) == dict.fromkeys(kill.TRAINING_MOMENTS, 1)
+    assert_same_run(tmp_path / "killed", tmp_path / "reference")
+
+
+def test_sampling_killed_again_and_again(run, tmp_path, capsys):
+    """kill.py in its short form: one process, two, and one run killed three times give the same images."""
+    random.seed(0)
+    arguments = "--num-fid-samples=24 --num-sampling-steps=4 --precision=fp32".split()
+    assert kill.kill_sampling(tmp_path, 3, run, arguments) == dict.fromkeys(kill.SAMPLING_MOMENTS, 1)
+    output = capsys.readouterr().out
     for name in ("two", "killed"):
-        assert f"\n{name}: 24 labels and 96 draws of noise equal; " in process.stdout
+        assert f"{name}: 96 draws of noise equal, 24 images, " in output
 
 
-def test_a_run_outlives_its_reader_and_a_closed_terminal_stops_one_with_a_checkpoint(
-    image_folder, vae_folder, tmp_path
-):
-    """Two processes at a time: one whose output is a pipe that is closed, one in a terminal that is closed."""
-
-    def command(name: str, **changes) -> list[str]:
-        options = TINY_RUN | {"data_path": image_folder, "vae": vae_folder, "results_dir": tmp_path / name} | changes
-        return [sys.executable, str(ROOT / "train.py"), *map(str, command_line(options))]
-
-    reader = subprocess.Popen(
-        command("piped", max_steps=12), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execve(sys.executable, command("terminal", max_steps=100_000, ckpt_every=100_000), ENVIRONMENT)
-    assert "model: DiT-XS/2" in reader.stdout.readline()
-    reader.stdout.close()
+def test_a_closed_terminal_stops_a_run_with_a_checkpoint(train_arguments, tmp_path):
+    controller, terminal = pty.openpty()
+    arguments = train_arguments(tmp_path / "run", max_steps=100_000, ckpt_every=100_000)
+    process = kill.start(kill.train_in_terminal, os.ttyname(terminal), arguments)
     seen = b""
     while b"step 0000003" not in seen:
-        seen += os.read(terminal, 4096)
+        seen += os.read(controller, 4096)
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    (path,) = (tmp_path / "terminal" / "checkpoints").iterdir()
-    log = (tmp_path / "terminal" / "log.txt").read_text()
+    os.close(controller)
+    assert kill.ended_by(process) == 0
+    (path,) = (tmp_path / "run" / "checkpoints").iterdir()
+    log = (tmp_path / "run" / "log.txt").read_text()
     assert log.endswith(f"stopped on request at step {int(path.stem):,}; repeat the same command to go on\n")
-    assert (reader.wait(timeout=600), reader.stderr.read()) == (0, "")
-    assert "finished at step 12" in (tmp_path / "piped" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("under_nohup", [False, True])
@@ -99,40 +84,11 @@ def test_a_closed_terminal_is_a_request_to_stop_but_under_nohup(under_nohup):
         signal.signal(signal.SIGHUP, before)
 
 
-DIES_ONCE = """\
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-import models, train
-from conftest import TINY_XS
-from runtime import monitor
-models.SIZES["XS"].update(TINY_XS)
-monitor.plot_loss = lambda _: None
-step = train.Trainer.train_step
-def train_step(self, batches):
-    step(self, batches)
-    if self.step == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "0":
-        os.kill(os.getpid(), signal.SIGKILL)
-train.Trainer.train_step = train_step
-train.main()
-"""
-
-
-def test_torchrun_recovers_from_a_killed_process(image_folder, vae_folder, tmp_path):
+def test_torchrun_recovers_from_a_killed_process(two):
     """Rank 0, which holds the lock and has a data worker that outlives it, is killed: both start again and go on."""
-    (tmp_path / "dies_once.py").write_text(DIES_ONCE.format(tests=str(TESTS)))
-    options = TINY_RUN | {"data_path": image_folder, "vae": vae_folder, "results_dir": tmp_path / "run"}
-    options |= {"ckpt_every": 2, "num_workers": 1, "log_every": 1}
-    process = subprocess.run(
-        [*TORCHRUN, "--max-restarts=1", tmp_path / "dies_once.py", *command_line(options)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=ENVIRONMENT,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert process.stdout.count("0000002.pt at step 2") == 1 and process.stdout.count("finished at step 7") == 1
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, 8))
+    log = (two.folder / "restarted" / "log.txt").read_text()
+    assert log.count("0000002.pt at step 2") == 1 and log.count("finished at step 7") == 1
+    assert [record["step"] for record in read_metrics(two.folder / "restarted")] == list(range(1, 8))
 
 
 # Hostile checkpoints
@@ -149,62 +105,53 @@ def test_damaged_checkpoints_never_crash_a_reader(image_folder, vae_folder, tmp_
     assert outcomes["sampling", "values", "loaded"] > 0  # what it does not read may be anything
 
 
-def replaced(state: dict, keys: tuple, value) -> dict:
-    """A copy of the checkpoint with one value in its tree replaced."""
-    state = parent = copy.deepcopy(state)
-    for key in keys[:-1]:
-        parent = parent[key]
-    parent[keys[-1]] = value
-    return state
-
-
 BIAS = "x_embedder.proj.bias"
-TRAINING_STATES = {
-    "NaN weights": (("model", BIAS), torch.full((64,), torch.nan), f"FILE has values in model {BIAS} that are not "
-                    "finite numbers; use an earlier one"),
-    "infinite average": (("ema", BIAS), torch.full((64,), torch.inf), f"FILE has values in ema {BIAS} that are not "
-                         "finite numbers; use an earlier one"),
-    "whole numbers": (("model", BIAS), torch.zeros(64, dtype=torch.long), f"FILE: model {BIAS} is of type int64; "
-                      "expected floating-point numbers"),
-    "another shape": (("ema", BIAS), torch.zeros(65), f"FILE: {BIAS} has shape (65,), expected (64,)"),
-    "no weights": (("model",), {}, "FILE lacks 32 weights, such as blocks.0.adaLN_modulation.1.bias"),
-    "moments of another shape": (("opt", "state", 1, "exp_avg"), torch.zeros(3), f"FILE: optimizer exp_avg of {BIAS} "
-                                 "has shape (3,), expected (64,)"),
-    "moments of nothing": (("opt", "state"), {}, "FILE has optimizer states of 0 of 31 weights"),
-    "NaN moments": (("opt", "state", 1, "exp_avg_sq"), torch.full((64,), torch.nan), "FILE has values in optimizer "
-                    f"exp_avg_sq of {BIAS} that are not finite numbers; use an earlier one"),
-    "negative step": (("step",), -1, "FILE has a step that is no whole number >= 0; use another"),
-    "another log": (("log", "sums"), [[1.0, 2.0]], "FILE cannot be resumed (RuntimeError: shape '[4]' is invalid for "
-                    "input of size 2); use another"),
-    "no log": (("log",), {}, "FILE cannot be resumed (KeyError: 'sums'); use another"),
-}  # fmt: skip
+NOT_FINITE = "that are not finite numbers; use an earlier one"
+TRAINING_STATES = {  # where, what is put there, the message
+    "NaN weights": ("model", BIAS, torch.full((64,), torch.nan), f"FILE has values in model {BIAS} {NOT_FINITE}"),
+    "infinite average": ("ema", BIAS, torch.full((64,), torch.inf), f"FILE has values in ema {BIAS} {NOT_FINITE}"),
+    "whole numbers": ("model", BIAS, torch.zeros(64).long(), f"FILE: model {BIAS} is of type int64; expected floating"),
+    "another shape": ("ema", BIAS, torch.zeros(65), f"FILE: {BIAS} has shape (65,), expected (64,)"),
+    "no weights": ("model", {}, "FILE lacks 32 weights, such as blocks.0.adaLN_modulation.1.bias"),
+    "other moments": (
+        "opt.state",
+        1,
+        {"exp_avg": torch.zeros(3)},
+        "optimizer exp_avg of x_embedder.proj.bias has shape",
+    ),
+    "no moments": ("opt", "state", {}, "FILE has optimizer states of 0 of 31 weights"),
+    "NaN moments": ("opt.state", 1, {"exp_avg": torch.full((64,), torch.nan)}, f"exp_avg of {BIAS} {NOT_FINITE}"),
+    "negative step": ("step", -1, "FILE has a step that is no whole number >= 0; use another"),
+    "another log": ("log", "sums", [[1.0, 2.0]], "FILE cannot be resumed (RuntimeError: shape '[4]' is invalid for"),
+    "no log": ("log", {}, "FILE cannot be resumed (KeyError: 'sums'); use another"),
+    "no run of ours": ("config", None, "FILE has no config, so it cannot be resumed; use another --results-dir"),
+    "10 GB": (
+        "opt.state",
+        1,
+        {"exp_avg": torch.zeros(1).expand(2_500_000_000)},
+        "no checkpoint in FOLDER can be read;",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", TRAINING_STATES)
 def test_training_refuses_what_it_cannot_go_on_from(case, run, train_arguments, refused, tmp_path):
-    keys, value, expected = TRAINING_STATES[case]
+    *keys, value, expected = TRAINING_STATES[case]
+    state = parent = copy.deepcopy(checkpoint.load(run / "checkpoints" / "0000004.pt"))
+    keys = [*keys[0].split("."), *keys[1:]]
+    for key in keys[:-1]:
+        parent = parent[key]
+    parent[keys[-1]] = parent[keys[-1]] | value if isinstance(value, dict) and value else value
     path = tmp_path / "run" / "checkpoints" / "0000003.pt"
     path.parent.mkdir(parents=True)
-    torch.save(replaced(checkpoint.load(run / "checkpoints" / "0000004.pt"), keys, value), path)
-    before = path.read_bytes()
+    torch.save(state, path)
     arguments = train_arguments(tmp_path / "run", lr=0.01, ema_decay=0.5, use_rope=True, rope_rotate=2)
-    assert refused(train.main, arguments).replace(f"checkpoint {str(path)!r}", "FILE") == expected
-    assert path.read_bytes() == before and not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-def test_a_small_file_that_claims_10_gb_is_skipped(run, train_arguments, refused, tmp_path):
-    folder = tmp_path / "run" / "checkpoints"
-    folder.mkdir(parents=True)
-    state, keys = checkpoint.load(run / "checkpoints" / "0000004.pt"), ("opt", "state", 1, "exp_avg")
-    torch.save(replaced(state, keys, torch.zeros(1).expand(2_500_000_000)), folder / "0000003.pt")
-    arguments = train_arguments(tmp_path / "run", lr=0.01, ema_decay=0.5, use_rope=True, rope_rotate=2)
-    assert refused(train.main, arguments) == (
-        f"no checkpoint in {str(folder)!r} can be read; restore one, or remove them to start afresh"
-    )
-    assert (
-        f"warning: skipped a checkpoint: checkpoint {str(folder / '0000003.pt')!r}: opt.state.1.exp_avg claims "
-        "10000000000 bytes, more than the file holds of it" in (tmp_path / "run" / "log.txt").read_text()
-    )
+    message = refused(train.main, arguments, has_begun=case == "10 GB")  # which log.txt tells of
+    assert expected in message.replace(f"checkpoint {str(path)!r}", "FILE").replace(repr(str(path.parent)), "FOLDER")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    if case == "10 GB":
+        claim = f"{str(path)!r}: opt.state.1.exp_avg claims 10000000000 bytes, more than the file holds of it"
+        assert claim in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_damage_in_the_weights_is_noticed_before_sampling(run, sample_arguments, refused, tmp_path):
@@ -215,14 +162,19 @@ def test_damage_in_the_weights_is_noticed_before_sampling(run, sample_arguments,
     path.write_bytes(damaged)
     message = refused(sample_ddp.main, sample_arguments(tmp_path / "samples", ckpt=path))
     assert message.startswith(f"checkpoint {str(path)!r} is damaged: checksum of ")
-    assert message.endswith(" differs; copy it again") and not (tmp_path / "samples").exists()
+    assert message.endswith(" differs; copy it again")
 
 
 # Full disks
 
 
+def cannot_be_written(option: str, folder: Path) -> str:
+    reason = "[Errno 28] No space left on device"
+    return f"{option} {str(folder)!r} cannot be written ({reason}); free space there and repeat the command to go on"
+
+
 def test_a_disk_that_fills_up_while_sampling(sample_arguments, refused, tmp_path, monkeypatch):
-    save_png, saved = pictures.save_png, []
+    folder, save_png, saved = tmp_path / "samples", pictures.save_png, []
 
     def filling(image, path):
         saved.append(path)
@@ -231,87 +183,66 @@ def test_a_disk_that_fills_up_while_sampling(sample_arguments, refused, tmp_path
             raise FULL
         save_png(image, path)
 
-    folder = tmp_path / "samples"
-    message = (
-        f"--sample-dir {str(folder)!r} cannot be written ([Errno 28] No space left on device); free space there and "
-        "repeat the command to go on"
-    )
+    message = cannot_be_written("--sample-dir", folder)
     monkeypatch.setattr(pictures, "save_png", filling)
-    assert refused(sample_ddp.main, sample_arguments(folder)) == message
+    assert refused(sample_ddp.main, sample_arguments(folder), has_begun=True) == message
     assert len(list(folder.glob("*/*.png"))) == 6 and not list(folder.glob("*.npz"))
     monkeypatch.setattr(pictures, "save_png", save_png)
-    write_array = np.lib.format.write_array
-
-    def full(*_):
-        raise FULL
-
-    monkeypatch.setattr(np.lib.format, "write_array", full)
-    assert refused(sample_ddp.main, sample_arguments(folder)) == message
+    with monkeypatch.context() as patch:
+        patch.setattr(np.lib.format, "write_array", full)
+        assert refused(sample_ddp.main, sample_arguments(folder), has_begun=True) == message
     assert len(list(folder.glob("*/*.png"))) == 13 and not list(folder.glob("*.npz"))
     assert not list(folder.rglob("*.partial"))
-    monkeypatch.setattr(np.lib.format, "write_array", write_array)
     sample_ddp.main(sample_arguments(folder))
-    assert len(arrays(folder)[0]) == 13
+    assert len(read_samples(folder)[0]) == 13
 
 
 def test_space_for_samples_is_looked_at_before_sampling(sample_arguments, refused, tmp_path, monkeypatch):
-    usage = sample_ddp.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(sample_ddp.shutil, "disk_usage", lambda _: usage._replace(free=50_000))
+    usage = files.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage._replace(free=50_000))
     folder = tmp_path / "samples"
-    assert refused(sample_ddp.main, sample_arguments(folder)) == (
-        f"--sample-dir {str(folder)!r} needs at least 58.4 kB for 13 images and the .npz of 13, and its disk has 50 kB "
-        "free; choose another"
+    message = refused(sample_ddp.main, sample_arguments(folder), has_begun=True)
+    assert (
+        f"--sample-dir {str(folder)!r} cannot be written (it needs 58.4 kB and 50 kB are free on the disk)" in message
     )
     assert not list(folder.rglob("*.png"))
     sample_ddp.main(sample_arguments(folder, num_fid_samples=11))
-    assert len(arrays(folder)[0]) == 11
+    assert len(read_samples(folder)[0]) == 11
 
 
 @pytest.mark.parametrize("partly", [True, False])
-def test_a_disk_that_fills_up_while_caching(partly, image_folder, vae_folder, refused, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_while_caching(partly, cache_arguments, refused, tmp_path, monkeypatch):
     """A write that takes a part of the bytes is not the end of it: the next one says that the disk is full."""
     folder, pwrite, written = tmp_path / "latents", os.pwrite, []
-    arguments = {"data_path": image_folder, "vae": vae_folder, "latents_dir": folder, "image_size": 32}
-    arguments = command_line(arguments | {"num_workers": 0, "batch_size": 4})
 
     def filling(descriptor, contents, offset):
         written.append(offset)
         if len(written) == 15 and partly:
             return pwrite(descriptor, contents[:10], offset)
-        if len(written) >= 15:
-            raise FULL
-        return pwrite(descriptor, contents, offset)
+        return full() if len(written) >= 15 else pwrite(descriptor, contents, offset)
 
-    monkeypatch.setattr(cache_latents, "CHUNK", 5)
-    monkeypatch.setattr(os, "pwrite", filling)
-    assert refused(cache_latents.main, arguments) == (
-        f"--latents-dir {str(folder)!r} cannot be written ([Errno 28] No space left on device); free space there and "
-        "repeat the command to go on"
-    )
-    assert not (folder / "meta.json").exists()
-    monkeypatch.setattr(os, "pwrite", pwrite)
-    cache_latents.main(arguments)
-    monkeypatch.setattr(cache_latents, "CHUNK", 5)
-    cache_latents.main([*arguments, f"--latents-dir={tmp_path / 'whole'}"])
-    assert (folder / "moments.npy").read_bytes() == (tmp_path / "whole" / "moments.npy").read_bytes()
-    assert (folder / "labels.npy").read_bytes() == (tmp_path / "whole" / "labels.npy").read_bytes()
+    monkeypatch.setattr(latents, "CHUNK", 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", filling)
+        message = refused(cache_latents.main, cache_arguments(folder), has_begun=True)
+    assert message == cannot_be_written("--latents-dir", folder) and not (folder / "meta.json").exists()
+    for root in (folder, tmp_path / "whole"):
+        cache_latents.main(cache_arguments(root))
+    for name in ("moments.npy", "labels.npy"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_disk_too_full_to_begin(train_arguments, refused, tmp_path, monkeypatch):
-    def full(*_):
-        raise FULL
-
-    monkeypatch.setattr(monitor, "write_text", full)
-    assert refused(train.main, train_arguments(tmp_path / "run")) == (
-        f"--results-dir {str(tmp_path / 'run')!r} cannot be written ([Errno 28] No space left on device); free space "
-        "there and repeat the command to go on"
+    monkeypatch.setattr(files, "write_text", full)
+    assert refused(train.main, train_arguments(tmp_path / "run"), has_begun=True) == (
+        cannot_be_written("--results-dir", tmp_path / "run")
     )
 
 
 def test_a_log_that_cannot_be_written_is_a_warning(tmp_path, capsys, monkeypatch):
     logger = monitor.make_logger(tmp_path)
     logger.info("a line")
-    monkeypatch.setattr(logger.handlers[1].stream, "write", lambda _: (_ for _ in ()).throw(FULL), raising=False)
+    monkeypatch.setattr(logger.handlers[1].stream, "write", full, raising=False)
     logger.info("another")
     output = capsys.readouterr()
     assert "another\n" in output.out and output.err == ""
@@ -321,12 +252,12 @@ def test_a_log_that_cannot_be_written_is_a_warning(tmp_path, capsys, monkeypatch
 # Sampling
 
 
-def test_fewer_samples_later(run, sample_arguments, tmp_path):
+def test_fewer_samples_later(sample_arguments, tmp_path):
     """The images that are there already stay; the .npz has exactly as many as were asked for."""
     sample_ddp.main(sample_arguments(tmp_path))
-    images, labels = arrays(tmp_path)
+    images, labels = read_samples(tmp_path)
     sample_ddp.main(sample_arguments(tmp_path, num_fid_samples=4))
-    fewer, fewer_labels = arrays(tmp_path)
+    fewer, fewer_labels = read_samples(tmp_path)
     assert np.array_equal(fewer, images[:4]) and fewer_labels.tolist() == labels[:4].tolist()
     assert len(list(tmp_path.glob("*/*.png"))) == 13
 
@@ -334,43 +265,27 @@ def test_fewer_samples_later(run, sample_arguments, tmp_path):
 # Names
 
 
-def test_awkward_names_work_in_every_command(image_folder, vae_folder, tmp_path, capsys):
+def test_awkward_names_work_in_every_command(image_folder, vae_folder, cache_arguments, tmp_path):
     """Quotes, dollars, line breaks, backslashes and other alphabets, in every path and every class."""
     root = tmp_path / AWKWARD
-    (root / "vae").parent.mkdir()
+    images, cache, results, samples = (root / f"{name} {AWKWARD}" for name in ("images", "latents", "run", "samples"))
+    images.mkdir(parents=True)
     (root / "vae").symlink_to(vae_folder)
-    images, latents, results, samples = (root / f"{name} {AWKWARD}" for name in ("images", "latents", "run", "samples"))
-    images.mkdir()
     for number, name in enumerate(("ant", "bee", "käfer")):
         (images / f"{AWKWARD}{number}").symlink_to(image_folder / name)
-    options = {"data_path": images, "latents_dir": latents, "vae": root / "vae", "image_size": 32, "num_workers": 0}
-    cache_latents.main(command_line(options))
-    options = TINY_RUN | {"latents_dir": latents, "results_dir": results, "max_steps": 2}
+    cache_latents.main(cache_arguments(cache, data_path=images, vae=root / "vae"))
+    options = TINY_RUN | {"latents_dir": cache, "results_dir": results, "max_steps": 2}
     train.main(command_line(options | {"use_rope": True}))
     config = json.loads((results / "config.json").read_text(encoding="utf-8"))
     assert config["data"]["classes"] == [f"{AWKWARD}{number}" for number in range(3)]
-    options = {"ckpt": results / "checkpoints" / "0000002.pt", "sample_dir": samples, "num_fid_samples": 3}
-    sample_ddp.main(command_line(options | {"num_sampling_steps": 2, "precision": "fp32"}))
+    options = {"ckpt": results, "sample_dir": samples, "num_fid_samples": 3, "num_sampling_steps": 2}
+    sample_ddp.main(command_line(options | {"precision": "fp32"}))
     (npz,) = samples.glob("*.npz")
     measure.main(["--samples", str(npz)])
     assert json.loads(npz.with_suffix(".digits.metrics.json").read_text())["samples"] == 3
     visualize_rope.main(["--rope-rotate", "2", "--grid", "4", "--only", "directions", "--out", str(root / "r.png")])
     digits.main([str(root / "digits"), "--size", "8"])
     assert (root / "r.png").exists() and (root / "digits" / "9").is_dir()
-
-
-def test_awkward_names_work_in_run_all(tmp_path):
-    repository = Repository(tmp_path)
-    images, base = tmp_path / f"images {AWKWARD}", tmp_path / f"results {AWKWARD}"
-    for name in ("one", f"two {AWKWARD}"):
-        (images / name).mkdir(parents=True)
-    settings = {"DATA_PATH": str(images), "RESULTS_BASE": str(base), "VAE": str(repository.root / "assets/demo_vae")}
-    output, errors, calls = repository.run(**settings)
-    assert errors == "" and [call[0] for call in calls][:2] == ["cache_latents.py", "train.py"]
-    (npz,) = base.rglob("*.npz")
-    assert calls[0][calls[0].index("--data-path") + 1] == str(images) and str(npz) in output
-    output, errors, calls = repository.run(**settings)
-    assert errors == "" and calls == [] and "Everything was finished already" in output
 
 
 def test_names_that_are_not_utf8(image_folder, train_arguments, sample_arguments, refused, tmp_path):
@@ -386,23 +301,20 @@ def test_names_that_are_not_utf8(image_folder, train_arguments, sample_arguments
     link.symlink_to(image_folder)
     not_utf8 = f"argument {os.fsencode(link)!r} is not UTF-8; rename what it names, or pass a link to it"
     assert refused(train.main, train_arguments(tmp_path / "run", data_path=link)) == not_utf8
-    assert refused(sample_ddp.main, sample_arguments(link)) == not_utf8
     assert refused(measure.main, ["--samples", link]) == not_utf8
     assert refused(options.command(visualize_rope.main), ["--out", link]) == not_utf8
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["images", name])
 
 
-def test_files_whose_names_are_not_utf8_are_read_and_listed(image_folder, vae_folder, tmp_path):
+def test_files_whose_names_are_not_utf8_are_read_and_listed(image_folder, cache_arguments, tmp_path):
     images, name = tmp_path / "images", os.fsdecode(b"caf\xe9.png")
     (images / "ant").mkdir(parents=True)
     (images / "ant" / "a.png").symlink_to(image_folder / "ant" / "00.png")
     (images / "ant" / name).write_bytes(b"damaged")
-    options = {"data_path": images, "latents_dir": tmp_path / "latents", "vae": vae_folder, "image_size": 32}
-    cache_latents.main(command_line(options | {"num_workers": 0, "skip_unreadable": True}))
+    cache_latents.main(cache_arguments(tmp_path / "latents", data_path=images, skip_unreadable=True))
     assert (tmp_path / "latents" / "skipped.txt").read_bytes() == os.fsencode(images / "ant" / name) + b"\n"
 
 
-# Wrong input, in real processes
+# Wrong input, in a real process
 
 
 class Marker:
@@ -415,36 +327,37 @@ class Marker:
         return (os.mkdir, (str(self.path),))
 
 
-def test_real_processes_end_with_one_line(image_folder, vae_folder, run, tmp_path):
-    """Exit status 2 and one line, with nothing that libraries add; all at once, since imports take most of the time."""
-    (tmp_path / "input").mkdir()
-    hostile, folder = tmp_path / "input" / "a.pt", tmp_path / "out"
+def test_real_commands(image_folder, vae_folder, train_arguments, tmp_path):
+    """A mistake is exit status 2 and one line, with nothing that libraries add; a run outlives its output's reader.
+
+    All in one real process, since imports take most of the time of each.
+    """
+    hostile, folder, outcomes = tmp_path / "a.pt", tmp_path / "out", tmp_path / "outcomes"
+    outcomes.mkdir()
     torch.save({"ema": Marker(tmp_path / "ran")}, hostile)
-    shared = {"data_path": image_folder, "vae": vae_folder, "image_size": 32}
-    training = command_line(TINY_RUN | shared | {"results_dir": folder})
-    ckpt = ["--ckpt", run / "checkpoints" / "0000007.pt"]
+    shared = {"data_path": image_folder, "vae": vae_folder, "image_size": 36}
     cases = [  # script, arguments, the line
-        ("train.py", [*training, "--image-size=20"], "--image-size 20 is not divisible by 16 (VAE down-sampling 8 x "
-         "patch 2); choose a multiple of 16"),
-        ("train.py", [*training, "--lr=0"], "argument --lr: '0' is not a number > 0"),
-        ("cache_latents.py", command_line(shared | {"latents_dir": folder, "image_size": 36}), "--image-size 36 is "
-         "not divisible by 8 (VAE down-sampling 8 x patch 1); choose a multiple of 8"),
+        ("train.py", command_line(TINY_RUN | shared | {"results_dir": folder}), "--image-size 36 is not divisible by "
+         "16 (VAE down-sampling 8 x patch 2); choose a multiple of 16"),
+        ("cache_latents.py", command_line(shared | {"latents_dir": folder}), "--image-size 36 is not divisible by 8 "
+         "(VAE down-sampling 8 x patch 1); choose a multiple of 8"),
         ("sample_ddp.py", ["--ckpt", hostile, "--sample-dir", folder], f"checkpoint {str(hostile)!r} is refused: it "
          "asks for posix.mkdir; only tensors and plain values load"),
-        ("sample_ddp.py", [*ckpt, "--guidance-interval", "0", "9"], "argument --guidance-interval: '9' is not a number "
-         "with 0 <= value <= 1"),
         ("evaluate.py", ["--metrics=is", "--samples=none.npz"], "--samples 'none.npz' does not exist; expected an .npz "
          "with images arr_0 uint8 (N, H, W, 3)"),
         ("visualize_rope.py", ["--rope-theta", "-1"], "argument --rope-theta: '-1' is not a number > 0"),
+        ("train.py", train_arguments(tmp_path / "run", max_steps=12, ckpt_every=12), None),
     ]  # fmt: skip
-    commands = [[sys.executable, ROOT / script, *arguments] for script, arguments, _ in cases]
-    captured = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, **captured) for command in commands]
-    results = [(*process.communicate(timeout=600), process.returncode) for process in processes]
-    for (script, _, line), result in zip(cases, results, strict=True):
-        assert result == ("", f"{script}: error: {line}\n", 2)
-    line = "--global-batch-size 7 is not divisible by 2 processes x 1 micro-batches; use a multiple of 2"
-    command = [*TORCHRUN, ROOT / "train.py", *training, "--global-batch-size=7"]
-    both = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, timeout=600, **captured)
-    assert both.stderr.count(f"train.py: error: {line}\n") == 1  # beside torchrun's own summary
-    assert [path.name for path in tmp_path.iterdir()] == ["input"]
+    commands = [[str(ROOT / script), *map(str, arguments)] for script, arguments, _ in cases]
+    (tmp_path / "commands").write_text(json.dumps(commands))
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, ROOT / "tests" / "real_commands.py", tmp_path / "commands"]
+    process = subprocess.Popen(command, cwd=outcomes, env=ENVIRONMENT, **pipes)
+    first = process.stdout.readline()
+    process.stdout.close()
+    assert (process.wait(timeout=600), process.stderr.read()) == (0, "") and "model: DiT-XS/2" in first
+    assert "finished at step 12" in (tmp_path / "run" / "log.txt").read_text()
+    for number, (script, _, line) in enumerate(cases[:-1]):
+        found = json.loads((outcomes / f"{number}.json").read_text())
+        assert found == [2, "", f"{script}: error: {line}\n"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "commands", "outcomes", "run"]

@@ -1,4 +1,4 @@
-"""Training: resume to the bit, stopping, kills, two processes, non-finite steps, full disks, locks."""
+"""Training: resume to the bit, stopping, non-finite steps, full disks, locks, two processes, dry runs."""
 
 import copy
 import itertools
@@ -11,64 +11,45 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import two_processes
-from conftest import TINY_RUN, TORCHRUN, command_line
+from conftest import command_line, contents
+from kill import assert_same_bits, assert_same_run, newest, read_metrics
 
-import cache_latents
 import evaluate_loss
 import train
 from diffusion.gaussian_diffusion import GaussianDiffusion
-from runtime import checkpoint, data, distributed, latents, monitor
+from runtime import checkpoint, data, distributed, estimate, monitor, vae
+from runtime.run import RunFolder
+from runtime.training import Trainer, learning_rate
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
-TESTS = Path(__file__).resolve().parent
-
-
-def newest(results: Path) -> dict:
-    return checkpoint.load(checkpoint.training_checkpoints(results / "checkpoints")[-1])
-
-
-def assert_equal_bits(first, second) -> None:
-    """Nested dicts and lists with the same keys, values and bits of tensors."""
-    assert type(first) is type(second)
-    if isinstance(first, torch.Tensor):
-        assert first.dtype == second.dtype and torch.equal(first, second)
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for key in first:
-            assert_equal_bits(first[key], second[key])
-    elif isinstance(first, list):
-        assert len(first) == len(second)
-        for one, other in zip(first, second, strict=True):
-            assert_equal_bits(one, other)
-    else:
-        assert first == second
-
-
-def assert_same_run(results: Path, reference: Path) -> None:
-    """Two runs ended with the same bits, and their metrics show every step once with the same values."""
-    one, other = newest(results), newest(reference)
-    for key in ("model", "ema", "opt", "step", "config", "log"):
-        assert_equal_bits(one[key], other[key])
-    assert metrics(results) == metrics(reference)
-
-
-def metrics(results: Path) -> list[dict]:
-    """Records without what depends on the clock."""
-    records = [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]
-    assert len({record["step"] for record in records}) == len(records)
-    timed = ("images_per_second", "eta_seconds")
-    return [{key: value for key, value in record.items() if key not in timed} for record in records]
+OF_RUN = dict(lr=0.01, ema_decay=0.5, use_rope=True, rope_rotate=2)  # the fixture's options
+FULL = OSError(28, "No space left on device")
 
 
 @pytest.fixture
 def stop_after_step(signal_after):
     """Makes the run signal itself at the end of its count-th step from here."""
-    return lambda count, number=signal.SIGTERM: signal_after(train.Trainer, "train_step", count, number)
+    return lambda count, number=signal.SIGTERM: signal_after(Trainer, "train_step", count, number)
+
+
+@pytest.fixture
+def stopped(train_arguments, stop_after_step, tmp_path, capsys):
+    """Starts a run in tmp_path/run and stops it after so many steps; its folder."""
+
+    def stop(steps: int, **changes) -> Path:
+        stop_after_step(steps)
+        train.main(train_arguments(tmp_path / "run", **changes))
+        assert f"stopped on request at step {steps}; repeat the same command to go on\n" in capsys.readouterr().out
+        return tmp_path / "run"
+
+    return stop
 
 
 VARIANTS = {
@@ -89,56 +70,73 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(
-    variant, train_arguments, stop_after_step, tmp_path, capsys
+    variant, train_arguments, stopped, stop_after_step, tmp_path
 ):
     changes = VARIANTS[variant]
     train.main(train_arguments(tmp_path / "whole", **changes))
-    arguments = train_arguments(tmp_path / "stopped", **changes)
-    for steps, number in ((2, signal.SIGTERM), (3, signal.SIGUSR1), (1, signal.SIGINT)):  # at steps 2, 5 and 6
+    arguments = train_arguments(stopped(2, **changes), **changes)
+    for steps, number in ((3, signal.SIGUSR1), (1, signal.SIGINT)):  # at steps 5 and 6
         stop_after_step(steps, number)
         train.main(arguments)
-        assert "stopped on request at step" in capsys.readouterr().out
+    assert newest(tmp_path / "run")["step"] == 6
     train.main(arguments)
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_run_goes_on_when_its_length_grows(train_arguments, tmp_path, capsys):
-    train.main(train_arguments(tmp_path / "whole"))
+def test_a_run_goes_on_when_its_length_grows(whole, train_arguments, tmp_path, capsys):
     train.main(train_arguments(tmp_path / "grown", max_steps=3))
     assert (tmp_path / "grown" / "finished.json").exists()
-    capsys.readouterr()
     train.main(train_arguments(tmp_path / "grown", max_steps=7))
     assert "resumed from" in capsys.readouterr().out
-    assert_same_run(tmp_path / "grown", tmp_path / "whole")
+    assert_same_run(tmp_path / "grown", whole)
 
 
-def test_what_a_killed_process_leaves_is_cleaned_up(train_arguments, stop_after_step, tmp_path):
-    train.main(train_arguments(tmp_path / "whole"))
-    results = tmp_path / "killed"
-    stop_after_step(4)
-    train.main(train_arguments(results))
-    leftovers = [results / "checkpoints" / "0000008.pt.partial", results / "checkpoints" / "0000004.pt.partial"]
-    for path in leftovers:
-        path.write_bytes(b"half a checkpo")
+def test_what_a_killed_process_leaves_is_cleaned_up(whole, train_arguments, stopped):
+    results = stopped(4)
+    for name in ("0000008.pt.partial", "0000004.pt.partial"):
+        (results / "checkpoints" / name).write_bytes(b"half a checkpo")
     with open(results / "metrics.jsonl", "a") as file:  # a line past the checkpoint, and one that was cut off
         file.write('{"step": 6, "loss": 0.1, "grad_norm": 1, "lr": 1}\n{"step": 7, "lo')
     train.main(train_arguments(results))
-    assert_same_run(results, tmp_path / "whole")
-    assert not any(path.exists() for path in leftovers)
+    assert_same_run(results, whole)
+
+
+def test_what_is_stored_is_completed_by_defaults(train_arguments, stopped, tmp_path):
+    """A checkpoint of a time when some settings were not there yet goes on as if they had been."""
+    changes = dict(use_rope=True, rope_rotate=2, val_fraction=0.3)
+    train.main(train_arguments(tmp_path / "whole", **changes))
+    path = checkpoint.step_path(stopped(2, **changes) / "checkpoints", 2)
+    state = copy.deepcopy(checkpoint.load(path))
+    for section, name in (("rope", "border"), ("recipe", "grad_clip"), ("validation", "left_out"), ("vae", "source")):
+        del (state["config"]["model"] if section == "rope" else state["config"])[section][name]
+    checkpoint.save(path, state)
+    train.main(train_arguments(tmp_path / "run", **changes))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_finished_run_is_left_alone(run, train_arguments, tmp_path, capsys):
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.rglob("*.pt")}
-    records = (run / "metrics.jsonl").read_bytes()
-    train.main(train_arguments(run, lr=0.01, ema_decay=0.5, use_rope=True, rope_rotate=2))
-    assert "nothing to do: the run has 7 of 7 steps" in capsys.readouterr().out
-    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.rglob("*.pt")} == before
-    assert (run / "metrics.jsonl").read_bytes() == records
+    results = shutil.copytree(run, tmp_path / "run")
+    before = contents(tmp_path)
+    train.main(train_arguments(results, **OF_RUN))
+    assert capsys.readouterr().out.endswith(f"nothing to do: {results} has all of its 7 steps\n")
+    assert contents(tmp_path) == before
+
+
+def test_a_finished_run_on_cached_latents_loads_neither_model_nor_autoencoder(
+    cache, train_arguments, tmp_path, monkeypatch, capsys
+):
+    arguments = train_arguments(tmp_path / "run", data_path=None, vae=None, latents_dir=cache, max_steps=2)
+    train.main(arguments)
+    for owner, name in ((vae, "VAE"), (train, "VAE"), (train, "initial_model")):
+        monkeypatch.setattr(owner, name, None)
+    before = contents(tmp_path)
+    train.main(arguments)
+    assert "nothing to do: " in capsys.readouterr().out and contents(tmp_path) == before
 
 
 def test_a_finished_run_leaves_what_it_promises(run):
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["0000004.pt", "0000007.pt"]
-    assert [record["step"] for record in metrics(run)] == [3, 6, 7]
+    assert [record["step"] for record in read_metrics(run)] == [3, 6, 7]
     assert json.loads((run / "finished.json").read_text()) == {"step": 7}
     config = json.loads((run / "config.json").read_text())
     assert config["model"]["rope"]["rotate"] == 2 and config["recipe"]["lr"] == 0.01
@@ -152,13 +150,16 @@ def test_a_finished_run_leaves_what_it_promises(run):
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+# The step
+
+
 def test_logged_values_are_means_since_the_last_line(train_arguments, tmp_path, monkeypatch):
-    losses, step = [], train.Trainer.train_step
+    losses, step = [], Trainer.train_step
     monkeypatch.setattr(
-        train.Trainer, "train_step", lambda self, batches: (step(self, batches), losses.append(float(self.loss)))
+        Trainer, "train_step", lambda self, batches: (step(self, batches), losses.append(float(self.loss)))
     )
     train.main(train_arguments(tmp_path / "run", lr_schedule="linear", warmup_steps=2, epochs=2))  # 6 steps
-    first, second = metrics(tmp_path / "run")
+    first, second = read_metrics(tmp_path / "run")
     assert first["loss"] == pytest.approx(sum(losses[:3]) / 3, rel=1e-6)
     assert second["loss"] == pytest.approx(sum(losses[3:]) / 3, rel=1e-6)
     assert (first["epoch"], second["epoch"]) == (1, 2)
@@ -178,12 +179,16 @@ def test_the_run_ends_with_what_comes_first(train_arguments):
 
 
 def test_learning_rate(train_arguments):
-    args = train.parse_args(train_arguments(Path("unused"), lr=2.0, lr_schedule="linear", warmup_steps=4))
-    rates = [train.learning_rate(step, 12, args) for step in range(1, 13)]
+    def recipe(total=12, **changes):
+        return train.recipe_of(train.parse_args(train_arguments(Path("unused"), lr=2.0, **changes)), total)
+
+    linear = recipe(lr_schedule="linear", warmup_steps=4)
+    rates = [learning_rate(step, 12, linear) for step in range(1, 13)]
     assert rates[:4] == [0.5, 1, 1.5, 2]
     assert rates[4:] == pytest.approx([1.75, 1.5, 1.25, 1, 0.75, 0.5, 0.25, 0])
-    args = train.parse_args(train_arguments(Path("unused"), lr=2.0))
-    assert {train.learning_rate(step, 12, args) for step in range(1, 13)} == {2.0}
+    assert {learning_rate(step, 12, recipe()) for step in range(1, 13)} == {2.0}
+    steps = {total: recipe(total, lr_schedule="linear", warmup_steps="auto").warmup_steps for total in (7, 250, 5000)}
+    assert steps == {7: 0, 250: 25, 5000: 100}
 
 
 def test_the_published_recipe_is_the_default():
@@ -195,9 +200,18 @@ def test_the_published_recipe_is_the_default():
     assert train.DEFAULT_EPOCHS == 1400
 
 
-def test_the_average_follows_the_weights(train_arguments, tmp_path):
-    args = train.parse_args(train_arguments(tmp_path / "run", ema_decay=0.75, max_steps=1))
-    trainer = train.Trainer(train.plan(args, torch.device("cpu")))
+@pytest.fixture
+def make_job(train_arguments, tmp_path):
+    """The plan of a run with these changes."""
+
+    def make(**changes):
+        return train.plan(train.parse_args(train_arguments(tmp_path / "run", **changes)), torch.device("cpu"))
+
+    return make
+
+
+def test_the_average_follows_the_weights(make_job):
+    trainer = make_job(ema_decay=0.75).trainer()
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     pixels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
     trainer.train_step([(pixels, torch.zeros(8, dtype=torch.long))])
@@ -207,16 +221,15 @@ def test_the_average_follows_the_weights(train_arguments, tmp_path):
         torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * after[name])
 
 
-def test_micro_batches_add_up_to_the_whole_batch(train_arguments, tmp_path, monkeypatch):
+def test_micro_batches_add_up_to_the_whole_batch(make_job, monkeypatch):
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 0.3))
     monkeypatch.setattr(torch, "randint", lambda high, shape, device: torch.full(shape, high // 2))
     monkeypatch.setattr(torch, "rand", lambda shape, device: torch.full(shape, 0.5))
     found = []
     for micro_batches in (1, 2, 4):
-        args = train.parse_args(train_arguments(tmp_path / "run", grad_accum_steps=micro_batches))
-        trainer = train.Trainer(train.plan(args, torch.device("cpu")))
-        batches = data.EpochBatches(24, 8, 0, 0, micro_batches)
-        with data.open_loader(trainer.job.dataset, batches, 0, torch.device("cpu")) as loader:
+        job = make_job(grad_accum_steps=micro_batches)
+        trainer, batches = job.trainer(), data.EpochBatches(24, 8, 0, 0, micro_batches)
+        with data.open_loader(job.dataset, batches, 0, torch.device("cpu")) as loader:
             trainer.train_step([next(loader) for _ in range(micro_batches)])
         found.append((trainer.loss, trainer.model.final_layer.linear.weight.grad))
     for loss, gradient in found[1:]:
@@ -225,15 +238,12 @@ def test_micro_batches_add_up_to_the_whole_batch(train_arguments, tmp_path, monk
 
 
 def test_bf16_multiplies_in_bfloat16_and_keeps_everything_else_in_float32(train_arguments, tmp_path, monkeypatch):
-    asked, kept, update = [], [], train.Trainer.update
+    asked, kept, predicted = [], [], []
+    update, autocast, losses = Trainer.update, distributed.autocast, GaussianDiffusion.training_losses
 
     def watched(self):
         kept.extend([self.loss.dtype, *(parameter.grad.dtype for parameter in self.parameters)])
         update(self)
-
-    monkeypatch.setattr(train.Trainer, "update", watched)
-    monkeypatch.setattr(train, "autocast", lambda *args: (asked.append(args[1]), distributed.autocast(*args))[1])
-    predicted, losses = [], GaussianDiffusion.training_losses
 
     def seen(self, model, *args, **kwargs):
         def predict(*inputs, **labels):
@@ -242,6 +252,8 @@ def test_bf16_multiplies_in_bfloat16_and_keeps_everything_else_in_float32(train_
 
         return losses(self, predict, *args, **kwargs)
 
+    monkeypatch.setattr(Trainer, "update", watched)
+    monkeypatch.setattr(distributed, "autocast", lambda *args: (asked.append(args[1]), autocast(*args))[1])
     monkeypatch.setattr(GaussianDiffusion, "training_losses", seen)
     train.main(train_arguments(tmp_path / "run", precision="bf16", max_steps=2, use_rope=True, rope_rotate=2))
     assert asked == ["bf16"] * 2 and [out.dtype for out in predicted] == [torch.bfloat16] * 2
@@ -264,25 +276,7 @@ def test_every_step_and_micro_batch_has_noise_of_its_own(train_arguments, tmp_pa
     assert len(drawn) == 12 and len({tuple(t.tolist()) for t in drawn}) == 12
 
 
-# Killed, and out of disk
-
-
-def test_killed_again_and_again(image_folder, vae_folder, tmp_path):
-    """kill_training.py in its short form: a random moment, half a checkpoint written, one written and not renamed."""
-    options = TINY_RUN | {"data_path": image_folder, "vae": vae_folder, "log_every": 1, "ckpt_every": 5}
-    options |= {"max_steps": 60}
-    command = [sys.executable, TESTS / "kill_training.py", "--kills", "3", "--folder", tmp_path, "--"]
-    process = subprocess.run(
-        [*command, *command_line(options)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert "killed 3 of 3 times" in process.stdout
-    assert_same_run(tmp_path / "killed", tmp_path / "reference")
-    assert not list(tmp_path.rglob("*.partial"))
+# Out of disk
 
 
 @pytest.fixture
@@ -293,15 +287,16 @@ def full_disk_at(monkeypatch):
     def fail(step: int) -> None:
         def full(descriptor):
             if f"{step:07d}.pt" in os.readlink(f"/proc/self/fd/{descriptor}"):
-                raise OSError(28, "No space left on device")
+                raise FULL
             fsync(descriptor)
 
         monkeypatch.setattr(os, "fsync", full)
 
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("names of open files come from /proc")
     return fail
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files come from /proc")
 def test_a_full_disk_in_mid_run_is_survived(train_arguments, full_disk_at, tmp_path, capsys):
     full_disk_at(4)
     train.main(train_arguments(tmp_path / "run", ckpt_every=2))
@@ -313,6 +308,27 @@ def test_a_full_disk_in_mid_run_is_survived(train_arguments, full_disk_at, tmp_p
     assert sorted(file.name for file in path.parent.iterdir()) == ["0000002.pt", "0000006.pt", "0000007.pt"]
     for file in path.parent.iterdir():
         checkpoint.load(file, verify=True)
+
+
+def test_a_full_disk_at_the_end_leaves_what_was_there(whole, train_arguments, full_disk_at, refused, tmp_path):
+    full_disk_at(7)
+    path = tmp_path / "run" / "checkpoints" / "0000007.pt"
+    assert refused(train.main, train_arguments(tmp_path / "run"), has_begun=True) == (
+        f"checkpoint {str(path)!r} could not be written: [Errno 28] No space left on device; earlier checkpoints are "
+        "whole: free space and repeat the command"
+    )
+    assert [file.name for file in path.parent.iterdir()] == ["0000004.pt"]
+    assert not (tmp_path / "run" / "finished.json").exists()
+    full_disk_at(99)
+    train.main(train_arguments(tmp_path / "run"))
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_stop_right_after_a_failed_write_tries_again(train_arguments, full_disk_at, signal_after, refused, tmp_path):
+    full_disk_at(4)
+    signal_after(RunFolder, "save", 1)
+    message = refused(train.main, train_arguments(tmp_path / "run"), has_begun=True)
+    assert "0000004.pt' could not be written" in message
 
 
 def test_a_disk_too_full_for_metrics_and_plots_is_survived(train_arguments, tmp_path, monkeypatch, capsys):
@@ -330,7 +346,7 @@ def test_a_disk_too_full_for_metrics_and_plots_is_survived(train_arguments, tmp_
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     def full(_):
-        raise OSError(28, "No space left on device")
+        raise FULL
 
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     monkeypatch.setattr(monitor.Metrics, "write", limited)
@@ -340,175 +356,120 @@ def test_a_disk_too_full_for_metrics_and_plots_is_survived(train_arguments, tmp_
     output, path = capsys.readouterr().out, tmp_path / "run" / "metrics.jsonl"
     assert f"warning: step 6 is missing in {path}: [Errno 27] File too large" in output
     assert "loss.png and old checkpoints are left as they were: [Errno 28] No space left on device" in output
-    assert [record["step"] for record in metrics(tmp_path / "run")] == [3, 7]
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == [3, 7]
     assert newest(tmp_path / "run")["step"] == 7
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files come from /proc")
-def test_a_full_disk_at_the_end_leaves_what_was_there(train_arguments, full_disk_at, refused, tmp_path, monkeypatch):
-    full_disk_at(7)
-    path = tmp_path / "run" / "checkpoints" / "0000007.pt"
-    assert refused(train.main, train_arguments(tmp_path / "run")) == (
-        f"checkpoint {str(path)!r} could not be written: [Errno 28] No space left on device; earlier checkpoints are "
-        "whole: free space and repeat the command"
-    )
-    assert [file.name for file in path.parent.iterdir()] == ["0000004.pt"]
-    assert not (tmp_path / "run" / "finished.json").exists()
-    full_disk_at(99)
-    train.main(train_arguments(tmp_path / "run"))
-    train.main(train_arguments(tmp_path / "whole"))
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+# Which checkpoint
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files come from /proc")
-def test_a_stop_right_after_a_failed_write_tries_again(train_arguments, full_disk_at, refused, tmp_path, monkeypatch):
-    full_disk_at(4)
-    save = train.save
-
-    def stop(*args, **kwargs):
-        monkeypatch.setattr(train, "save", save)
-        written = save(*args, **kwargs)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return written
-
-    monkeypatch.setattr(train, "save", stop)
-    assert "0000004.pt' could not be written" in refused(train.main, train_arguments(tmp_path / "run"))
-
-
-def test_space_is_looked_at_before_writing(train_arguments, refused, tmp_path, monkeypatch):
-    usage = checkpoint.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    path = tmp_path / "run" / "checkpoints" / "0000007.pt"
-    message = refused(train.main, train_arguments(tmp_path / "run"))
-    assert re.fullmatch(
-        re.escape(f"checkpoint {str(path)!r} needs ") + r"29\d{5} bytes and 1000 are free on its disk; earlier "
-        "checkpoints are whole: free space and repeat the command",
-        message,
-    )
-    assert list(path.parent.iterdir()) == []
-
-
-def test_only_so_many_checkpoints_are_kept(train_arguments, tmp_path):
-    train.main(train_arguments(tmp_path / "run", ckpt_every=2, keep_checkpoints=2))
-    assert sorted(file.name for file in (tmp_path / "run" / "checkpoints").iterdir()) == ["0000006.pt", "0000007.pt"]
-
-
-def test_keeping_few_checkpoints_keeps_the_newest_valid_one(train_arguments, stop_after_step, tmp_path, capsys):
+def test_keeping_few_checkpoints_keeps_the_newest_valid_one(whole, train_arguments, stopped, stop_after_step, capsys):
     """A damaged checkpoint of a later step counts for nothing: it must not push out what the run goes on to write."""
-    stop_after_step(6)
-    arguments = train_arguments(tmp_path / "run", ckpt_every=4, keep_checkpoints=2)
-    train.main(arguments)  # checkpoints of steps 4 and 6
-    folder = tmp_path / "run" / "checkpoints"
-    (folder / "0000006.pt").write_bytes((folder / "0000006.pt").read_bytes()[:1000])
+    results = stopped(6, keep_checkpoints=2)  # checkpoints of steps 4 and 6
+    path = results / "checkpoints" / "0000006.pt"
+    path.write_bytes(path.read_bytes()[:1000])
     stop_after_step(1)
-    train.main(train_arguments(tmp_path / "run", ckpt_every=4, keep_checkpoints=1))
-    assert sorted(path.name for path in folder.iterdir()) == ["0000005.pt", "0000006.pt"]
+    train.main(train_arguments(results, keep_checkpoints=1))
+    assert sorted(file.name for file in path.parent.iterdir()) == ["0000005.pt", "0000006.pt"]
     capsys.readouterr()
-    train.main(arguments)
+    train.main(train_arguments(results, keep_checkpoints=2))
     output = capsys.readouterr().out
     assert "warning: skipped a checkpoint: checkpoint" in output and "0000005.pt at step 5" in output
-    train.main(train_arguments(tmp_path / "whole"))
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(results, whole)
 
 
-def test_resume_skips_a_damaged_checkpoint_and_says_so(train_arguments, stop_after_step, tmp_path, capsys):
-    train.main(train_arguments(tmp_path / "whole"))
-    stop_after_step(6)
-    train.main(train_arguments(tmp_path / "run"))  # checkpoints of steps 4 and 6
-    path = tmp_path / "run" / "checkpoints" / "0000006.pt"
+def test_resume_skips_a_damaged_checkpoint_and_says_so(whole, train_arguments, stopped, capsys):
+    path = stopped(6) / "checkpoints" / "0000006.pt"
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
-    capsys.readouterr()
-    train.main(train_arguments(tmp_path / "run"))
-    output = capsys.readouterr().out
-    assert f"warning: skipped a checkpoint: checkpoint {str(path)!r} is damaged: checksum of" in output
-    assert "at step 4" in output
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    skipped = f"warning: skipped a checkpoint: checkpoint {str(path)!r} is damaged: checksum of"
+    for extra, went_on in ((["--dry-run"], "would go on from step 4"), ([], "0000004.pt at step 4")):
+        train.main([*train_arguments(path.parent.parent), *extra])
+        output = capsys.readouterr().out
+        assert skipped in output and went_on in output
+    assert_same_run(path.parent.parent, whole)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(
-    train_arguments, stop_after_step, refused, tmp_path
-):
-    stop_after_step(2)
-    train.main(train_arguments(tmp_path / "run"))
-    path = tmp_path / "run" / "checkpoints" / "0000002.pt"
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(train_arguments, stopped, refused):
+    path = stopped(2) / "checkpoints" / "0000002.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    assert refused(train.main, train_arguments(tmp_path / "run")) == (
-        f"no checkpoint in {str(path.parent)!r} can be read; restore one, or remove them to start afresh"
-    )
+    for extra in (["--dry-run"], []):
+        assert refused(train.main, [*train_arguments(path.parent.parent), *extra], has_begun=not extra) == (
+            f"no checkpoint in {str(path.parent)!r} can be read; restore one, or remove them to start afresh"
+        )
     assert path.stat().st_size == 1000
 
 
 # One run in a folder, one recipe in a run
 
 
-def test_a_second_run_in_the_same_folder_is_refused(run, train_arguments, refused):
-    holder = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import fcntl, sys\n"
-            "file = open(sys.argv[1], 'w')\n"
-            "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
-            "print('locked', flush=True)\n"
-            "sys.stdin.read()\n",
-            run / ".lock",
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+def test_a_second_run_in_the_same_folder_is_refused(run, train_arguments, refused, tmp_path):
+    results = shutil.copytree(run, tmp_path / "run")
+    hold = (
+        "import fcntl, sys\n"
+        "file = open(sys.argv[1], 'w')\n"
+        "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        "print('locked', flush=True)\n"
+        "sys.stdin.read()\n"
     )
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen([sys.executable, "-c", hold, results / ".lock"], **pipes)
     assert holder.stdout.readline() == "locked\n"
-    records = (run / "metrics.jsonl").read_bytes()
-    arguments = train_arguments(run, lr=0.01, ema_decay=0.5, use_rope=True, rope_rotate=2)
+    arguments = train_arguments(results, **OF_RUN, max_steps=8)
     assert refused(train.main, arguments) == (
-        f"--results-dir {str(run)!r} is in use by another run; wait for it or choose another"
+        f"--results-dir {str(results)!r} is in use by another run; wait for it or choose another"
     )
-    assert (run / "metrics.jsonl").read_bytes() == records
     holder.communicate("", timeout=30)
     train.main(arguments)
+    assert newest(results)["step"] == 8
 
 
-def test_another_recipe_is_refused_by_name(run, train_arguments, refused):
-    path = run / "checkpoints" / "0000007.pt"
-    same = dict(lr=0.01, ema_decay=0.5, use_rope=True, rope_rotate=2, max_steps=9)
-    before = (run / "metrics.jsonl").read_bytes(), (run / "config.json").read_bytes()
+def test_another_model_data_set_or_recipe_is_refused_by_name(run, train_arguments, image_folder, refused, tmp_path):
+    """The model is compared first, then the data: what follows from another one is not listed beside it."""
+    results, others = shutil.copytree(run, tmp_path / "run"), shutil.copytree(image_folder, tmp_path / "others")
+    (others / "bee" / "01.png").rename(others / "bee" / "99.png")
+    path = results / "checkpoints" / "0000007.pt"
 
     def message(**changes):
-        text = refused(train.main, train_arguments(run, **same | changes))
-        start = f"checkpoint {str(path)!r} was trained with other settings: "
-        end = "; repeat the run's own command, or use another --results-dir"
-        assert text.startswith(start) and text.endswith(end)
-        return text[len(start) : -len(end)]
+        text = refused(train.main, train_arguments(results, **OF_RUN | {"max_steps": 9} | changes))
+        start, end = f"checkpoint {str(path)!r} was trained with ", "; repeat the run's own command, or use another "
+        assert text.startswith(start) and text.endswith(end + "--results-dir")
+        return text[len(start) : -len(end + "--results-dir")]
 
-    assert message(lr=0.02) == "recipe.lr 0.01 (now 0.02)"
-    assert message(no_flip=True, global_seed=1) == "recipe.global_seed 0 (now 1), recipe.flip True (now False)"
-    assert message(grad_clip=1) == "recipe.grad_clip None (now 1.0)"
-    assert message(rope_rotate=4) == "model.rope.rotate 2 (now 4)"
-    assert message(rope_border="exact") == "model.rope.border 'clamp' (now 'exact')"
-    assert message(num_classes=5) == "model.num_classes 3 (now 5)"
-    assert message(global_batch_size=4) == "recipe.global_batch_size 8 (now 4)"
-    assert message(model="DiT-XS/4").startswith("model.model 'DiT-XS/2' (now 'DiT-XS/4')")
-    assert message(use_rope=None, rope_rotate=None).startswith("model.rope.rotate 2 (now None)")
-    assert ((run / "metrics.jsonl").read_bytes(), (run / "config.json").read_bytes()) == before
-    assert not (run / "checkpoints" / "0000009.pt").exists()
+    assert message(lr=0.02) == message(lr=0.02, max_steps=7) == "other settings: recipe.lr 0.01 (now 0.02)"
+    assert message(no_flip=True, global_seed=1) == (
+        "other settings: recipe.global_seed 0 (now 1), recipe.flip True (now False)"
+    )
+    assert message(grad_clip=1) == "other settings: recipe.grad_clip None (now 1.0)"
+    assert message(global_batch_size=4) == "other settings: recipe.global_batch_size 8 (now 4)"
+    assert message(lr=0.02, rope_rotate=4) == "another model: model.rope.rotate 2 (now 4)"
+    assert message(rope_border="exact", data_path=others) == ("another model: model.rope.border 'clamp' (now 'exact')")
+    assert message(num_classes=5, val_fraction=0.3) == "another model: model.num_classes 3 (now 5)"
+    assert message(model="DiT-XS/4").startswith("another model: model.model 'DiT-XS/2' (now 'DiT-XS/4')")
+    assert message(use_rope=None, rope_rotate=None).startswith("another model: model.rope.rotate 2 (now None)")
+    assert message(lr=0.02, data_path=others).startswith("other data: data.fingerprint ")
 
 
-def test_other_data_and_another_vae_are_refused_and_a_moved_folder_is_not(
+def test_another_vae_is_refused_and_a_moved_folder_is_not(
     run, image_folder, vae_folder, make_vae, train_arguments, refused, tmp_path, capsys
 ):
-    same = dict(lr=0.01, ema_decay=0.5, use_rope=True, rope_rotate=2)
-    moved = tmp_path / "moved"
-    shutil.copytree(image_folder, moved)
-    copied_vae = shutil.copytree(vae_folder, tmp_path / "vae")
-    train.main(train_arguments(run, data_path=moved, vae=copied_vae, **same))
+    moved, copied_vae = shutil.copytree(image_folder, tmp_path / "moved"), shutil.copytree(vae_folder, tmp_path / "vae")
+    train.main(train_arguments(run, data_path=moved, vae=copied_vae, **OF_RUN))
     assert "nothing to do" in capsys.readouterr().out
-    (moved / "bee" / "01.png").rename(moved / "bee" / "99.png")
-    assert "other settings: data.fingerprint" in refused(train.main, train_arguments(run, data_path=moved, **same))
-    other_vae = make_vae(seed=1)
-    message = refused(train.main, train_arguments(run, vae=other_vae, **same))
-    assert "other settings: vae.sha256" in message and "data." not in message
+    message = refused(train.main, train_arguments(run, vae=make_vae(seed=1), **OF_RUN))
+    assert "was trained with another model: vae.sha256" in message and "data." not in message
+
+
+@pytest.mark.parametrize("extra", ["--dry-run", "--max-steps=7", "--max-steps=8"])
+def test_a_config_that_is_not_ours_is_one_line(extra, run, train_arguments, refused, tmp_path):
+    results = shutil.copytree(run, tmp_path / "run")
+    path = results / "checkpoints" / "0000007.pt"
+    state = checkpoint.load(path)
+    checkpoint.save(path, state | {"config": state["config"] | {"vae": {"colour": "red"}}})
+    assert refused(train.main, [*train_arguments(results, **OF_RUN), extra]).startswith(
+        f"checkpoint {str(path)!r} cannot be resumed (TypeError: "
+    )
 
 
 # Steps that are not finite
@@ -516,19 +477,18 @@ def test_other_data_and_another_vae_are_refused_and_a_moved_folder_is_not(
 
 def poison(monkeypatch, steps) -> list:
     """Make the loss not a number in some steps (counted from 0); returns a list that gets the trainer."""
-    loss, trainers = train.Trainer.micro_batch_loss, []
+    loss, trainers = Trainer.micro_batch_loss, []
 
     def micro_batch_loss(self, inputs, labels):
         trainers.append(self)
         return loss(self, inputs, labels) + (math.inf if self.step in steps else 0)  # its gradient is finite
 
-    monkeypatch.setattr(train.Trainer, "micro_batch_loss", micro_batch_loss)
+    monkeypatch.setattr(Trainer, "micro_batch_loss", micro_batch_loss)
     return trainers
 
 
 def test_a_non_finite_step_changes_neither_weights_nor_optimizer(train_arguments, tmp_path, monkeypatch):
-    states = []
-    update = train.Trainer.update
+    states, update = [], Trainer.update
 
     def watched(self):
         parts = (self.model, self.optimizer, self.ema)
@@ -536,17 +496,17 @@ def test_a_non_finite_step_changes_neither_weights_nor_optimizer(train_arguments
         update(self)
         states.append((before, copy.deepcopy([part.state_dict() for part in parts])))
 
-    monkeypatch.setattr(train.Trainer, "update", watched)
+    monkeypatch.setattr(Trainer, "update", watched)
     poison(monkeypatch, {0, 3})
     train.main(train_arguments(tmp_path / "run", grad_clip=1, max_steps=6))
     for step, (before, after) in enumerate(states):
         equal = all(torch.equal(before[0][name], after[0][name]) for name in before[0])
         assert equal == (step in (0, 3))
         if step == 3:  # in step 0 the optimizer's state appears, as zeros
-            assert_equal_bits(before[1]["state"], after[1]["state"])
+            assert_same_bits(before[1]["state"], after[1]["state"])
         assert all(torch.isfinite(value).all() for value in after[2].values())
-    assert [record["skipped"] for record in metrics(tmp_path / "run")] == [1, 1]
-    assert all(math.isfinite(record["loss"]) for record in metrics(tmp_path / "run"))
+    assert [record["skipped"] for record in read_metrics(tmp_path / "run")] == [1, 1]
+    assert all(math.isfinite(record["loss"]) for record in read_metrics(tmp_path / "run"))
     assert "skipped 1 non-finite steps" in (tmp_path / "run" / "log.txt").read_text()
 
 
@@ -554,25 +514,22 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run(train_arguments, refused
     trainers = poison(monkeypatch, set(range(4, 99)))
     arguments = train_arguments(tmp_path / "run", max_steps=50, max_bad_steps=3, log_every=2)
     path = tmp_path / "run" / "checkpoints" / "0000004.pt"
-    assert refused(train.main, arguments) == (
+    assert refused(train.main, arguments, has_begun=True) == (
         "loss or gradient not finite in 3 steps in a row, the last at step 7 (loss inf); no such step changed the "
         f"weights, and the newest checkpoint is {path}: repeat the command with --precision fp32 to go on from it, or "
         "start again with a lower --lr or --grad-clip 1 in another --results-dir"
     )
     stored = checkpoint.load(path, verify=True)
-    assert_equal_bits(dict(stored["model"]), dict(trainers[-1].model.state_dict()))
-    assert metrics(tmp_path / "run")[-1] == {
+    assert_same_bits(dict(stored["model"]), dict(trainers[-1].model.state_dict()))
+    assert read_metrics(tmp_path / "run")[-1] == {
         "step": 6, "epoch": 2, "loss": None, "grad_norm": None, "lr": 0.001, "skipped": 2
     }  # fmt: skip
 
 
-def test_a_streak_of_non_finite_steps_lasts_over_a_resume(
-    train_arguments, stop_after_step, refused, tmp_path, monkeypatch
-):
+def test_a_streak_of_non_finite_steps_lasts_over_a_resume(train_arguments, stopped, refused, monkeypatch):
     poison(monkeypatch, set(range(2, 99)))
-    stop_after_step(4)
-    train.main(train_arguments(tmp_path / "run", max_bad_steps=4))  # two bad steps of four
-    message = refused(train.main, train_arguments(tmp_path / "run", max_bad_steps=4))
+    results = stopped(4, max_bad_steps=4)  # two bad steps of four
+    message = refused(train.main, train_arguments(results, max_bad_steps=4), has_begun=True)
     assert message.startswith("loss or gradient not finite in 4 steps in a row, the last at step 6 (loss inf)")
 
 
@@ -580,7 +537,7 @@ def test_a_run_that_bad_steps_ended_gets_all_its_tries_again(train_arguments, re
     """A checkpoint may fall on the very step that ended the run: repeating the command must not end at once."""
     poison(monkeypatch, {2, 3, 4})
     arguments = train_arguments(tmp_path / "run", max_bad_steps=2)  # ended after step 4, which has a checkpoint
-    assert "not finite in 2 steps in a row, the last at step 4" in refused(train.main, arguments)
+    assert "not finite in 2 steps in a row, the last at step 4" in refused(train.main, arguments, has_begun=True)
     assert newest(tmp_path / "run")["log"]["streak"] == 2
     train.main(arguments)
     assert newest(tmp_path / "run")["step"] == 7
@@ -592,45 +549,96 @@ def test_good_steps_between_bad_ones_keep_the_run_alive(train_arguments, tmp_pat
     assert newest(tmp_path / "run")["step"] == 7
 
 
-def test_an_image_that_turns_out_unreadable_loses_nothing(train_arguments, image_folder, refused, tmp_path):
-    copy_of_data = shutil.copytree(image_folder, tmp_path / "data")
+def test_an_image_that_turns_out_unreadable_loses_nothing(whole, train_arguments, image_folder, refused, tmp_path):
+    images = data.ImageList(shutil.copytree(image_folder, tmp_path / "data"))
     epoch = list(itertools.islice(data.EpochBatches(24, 8, 0), 3))
-    images = data.ImageList(copy_of_data)
     victim = images.path(epoch[2][0][1])  # first met in the third step
     original = victim.read_bytes()
     victim.write_bytes(original[: len(original) // 2])
-    message = refused(train.main, train_arguments(tmp_path / "run", data_path=copy_of_data))
+    arguments = train_arguments(tmp_path / "run", data_path=images.root)
+    message = refused(train.main, arguments, has_begun=True)
     assert message.startswith(f"image {str(victim)!r} cannot be read (")
     assert message.endswith(
         "); repair it or remove it from the data set; everything up to step 2 is saved: repeat the command to go on"
     )
     victim.write_bytes(original)
-    train.main(train_arguments(tmp_path / "run", data_path=copy_of_data))
-    train.main(train_arguments(tmp_path / "whole"))
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    train.main(arguments)
+    assert_same_run(tmp_path / "run", whole)
+
+
+# Dry runs
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(train_arguments, stopped, refused, tmp_path, capsys):
+    arguments = [*train_arguments(tmp_path / "new" / "run"), "--dry-run"]
+    train.main(arguments)
+    output = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    assert "181,728 parameters, sin-cos positions" in output and "run: 7 steps of batch 8 on 1 x cpu" in output
+    assert output.endswith(f"dry run: would start in {tmp_path / 'new' / 'run'}; nothing was written\n")
+    assert "--global-batch-size 25 is more than" in refused(train.main, [*arguments, "--global-batch-size=25"])
+    results = stopped(5)
+    before = contents(tmp_path)
+    arguments = [*train_arguments(results), "--dry-run"]
+    train.main(arguments)
+    assert f"would go on from step 5 in {results}; nothing was written" in capsys.readouterr().out
+    train.main([*arguments, "--max-steps=3"])
+    assert "nothing to do: the run has 5 of 3 steps" in capsys.readouterr().out
+    assert contents(tmp_path) == before
+    assert "recipe.lr 0.001 (now 0.5)" in refused(train.main, [*arguments, "--lr=0.5"])
+
+
+def test_a_dry_run_of_what_an_earlier_command_makes(train_arguments, refused, tmp_path, capsys):
+    latents = tmp_path / "latents"
+
+    def arguments(**changes) -> list[str]:
+        return train_arguments(tmp_path / "run", **{"data_path": None, "latents_dir": latents} | changes)
+
+    train.main([*arguments(), "--dry-run", "--planned=2"])
+    assert f"{latents} is not there yet" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    for option, value in (
+        ("--image-size", "40"),
+        ("--global-batch-size", "9"),
+        ("--rope-rotate", "3"),
+        ("--results-dir", str(tmp_path / "file")),
+        ("--lr", "0"),
+    ):
+        message = refused(train.main, [*arguments(use_rope=True), option, value, "--dry-run", "--planned=2"])
+        assert option in message and value in message
+    assert "is not a finished latent cache" in refused(train.main, [*arguments(), "--dry-run"])
+    assert "--planned 2 given without --dry-run" in refused(train.main, [*arguments(), "--planned=2"])
+    train.main([*train_arguments(tmp_path / "run"), "--dry-run", "--planned=2"])
+    assert "run: 7 steps of batch 8 on 2 x cpu" in capsys.readouterr().out
+
+
+def test_a_measured_dry_run_adds_up(train_arguments, stopped, tmp_path, monkeypatch, capsys):
+    """Its time is what the printed parts sum up to, and they count what the rest of the run really does."""
+    options = dict(sample_every=3, val_fraction=0.3, val_every=3)
+    results, steps, step = stopped(2, **options), [], Trainer.train_step
+    process = SimpleNamespace(create_time=lambda: time.time() - 2)
+    monkeypatch.setattr(estimate, "psutil", SimpleNamespace(Process=lambda: process))
+    monkeypatch.setattr(Trainer, "train_step", lambda self, batches: (steps.append(batches), step(self, batches)))
+    before = contents(tmp_path)
+    train.main([*train_arguments(results, **options), "--dry-run=3"])
+    assert contents(tmp_path) == before
+    assert len(steps) == estimate.WARM_UP + 3 and steps[0][0][0].shape == (8, 3, 32, 32)
+    output = capsys.readouterr().out
+    hours, listed = re.search(r"time: ([\d.e-]+) hours \([\d:]+\) = (.*) start-up", output).groups()
+    parts = re.findall(r"([\d,]+) ([a-z ]+) of (?:about )?([\d.e-]+) s", listed)
+    start_up = float(re.search(r"start-up (\d+) s", output)[1])
+    assert {name: int(count) for count, name, _ in parts} == {
+        "steps": 5, "checkpoints": 2, "sample grids": 3, "validations": 3
+    }  # fmt: skip
+    total = start_up + sum(int(count) * float(seconds) for count, _, seconds in parts)
+    assert total == pytest.approx(3600 * float(hours), abs=0.6 + 0.05 * total)  # start-up is rounded to seconds
+    speed = re.search(r"speed: ([\d.e-]+) s a step, ([\d.]+) images/s with batch 8 \(median of 3 steps", output)
+    assert float(speed[1]) * float(speed[2]) == pytest.approx(8, rel=0.01)
+    assert re.search(r"memory: [\d.]+ [MG]B of the host", output)
+    assert "would take 12.3 kB" in output  # 24 images, 2 flips, 8 x 4 x 4 numbers of 2 bytes
 
 
 # Two processes
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory, image_folder, vae_folder):
-    """What two gloo processes did in each scenario of two_processes.py: two("gradients") -> one dict a rank."""
-    folder = tmp_path_factory.mktemp("two")
-    process = subprocess.run(
-        [*TORCHRUN, TESTS / "two_processes.py", folder, image_folder, vae_folder],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)},
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-
-    def read(scenario: str) -> list[dict]:
-        return [torch.load(folder / f"{scenario}-{rank}.pt") for rank in range(2)]
-
-    read.folder, read.output = folder, process.stdout
-    return read
 
 
 def test_two_processes_have_the_gradients_of_one(two, image_folder, vae_folder, tmp_path):
@@ -645,58 +653,47 @@ def test_two_processes_have_the_gradients_of_one(two, image_folder, vae_folder, 
             torch.testing.assert_close(shared["gradients"][name], gradient, atol=float(1e-5 * largest), rtol=0)
 
 
-def test_all_processes_stop_at_the_same_step(two, train_arguments, tmp_path, capsys):
+def test_all_processes_stop_at_the_same_step(two, train_arguments, tmp_path, monkeypatch, capsys):
     """Rank 1 alone got the signal; and the run then goes on with one process, in the same order of the data."""
     assert [seen["saved"] for seen in two("stopped")] == [[3], [3]]
     assert two.output.count("stopped on request at step 3; repeat the same command to go on") == 1
     results = shutil.copytree(two.folder / "stopped", tmp_path / "run")
-    arguments = train_arguments(results, max_steps=6, log_every=2, lr=None, ckpt_every=None)
-    seen, step = [], train.Trainer.train_step
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            train.Trainer, "train_step", lambda self, batches: (seen.append(batches[0][1]), step(self, batches))
-        )
-        train.main(arguments)
+    seen, step = [], Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self, batches: (seen.append(batches[0][1]), step(self, batches)))
+    train.main(train_arguments(results, max_steps=6, log_every=2))
     assert "at step 3" in capsys.readouterr().out
     order = itertools.islice(data.EpochBatches(24, 8, 0, start_step=3), 3)
     labels = [[index // 8 for _, index in batch] for batch in order]  # eight images a class, sorted
     assert [batch.tolist() for batch in seen] == labels
-    assert [record["step"] for record in metrics(results)] == [2, 4, 6]
-    assert all(math.isfinite(record["loss"]) for record in metrics(results))
+    assert [record["step"] for record in read_metrics(results)] == [2, 4, 6]
+    assert all(math.isfinite(record["loss"]) for record in read_metrics(results))
 
 
 def test_a_non_finite_loss_on_one_process_skips_the_step_on_all(two):
     first, second = two("non_finite")
-    assert_equal_bits(dict(first["weights"]), dict(second["weights"]))
-    assert_equal_bits(dict(first["ema"]), dict(second["ema"]))
-    stored = [
-        checkpoint.load(two.folder / "non_finite" / "checkpoints" / f"{step:07d}.pt")["model"] for step in (1, 2, 3)
-    ]
-    assert_equal_bits(stored[0], stored[1])
+    assert_same_bits(first, second)
+    folder = two.folder / "non_finite"
+    stored = [dict(checkpoint.load(checkpoint.step_path(folder / "checkpoints", step))["model"]) for step in (1, 2, 3)]
+    assert_same_bits(stored[0], stored[1])
     assert not torch.equal(stored[1]["final_layer.linear.weight"], stored[2]["final_layer.linear.weight"])
-    assert [record["skipped"] for record in metrics(two.folder / "non_finite")] == [1, 0]
+    assert [record["skipped"] for record in read_metrics(folder)] == [1, 0]
 
 
-def test_an_unreadable_image_ends_all_processes_with_its_name(two):
+def test_a_mistake_ends_all_processes_with_one_line(two):
     first, second = two("unreadable")
     assert first["error"] == second["error"]
     assert first["error"].startswith(f"image {first['image']!r} cannot be read (")
-
-
-def test_two_processes_fill_the_cache_of_one(two, image_folder, vae_folder, tmp_path):
-    arguments = {"data_path": image_folder, "latents_dir": tmp_path / "one", "vae": vae_folder, "image_size": 32}
-    cache_latents.main(command_line(arguments | {"num_workers": 0}))
-    one, other = latents.LatentCache(tmp_path / "one"), latents.LatentCache(two.folder / "cached")
-    assert one.fingerprint == other.fingerprint and one.labels.tolist() == other.labels.tolist()
-    torch.testing.assert_close(torch.tensor(one.moments), torch.tensor(other.moments), atol=2e-3, rtol=2e-3)
+    assert [seen["status"] for seen in two("refused")] == [2, 2]
+    line = "--global-batch-size 7 is not divisible by 2 processes x 1 micro-batches; use a multiple of 2"
+    assert two.errors.count(f"train.py: error: {line}\n") == 1
 
 
 def test_two_processes_validate_as_one(two, image_folder, tmp_path):
     """One process measures the loss of the checkpoint that two have written beside theirs."""
-    record, out = metrics(two.folder / "validated")[-1], tmp_path / "loss.json"
+    record, out = read_metrics(two.folder / "validated")[-1], tmp_path / "loss.json"
     for weights, key in (("model", "val_loss"), ("ema", "val_loss_ema")):
         options = {
-            "ckpt": two.folder / "validated" / "checkpoints" / "0000002.pt",
+            "ckpt": two.folder / "validated",
             "weights": weights,
             "data_path": image_folder,
             "split": "val",

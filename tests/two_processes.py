@@ -1,6 +1,7 @@
-"""What two processes of one run do together, for the tests: torchrun two_processes.py FOLDER DATA VAE.
+"""What two processes of one run do together, for the tests: torchrun --max-restarts=1 two_processes.py FOLDER DATA VAE.
 
-Every rank writes what it saw to FOLDER/<scenario>-<rank>.pt. The processes are started once for all scenarios.
+Every rank writes what it saw to FOLDER/<scenario>-<rank>.pt. The processes are started once for all scenarios; the
+last one kills rank 0, and torchrun starts both again.
 """
 
 import math
@@ -11,27 +12,23 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import TINY_XS
+from conftest import TINY_RUN, TINY_XS, command_line
 
 import cache_latents
 import models
+import sample_ddp
 import train
-from runtime import distributed, monitor, report
+from runtime import data, distributed, latents, monitor, report
 from runtime.options import UserError
+from runtime.run import RunFolder
+from runtime.training import Trainer
 
-BATCH = 8
+BATCH = TINY_RUN["global_batch_size"]
 
 
-def arguments(results: Path, data: Path, vae: str, *more: str) -> list[str]:
-    return [
-        f"--results-dir={results}",
-        f"--data-path={data}",
-        f"--vae={vae}",
-        *"--model=DiT-XS/2 --image-size=32 --max-steps=6 --num-workers=0 --log-every=2 --precision=fp32".split(),
-        "--sample-every=0",
-        f"--global-batch-size={BATCH}",
-        *more,
-    ]
+def arguments(results: Path, data_path: Path, vae: str, **changes) -> list[str]:
+    options = {"data_path": data_path, "vae": vae, "results_dir": results, "max_steps": 6, "log_every": 2}
+    return command_line(TINY_RUN | options | changes)
 
 
 class SharedNoise:
@@ -57,19 +54,21 @@ class SharedNoise:
         return self.rows(values.random_(0, high, generator=self.generator))
 
 
-def gradients(results: Path, data: Path, vae: str) -> dict:
+def gradients(results: Path, images: Path, vae: str) -> dict:
     """Gradients of the first step, of a model whose every gradient is other than 0, given equal noise."""
-    args = train.parse_args(arguments(results, data, vae, "--use-rope", "--rope-rotate=2", "--grad-accum-steps=2"))
-    trainer = train.Trainer(train.plan(args, distributed.setup()))
+    job = train.plan(
+        train.parse_args(arguments(results, images, vae, use_rope=True, rope_rotate=2, grad_accum_steps=2)),
+        distributed.setup(),
+    )
+    trainer = job.trainer()
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
     noise, originals = SharedNoise(), {name: getattr(torch, name) for name in ("randn_like", "rand", "randint")}
-    job = trainer.job
-    batches = train.data.EpochBatches(len(job.dataset), BATCH, 0, 0, args.grad_accum_steps)
-    with train.data.open_loader(job.dataset, batches, 0, job.device) as loader:
-        micro_batches = [next(loader) for _ in range(args.grad_accum_steps)]
+    batches = data.EpochBatches(len(job.dataset), BATCH, 0, 0, micro_batches=2)
+    with data.open_loader(job.dataset, batches, 0, job.device) as loader:
+        micro_batches = [next(loader) for _ in range(2)]
     if distributed.world_size() == 1:  # the rows of the two processes' first micro-batches, then of their second
         micro_batches = regroup(micro_batches)
     for name in originals:
@@ -85,81 +84,120 @@ def gradients(results: Path, data: Path, vae: str) -> dict:
 
 def regroup(micro_batches: list) -> list:
     inputs, labels = (torch.cat(parts) for parts in zip(*micro_batches, strict=True))
-    order = (
-        torch.arange(BATCH).view(2, 2, BATCH // 4).transpose(0, 1)
-    )  # (process, micro-batch, row) to micro-batch first
-    return [(inputs[rows.flatten()], labels[rows.flatten()]) for rows in order]
+    order = torch.arange(BATCH).view(2, 2, BATCH // 4)  # process, micro-batch, row
+    return [(inputs[rows.flatten()], labels[rows.flatten()]) for rows in order.transpose(0, 1)]
 
 
-def stopped(results: Path, data: Path, vae: str) -> dict:
+def stopped(results: Path, images: Path, vae: str) -> dict:
     """A run in which only rank 1 gets a signal, during its third step."""
-    step = train.Trainer.train_step
+    step, save, seen = Trainer.train_step, RunFolder.save, []
 
     def train_step(self, batches):
         step(self, batches)
         if distributed.rank() == 1 and self.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    train.Trainer.train_step, seen = train_step, []
-    save = train.save
-    train.save = lambda trainer, *args, **kwargs: (seen.append(trainer.step), save(trainer, *args, **kwargs))
+    def saved(self, trainer, required):
+        seen.append(trainer.step)
+        return save(self, trainer, required)
+
+    Trainer.train_step, RunFolder.save = train_step, saved
     try:
-        train.main(arguments(results, data, vae))
+        train.main(arguments(results, images, vae))
     finally:
-        train.Trainer.train_step, train.save = step, save
+        Trainer.train_step, RunFolder.save = step, save
     return {"saved": seen}
 
 
-def non_finite(results: Path, data: Path, vae: str) -> dict:
+def non_finite(results: Path, images: Path, vae: str) -> dict:
     """A run in which only rank 1's loss is not a number, in its second step."""
-    loss = train.Trainer.micro_batch_loss
+    loss, trainers = Trainer.micro_batch_loss, []
 
     def micro_batch_loss(self, inputs, labels):
+        trainers.append(self)
         bad = distributed.rank() == 1 and self.step == 1
         return loss(self, inputs, labels) + (math.nan if bad else 0)
 
-    train.Trainer.micro_batch_loss, trainers = micro_batch_loss, []
-    run = train.train
-    train.train = lambda job, trainer, *rest: (trainers.append(trainer), run(job, trainer, *rest))
+    Trainer.micro_batch_loss = micro_batch_loss
     try:
-        train.main(arguments(results, data, vae, "--max-steps=4", "--ckpt-every=1"))
+        train.main(arguments(results, images, vae, max_steps=4, ckpt_every=1))
     finally:
-        train.Trainer.micro_batch_loss, train.train = loss, run
-    return {"weights": trainers[0].model.state_dict(), "ema": trainers[0].ema.state_dict()}
+        Trainer.micro_batch_loss = loss
+    return {"weights": dict(trainers[0].model.state_dict()), "ema": dict(trainers[0].ema.state_dict())}
 
 
-def unreadable(results: Path, data: Path, vae: str) -> dict:
+def unreadable(results: Path, images: Path, vae: str) -> dict:
     """A run over a data set with a damaged image, which one of the processes meets."""
-    copy = results.parent / "damaged data"
+    damaged = results.parent / "damaged data"
     if distributed.is_main():
-        shutil.copytree(data, copy)
-        (copy / "bee" / "07.png").write_bytes(b"damaged")
+        shutil.copytree(images, damaged)
+        (damaged / "bee" / "07.png").write_bytes(b"damaged")
     distributed.barrier()
     try:
-        train.main.__wrapped__(arguments(results, copy, vae))
+        train.main.__wrapped__(arguments(results, damaged, vae))
     except UserError as error:
-        return {"error": str(error), "image": str(copy / "bee" / "07.png")}
+        return {"error": str(error), "image": str(damaged / "bee" / "07.png")}
 
 
-def cached(results: Path, data: Path, vae: str) -> dict:
+def refused(results: Path, images: Path, vae: str) -> dict:
+    """A command that fits one process and not two."""
+    try:
+        train.main(arguments(results, images, vae, global_batch_size=7))
+    except SystemExit as stop:
+        return {"status": stop.code}
+
+
+def cached(results: Path, images: Path, vae: str) -> dict:
     """A latent cache that both processes fill."""
-    cache_latents.CHUNK = 5
-    cache_latents.main([f"--data-path={data}", f"--latents-dir={results}", f"--vae={vae}", "--image-size=32"])
+    latents.CHUNK = 5
+    options = {"data_path": images, "latents_dir": results, "vae": vae, "image_size": 32, "num_workers": 0}
+    cache_latents.main(command_line(options))
     return {}
 
 
-def validated(results: Path, data: Path, vae: str) -> dict:
+def validated(results: Path, images: Path, vae: str) -> dict:
     """A run that holds out nine images, five of which are validated by rank 0."""
-    train.main(arguments(results, data, vae, "--val-fraction=0.4", "--max-steps=2", "--lr=0.01", "--ema-decay=0.5"))
+    train.main(arguments(results, images, vae, val_fraction=0.4, max_steps=2, lr=0.01, ema_decay=0.5))
     return {}
+
+
+def trained(results: Path, images: Path, vae: str) -> dict:
+    """A whole run."""
+    train.main(arguments(results, images, vae, max_steps=7, log_every=3, lr=0.01, use_rope=True, rope_rotate=2))
+    return {}
+
+
+def sampled(results: Path, images: Path, vae: str) -> dict:
+    """Samples of that run."""
+    options = {"ckpt": results.parent / "trained", "sample_dir": results, "num_fid_samples": 13, "cfg_scale": 2}
+    options |= {"num_sampling_steps": 6, "per_proc_batch_size": 3, "precision": "fp32"}
+    sample_ddp.main(command_line(options))
+    return {}
+
+
+def restarted(results: Path, images: Path, vae: str) -> dict:
+    """A run whose rank 0, with the lock and a data worker that outlives it, is killed at its third step."""
+    step = Trainer.train_step
+
+    def train_step(self, batches):
+        step(self, batches)
+        if self.step == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and distributed.is_main():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Trainer.train_step = train_step
+    train.main(arguments(results, images, vae, max_steps=7, ckpt_every=2, num_workers=1, log_every=1))
+    return {}
+
+
+SCENARIOS = (gradients, stopped, non_finite, unreadable, refused, cached, validated, trained, sampled, restarted)
 
 
 def main() -> None:
     monitor.plot_loss = report.write = lambda _: None
     models.SIZES["XS"].update(TINY_XS)
-    folder, data, vae = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    for scenario in (gradients, stopped, non_finite, unreadable, cached, validated):
-        seen = scenario(folder / scenario.__name__, data, vae)
+    folder, images, vae = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    for scenario in SCENARIOS if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else SCENARIOS[-1:]:
+        seen = scenario(folder / scenario.__name__, images, vae)
         torch.save(seen, folder / f"{scenario.__name__}-{distributed.rank()}.pt")
 
 
