@@ -212,7 +212,7 @@ def text_of(value) -> str:
     """A value for a reader: of lists the first few entries."""
     if isinstance(value, list):
         more = f" and {len(value) - LISTED:,} more" if len(value) > LISTED else ""
-        return ", ".join(map(text_of, value[:LISTED])) + more
+        return (", ".join(map(text_of, value[:LISTED])) or "none") + more
     if isinstance(value, float):
         return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

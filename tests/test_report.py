@@ -103,7 +103,6 @@ def test_samples_of_cached_latents_need_the_vae(image_folder, vae_folder, make_v
     message = refused(train.main, arguments(cache, vae=other, sample_every=4))
     assert message.startswith(f"--vae {str(other)!r} has other weights") and repr(str(cache)) in message
     assert "leave --vae out" in message
-    assert not results.exists()
     train.main(arguments(gone, max_steps=1))  # of no samples
     train.main(arguments(gone, vae=moved, max_steps=2, sample_every=2))
     assert (results / "samples" / "0000002.png").exists()
