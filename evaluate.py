@@ -91,14 +91,7 @@ def build_parser() -> options.Parser:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    args = build_parser().parse_args(argv)
-    compared = [name for name in args.metrics if name != "is"]
-    if compared and args.reference is None:
-        raise UserError(
-            f"--metrics {','.join(compared)} compare with a reference; pass --reference REF, or --metrics is, which "
-            "needs none"
-        )
-    return args
+    return build_parser().parse_args(argv)
 
 
 # Checks before anything is measured
@@ -117,29 +110,15 @@ def check(args: argparse.Namespace) -> tuple[NpzImages | None, Reference | None]
         reference = Reference(args.reference, samples.size if samples else None, args.num_workers)
     check_enough(args, len(samples) if samples else args.samples_expected, reference)
     files.check_folder(args.samples.parent, "folder of --samples")
-    if any(needs_images(name, reference) for name in args.metrics):
+    if comparing_images(args.metrics, reference):
         files.check_folder(args.cache_dir, "--cache-dir")
     return samples, reference
 
 
-def needs_images(metric: str, reference: Reference | None) -> bool:
-    """Whether the metric needs features of the reference's images: not where the file holds their statistics."""
-    return metric != "is" and not (metric in STORED and METRICS[metric].feature in reference.statistics)
-
-
-def lacking(name: str, args: argparse.Namespace, samples: int | None, reference: Reference | None) -> str | None:
-    """What the metric lacks to be measured, with a remedy; None where it lacks nothing."""
-    counts = {"--samples will have" if args.planned else "--samples has": samples}
-    if needs_images(name, reference):
-        if reference.images is None:
-            return f"--reference {str(args.reference)!r} has no images arr_0, which {name} needs; use another"
-        counts["--reference has"] = len(reference.images)
-    needed = args.kid_subset_size if name == "kid" else METRICS[name].images
-    for holder, count in counts.items():
-        if count is not None and count < needed:
-            remedy = "give more, lower --kid-subset-size" if name == "kid" else "give more"
-            return f"{name} needs {needed} images and {holder} {count}; {remedy}"
-    return None
+def comparing_images(metrics: list[str], reference: Reference | None) -> list[str]:
+    """Those that need features of the reference's images: not where the file holds their statistics."""
+    stored = [name for name in STORED if reference and METRICS[name].feature in reference.statistics]
+    return [name for name in metrics if name != "is" and name not in stored]
 
 
 def check_enough(args: argparse.Namespace, samples: int | None, reference: Reference | None) -> None:
@@ -154,31 +133,52 @@ def check_enough(args: argparse.Namespace, samples: int | None, reference: Refer
             raise UserError(f"{reason}, or pass --metrics {possible}" if possible else reason)
 
 
-def stored_results(args: argparse.Namespace, samples: NpzImages, reference: Reference | None) -> dict | None:
-    """The results of an earlier command with the same samples, reference, weights and settings; None without any."""
+def lacking(name: str, args: argparse.Namespace, samples: int | None, reference: Reference | None) -> str | None:
+    """What the metric lacks to be measured, with a remedy; None where it lacks nothing."""
+    if name != "is" and reference is None:
+        return f"{name} compares with a reference; pass --reference REF"
+    counts = {"--samples": samples}
+    if comparing_images([name], reference):
+        if reference.images is None:
+            return f"--reference {str(args.reference)!r} has no images arr_0, which {name} needs; use another"
+        counts["--reference"] = len(reference.images)
+    needed = args.kid_subset_size if name == "kid" else METRICS[name].images
+    for option, count in counts.items():
+        if count is not None and count < needed:
+            remedy = "give more, lower --kid-subset-size" if name == "kid" else "give more"
+            return f"{name} needs {needed} images, more than the {count} of {option}; {remedy}"
+    return None
+
+
+def deciding(args: argparse.Namespace, weights: str) -> dict:
+    """All that decides the metrics, known without a look at the images; weights as runtime.inception tells them."""
+    reference = {} if args.reference is None else {"reference_checksum": checksum(args.reference)}
+    return reference | {
+        "samples_checksum": checksum(args.samples),
+        "network": "torch-fidelity inception-v3-compat",
+        "weights_sha256": weights,
+        "weights_are_published": weights == inception.PUBLISHED,
+        "batch_size": args.batch_size,
+        "is_splits": IS_SPLITS,
+        "kid_subsets": args.kid_subsets,
+        "kid_subset_size": args.kid_subset_size,
+        "kid_kernel": "(x.y / 2048 + 1)^3",
+        "precision_recall_neighbours": NEIGHBOURS,
+        "seed": SEED,
+    }
+
+
+def stored_results(args: argparse.Namespace) -> dict | None:
+    """The results of an earlier command that has measured all of what this one would; None without any."""
     path = results_path(args)
     try:
         stored = files.read_json(path) if path.exists() else {}
     except UserError:  # damaged: measured again
-        stored = {}
-    if not all(METRICS[name].key in stored for name in args.metrics) or "features" not in stored:
         return None
-    weights = args.inception_weights
-    begin = inception.check_weights(weights) if weights else inception.PUBLISHED
-    same = (
-        stored.get("samples_checksum") == checksum(samples.path)
-        and (reference is None or (stored["reference"] or {}).get("checksum") == checksum(reference.path))
-        and stored["features"]["weights_sha256"].startswith(begin)
-        and stored["features"]["batch_size"] == args.batch_size
-        and stored["settings"] == describe_settings(args)
-    )
+    weights = inception.read_weights(args.inception_weights)[0] if args.inception_weights else inception.PUBLISHED
+    has_metrics = all(METRICS[name].key in stored for name in args.metrics)
+    same = has_metrics and deciding(args, weights).items() <= stored.get("settings", {}).items()
     return stored if same else None
-
-
-def sampling_settings(args: argparse.Namespace) -> dict | None:
-    """What sample_ddp.py wrote beside its samples; None for samples from elsewhere. Raises UserError."""
-    path = args.samples.with_suffix(".json")
-    return files.read_json(path) if path.exists() else None
 
 
 # Metrics of features
@@ -238,23 +238,22 @@ def compute(
     return found
 
 
-def features_of(args: argparse.Namespace, reference: Reference | None) -> tuple[list[str], list[str]]:
-    """Names of the features that are needed of the samples and of the reference's images."""
-    of_images = [name for name in args.metrics if needs_images(name, reference)]
-    return tuple(list(dict.fromkeys(METRICS[name].feature for name in names)) for names in (args.metrics, of_images))
+def features_of(metrics: list[str]) -> list[str]:
+    """Names of the features that metrics are computed from."""
+    return list(dict.fromkeys(METRICS[name].feature for name in metrics))
 
 
 def measure(
     args: argparse.Namespace, samples: NpzImages, reference: Reference | None, network: Inception
 ) -> dict[str, float]:
     """Number of samples and metrics, on all processes. Raises UserError."""
-    names, compared_names = features_of(args, reference)
-    compared, stored = {}, reference.statistics if reference else {}
-    if compared_names:
-        compared = inception.extract_cached(reference.images, compared_names, network, args.batch_size, args.cache_dir)
-    features = inception.extract(samples, names, network, args.batch_size, "samples")
-    metrics = distributed.on_main(compute, args, features, compared, stored, network.device)
-    return {"samples": len(samples)} | metrics
+    compared, names = {}, features_of(comparing_images(args.metrics, reference))
+    if names:
+        contents = distributed.on_main(checksum, args.reference)  # where an error reaches all processes
+        compared = inception.extract_cached(reference.images, contents, names, network, args.batch_size, args.cache_dir)
+    features = inception.extract(samples, features_of(args.metrics), network, args.batch_size, "samples")
+    stored = reference.statistics if reference else {}
+    return {"samples": len(samples)} | distributed.on_main(compute, args, features, compared, stored, network.device)
 
 
 # What is told
@@ -264,13 +263,12 @@ def warn(args: argparse.Namespace, samples: NpzImages, network: Inception) -> No
     distances = [name.replace("fid", "FID") for name in STORED if name in args.metrics]
     if distances and len(samples) < BIASED_BELOW:
         warnings.warn(
-            f"{' and '.join(distances)} of {len(samples):,} samples {'are' if distances[1:] else 'is'} biased upwards; "
-            "published numbers are of 50,000",
+            f"{len(samples):,} samples bias {' and '.join(distances)} upwards; published numbers are of 50,000",
             stacklevel=2,
         )
-    if not network.is_published:
+    if network.weights != inception.PUBLISHED:
         warnings.warn(
-            f"--inception-weights has sha256 {network.sha256[:8]}..., not {inception.PUBLISHED}...: these are not the "
+            f"--inception-weights has sha256 {network.weights}..., not {inception.PUBLISHED}...: these are not the "
             "weights of published numbers, which cannot be compared with what follows",
             stacklevel=2,
         )
@@ -279,13 +277,11 @@ def warn(args: argparse.Namespace, samples: NpzImages, network: Inception) -> No
 def plan(args: argparse.Namespace, samples: NpzImages | None, reference: Reference | None) -> str:
     """What would be measured, and what that takes. Raises UserError for weights that are none."""
     count = len(samples) if samples else args.samples_expected
+    number = f"{count:,} images" if count else "of any number"
+    size = f" of {format_size(samples.size)} pixels" if samples else "; not checked, since an earlier command makes it"
     lines = [
         f"dry run: would measure {','.join(args.metrics)}, with {args.planned or distributed.world_size()} processes",
-        f"samples: {args.samples}, "
-        + (f"{count:,} images" if count else "of any number")
-        + (
-            f" of {format_size(samples.size)} pixels" if samples else "; not checked, since an earlier command makes it"
-        ),
+        f"samples: {args.samples}, {number}{size}",
     ]
     if reference is not None:
         held = "statistics alone" if reference.images is None else f"{len(reference.images):,} images"
@@ -293,58 +289,35 @@ def plan(args: argparse.Namespace, samples: NpzImages | None, reference: Referen
     lines.append(f"weights of Inception-v3: {inception.find_weights(args.inception_weights)}")
     if count:
         lines.append(f"memory: about {files.format_bytes(memory(args, count, reference))} in the first process")
-    if features_of(args, reference)[1]:
+    if comparing_images(args.metrics, reference):
         lines.append(f"would keep features of the reference in {args.cache_dir}")
     return "\n".join([*lines, f"would write {results_path(args)}"])
 
 
 def memory(args: argparse.Namespace, samples: int, reference: Reference | None) -> int:
-    """Bytes that the features take, and beside them the metric that takes most."""
-    names, compared_names = features_of(args, reference)
-    compared = len(reference.images) if compared_names else 0
-    features = 4 * (samples * sum(map(WIDTHS.get, names)) + compared * sum(map(WIDTHS.get, compared_names)))
-    rows, beside = max(samples, compared), 0
-    if set(STORED) & set(args.metrics):  # two copies in float64 while a covariance is taken
-        beside = 16 * rows * WIDTHS["pool"]
-    if {"precision", "recall"} & set(args.metrics):  # torch-fidelity sorts the distances of 10,000 rows at a time
-        beside = max(beside, 16 * rows * min(rows, 10_000))
-    return features + beside
+    """Bytes that the features take, and beside them at most what one metric takes."""
+    compared = comparing_images(args.metrics, reference)
+    held = [(samples, name) for name in features_of(args.metrics)]
+    held += [(len(reference.images), name) for name in features_of(compared)]
+    # Two copies in float64 while a covariance is taken; torch-fidelity sorts the distances of 10,000 rows at a time.
+    columns = 10_000 if {"precision", "recall"} & set(args.metrics) else WIDTHS["pool"]
+    return 4 * sum(count * WIDTHS[name] for count, name in held) + 16 * columns * max(count for count, _ in held)
 
 
 def table(metrics: list[str], results: dict) -> str:
     return "\n".join(METRICS[name].row.format(**results) for name in METRICS if name in metrics)
 
 
-def describe_settings(args: argparse.Namespace) -> dict:
-    """The settings that decide the metrics of given features."""
-    return {
-        "is_splits": IS_SPLITS,
-        "kid_subsets": args.kid_subsets,
-        "kid_subset_size": args.kid_subset_size,
-        "kid_kernel": "(x.y / 2048 + 1)^3",
-        "precision_recall_neighbours": NEIGHBOURS,
-        "seed": SEED,
-    }
-
-
 def describe(
     args: argparse.Namespace, samples: NpzImages, reference: Reference | None, network: Inception
 ) -> dict[str, object]:
-    """All that decides the metrics, but for how the samples were made, and the environment. Reads all images."""
+    """What was measured, all that decides the metrics but for how the samples were made, and the environment."""
     environment = monitor.describe_environment(network.device)
     environment["versions"]["torch-fidelity"] = version("torch-fidelity")
     return {
-        "samples_sha256": samples.sha256,
-        "samples_checksum": checksum(samples.path),
         "image_size": list(samples.size),
         "reference": reference.describe() if reference else None,
-        "features": {
-            "network": "torch-fidelity inception-v3-compat",
-            "weights_sha256": network.sha256,
-            "weights_are_published": network.is_published,
-            "batch_size": args.batch_size,
-        },
-        "settings": describe_settings(args),
+        "settings": deciding(args, network.weights),
         **environment,
     }
 
@@ -369,9 +342,10 @@ def write_results(args: argparse.Namespace, results: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     samples, reference = check(args)
-    sampling = sampling_settings(args)
+    path = args.samples.with_suffix(".json")  # of sample_ddp.py; samples from elsewhere have none
+    sampling = files.read_json(path) if path.exists() else None
     device = distributed.setup(tf32=False)
-    stored = distributed.on_main(stored_results, args, samples, reference) if samples else None
+    stored = distributed.on_main(stored_results, args) if samples else None
     if stored is not None:
         return say(f"{table(args.metrics, stored)}\nnothing to do: {results_path(args)} holds these metrics already")
     if args.dry_run:

@@ -20,7 +20,7 @@ from runtime.config import VAEConfig
 from runtime.options import UserError
 from runtime.pretrained import Description, Trained
 from runtime.sampling import SamplingConfig
-from runtime.vae import VAE, is_surely, load_vae
+from runtime.vae import VAE, check_source, is_surely, load_vae
 
 GRID_SAMPLES = 100
 WHERE = ("checkpoint", "vae")  # settings that tell where something was found; hashes tell what it is
@@ -233,7 +233,7 @@ def is_finished(found: Description, folder: SampleFolder, vae_source: str, args,
 @options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.planned and not hub.is_there(args.ckpt):
+    if args.planned and not os.path.isfile(args.ckpt):
         return dry_run_without_checkpoint(args)
     found = pretrained.describe(args.ckpt, args.weights, options.given_model(args))
     vae_source = args.vae or found.config.vae.source
@@ -264,9 +264,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def dry_run_without_checkpoint(args: argparse.Namespace) -> None:
-    """What can be checked before there is a model. Raises UserError."""
+    """What can be checked before there is a model, or while it is still trained. Raises UserError."""
+    check_source(args.vae or "ema")
     files.check_folder(args.sample_dir, "--sample-dir")
-    print(f"dry run: would make {args.num_fid_samples:,} samples in {args.sample_dir}; {args.ckpt} is not there yet")
+    print(f"dry run: would make {args.num_fid_samples:,} samples in {args.sample_dir}; {args.ckpt} was not looked at")
 
 
 def dry_run(trained: Trained, folder: SampleFolder, settings: dict, args, logger) -> None:

@@ -274,7 +274,7 @@ def log(job: Job, trainer: Trainer, metrics: monitor.Metrics, pace: monitor.Pace
     """One line in the log and in metrics.jsonl, there with the scores of a validation at this step."""
     record = {"step": trainer.step, "epoch": trainer.step // job.steps_per_epoch, **trainer.log_record()}
     record |= pace.measure(job.args.global_batch_size, job.total_steps - trainer.step)
-    metrics.try_write(record | scores, logger)
+    metrics.write(record | scores)
     loss, norm = (f"{value:.4f}" if value is not None else "none" for value in (record["loss"], record["grad_norm"]))
     skipped = f", skipped {record['skipped']} non-finite steps" if record["skipped"] else ""
     logger.info(
@@ -326,7 +326,7 @@ def train(job: Job, trainer: Trainer, folder: RunFolder, decoder: VAE | None) ->
                 log(job, trainer, metrics, pace, logger, scores)
             elif scores:
                 epoch = trainer.step // job.steps_per_epoch
-                metrics.try_write({"step": trainer.step, "epoch": epoch, **scores}, logger)
+                metrics.write({"step": trainer.step, "epoch": epoch, **scores})
             began = time.perf_counter()
             if job.checkpoint_due(trainer.step):
                 saved = trainer.step if folder.save(trainer, required=last) else saved

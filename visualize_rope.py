@@ -19,7 +19,6 @@ from rope import RopeConfig, SpiralRoPE
 from runtime import files, monitor, options
 from runtime.options import UserError, check_rope
 
-PARTS = ("directions", "phases", "similarity")
 FORMATS = (".png", ".pdf", ".svg")
 LARGEST_GRID = 512  # patches a side; phases of that many still fit in memory
 HALVES = (("row half of the channels (base axis y)", "C0", "o"), ("column half (base axis x)", "C1", "D"))
@@ -29,17 +28,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, required=True, help="picture to write: .png, .pdf or .svg")
-    add("--only", choices=PARTS, default=None, help="draw one part (None: all)")
+    add("--only", choices=list(PARTS), default=None, help="draw one part (None: all)")
     add("--head-dim", type=options.count, default=64, help="channels of an attention head: 64, DiT-XL 72")
     add("--grid", type=grid_size, default=(16, 16), help="patches, as in 16 or 16x24 (rows x columns)")
-    add(
-        "--query",
-        type=options.non_negative_int,
-        nargs=2,
-        default=None,
-        metavar=("ROW", "COLUMN"),
-        help="patch whose similarity to every patch is drawn (None: a quarter of the grid from the upper left corner)",
-    )
     options.add_dry_run(parser)
     options.add_rope_options(parser)
     args = parser.parse_args(argv)
@@ -61,17 +52,10 @@ def grid_size(text: str) -> tuple[int, int]:
 
 
 def check(args: argparse.Namespace, config: RopeConfig) -> None:
-    """Raise UserError for settings that cannot be drawn; sets the default of --query."""
+    """Raise UserError for settings that cannot be drawn."""
     if args.head_dim % 4:
         raise UserError(f"--head-dim {args.head_dim} does not fit RoPE in two dimensions; choose a multiple of 4")
     check_rope(config, args.head_dim, f"--head-dim {args.head_dim}")
-    if args.query is None:
-        args.query = [length // 4 for length in args.grid]
-    if args.query[0] >= args.grid[0] or args.query[1] >= args.grid[1]:
-        raise UserError(
-            f"--query {args.query[0]} {args.query[1]} is outside the grid; expected a row below {args.grid[0]} and a "
-            f"column below {args.grid[1]}"
-        )
     files.check_output(args.out, FORMATS)
 
 
@@ -106,10 +90,10 @@ def phase_map(rope: SpiralRoPE, pair: int, grid: tuple[int, int]) -> torch.Tenso
     return rope.phases(*grid)[:, pair].remainder(2 * math.pi).reshape(grid)
 
 
-def clamped(head_dim: int, config: RopeConfig, pair: int, grid: tuple[int, int]) -> torch.Tensor:
-    """Patches (h, w) at which border "clamp" limits the projection of a channel pair."""
-    clamp, exact = (SpiralRoPE(head_dim, grid, replace(config, border=border)) for border in ("clamp", "exact"))
-    return (clamp.phases(*grid)[:, pair] != exact.phases(*grid)[:, pair]).reshape(grid)
+def clamped(rope: SpiralRoPE, pair: int, grid: tuple[int, int]) -> torch.Tensor:
+    """Patches (h, w) at which the border limits the projection of a channel pair."""
+    exact = SpiralRoPE(rope.head_dim, rope.pt_grid, replace(rope.config, border="exact"))
+    return (rope.phases(*grid)[:, pair] != exact.phases(*grid)[:, pair]).reshape(grid)
 
 
 def similarity(rope: SpiralRoPE, grid: tuple[int, int], query: tuple[int, int]) -> torch.Tensor:
@@ -131,7 +115,7 @@ def variants(config: RopeConfig) -> dict[str, RopeConfig]:
     return axial if config.rotate == 0 else axial | {f"Spiral RoPE, rotate {config.rotate}": config}
 
 
-def draw_directions(figure: Figure | SubFigure, head_dim: int, config: RopeConfig) -> None:
+def draw_directions(figure: Figure | SubFigure, head_dim: int, config: RopeConfig, _grid: tuple[int, int]) -> None:
     """Frequency vectors of all channel pairs in the frequency plane, with logarithmic radius."""
     figure.suptitle(f"Frequency vectors of the {head_dim // 2} channel pairs of a head", fontweight="bold")
     drawn = variants(config)
@@ -159,21 +143,15 @@ def radial_limits(lengths: np.ndarray) -> tuple[float, float]:
 def style_plane(axes, limits: tuple[float, float]) -> None:
     """Make polar axes a plane of frequencies: angles of an image whose rows run downwards, powers of ten as radius."""
     axes.set_theta_direction(-1)
-    names = {0: "x: 0°", 45: "45°", 90: "y: 90°", 315: "−45°"}
-    axes.set_thetagrids(list(names), list(names.values()))
+    axes.set_thetagrids([0, 45, 90, 315], ["x: 0°", "45°", "y: 90°", "−45°"])
     axes.tick_params(axis="x", pad=6)
     axes.grid(False, axis="x")
     axes.grid(alpha=0.4, axis="y")
     axes.set_rlim(*limits)
-    powers = np.arange(math.floor(limits[1]), limits[0] + 0.4, -1)
-    powers = powers[:: -(-len(powers) // 3)]  # at most three circles
-    axes.set_rgrids(
-        powers,
-        [f"$10^{{{power:.0f}}}$" for power in powers],
-        angle=192,
-        color="dimgrey",
-        bbox=dict(fc="white", ec="none", pad=0.5),
-    )
+    axes.set_rlabel_position(192)  # between the lines
+    axes.tick_params(axis="y", labelcolor="dimgrey")
+    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_formatter(lambda power, _: f"$10^{{{power:.0f}}}$" if power > limits[0] + 0.4 else "")
 
 
 def draw_vectors(axes, vectors: np.ndarray, halves: list[list[list[int]]], limits: tuple[float, float]) -> None:
@@ -196,12 +174,9 @@ def draw_phases(figure: Figure | SubFigure, head_dim: int, config: RopeConfig, g
     """Phase of the fastest channel pair of every direction; perpendicular directions stand below each other."""
     rope, vectors = SpiralRoPE(head_dim, grid, config), frequency_vectors(head_dim, config)
     halves = directions(head_dim, config)
-    limited = config.border == "clamp" and config.rotate > 1
-    figure.suptitle(
-        f"Phase of the fastest channel pair of each direction; border: {config.border}"
-        + (" (dots: patches whose projection is clamped)" if limited else ""),
-        fontweight="bold",
-    )
+    dots = " (dots: patches whose projection is clamped)" if config.border == "clamp" and config.rotate > 1 else ""
+    title = f"Phase of the fastest channel pair of each direction; border: {config.border}{dots}"
+    figure.suptitle(title, fontweight="bold")
     rows, columns = phase_panels(halves)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for panels, half, name in zip(axes.reshape(2, -1), halves, ("row half", "column half"), strict=True):
@@ -209,9 +184,8 @@ def draw_phases(figure: Figure | SubFigure, head_dim: int, config: RopeConfig, g
             x, y = vectors[pairs[0]].tolist()
             phase = phase_map(rope, pairs[0], grid).numpy()
             image = panel.imshow(phase, cmap="twilight", vmin=0, vmax=2 * math.pi, interpolation="nearest")
-            if limited:
-                i, j = clamped(head_dim, config, pairs[0], grid).nonzero().T.numpy()
-                panel.plot(j, i, ".", color="white", mec="black", mew=0.4, ms=max(2, 80 / max(grid)))
+            i, j = clamped(rope, pairs[0], grid).nonzero().T.numpy()
+            panel.plot(j, i, ".", color="white", mec="black", mew=0.4, ms=max(2, 80 / max(grid)))
             angle = f"{math.degrees(math.atan2(y, x)):.4g}°".replace("-", "−")
             title = f"{angle}\n{math.hypot(x, y):.3g} rad/patch" if math.hypot(x, y) > 0 else "frequency 0"
             panel.set_title(title, fontsize="medium")
@@ -235,16 +209,15 @@ def style_grid(axes: np.ndarray) -> None:
         panel.set_xlabel("x (patches)")
 
 
-def draw_similarity(figure: Figure | SubFigure, head_dim: int, config: RopeConfig, grid, query) -> None:
+def draw_similarity(figure: Figure | SubFigure, head_dim: int, config: RopeConfig, grid: tuple[int, int]) -> None:
     """Similarity of one patch to all by position alone, and what clamping changes in it."""
+    query = (grid[0] // 4, grid[1] // 4)  # where clamping matters and does not hide the rest
     compared = {"axial RoPE": variants(config)["axial RoPE"]}
     if config.rotate > 0:
         compared |= {f"Spiral RoPE, {border}": replace(config, border=border) for border in ("clamp", "exact")}
     maps = {title: similarity(SpiralRoPE(head_dim, grid, c), grid, query).numpy() for title, c in compared.items()}
-    figure.suptitle(
-        f"Similarity of a constant query at row {query[0]}, column {query[1]} to the same key at every patch",
-        fontweight="bold",
-    )
+    title = f"Similarity of a constant query at row {query[0]}, column {query[1]} to the same key at every patch"
+    figure.suptitle(title, fontweight="bold")
     axes = figure.subplots(1, len(maps) + (len(maps) > 1), squeeze=False, sharex=True, sharey=True)
     lowest = min(float(values.min()) for values in maps.values())
     for panel, (title, values) in zip(axes[0], maps.items(), strict=False):
@@ -270,31 +243,24 @@ def add_scale(figure: Figure | SubFigure, image, panel, label: str) -> None:
     scale.ax.set_title(label, fontsize="small")
 
 
-def part_sizes(args: argparse.Namespace, config: RopeConfig) -> tuple[float, dict[str, float]]:
-    """Width of the picture, and height of each of its parts, in inches."""
-    rows, columns = phase_panels(directions(args.head_dim, config))
-    width = 9.5 if args.only == "directions" else max(12.0, 1.3 * columns)
-    tall = min(args.grid[0] / args.grid[1], 2)
-    heights = {
+PARTS = {"directions": draw_directions, "phases": draw_phases, "similarity": draw_similarity}
+
+
+def draw(head_dim: int, config: RopeConfig, grid: tuple[int, int], parts: list[str]) -> Figure:
+    """The picture of these settings, its parts one below the other."""
+    rows, columns = phase_panels(directions(head_dim, config))
+    width = 9.5 if parts == ["directions"] else max(12.0, 1.3 * columns)  # inches, as all that follow
+    tall = min(grid[0] / grid[1], 2)
+    height_of = {
         "directions": min(width, 12) / 2 + 1.1,
         "phases": rows * min((width - 1.5) / columns, 2.4) * tall + 2,
         "similarity": (width - 2) / 5 * tall + 1.8,
     }
-    return width, {args.only: heights[args.only]} if args.only else heights
-
-
-def draw(args: argparse.Namespace, config: RopeConfig, width: float, heights: dict[str, float]) -> Figure:
-    """The picture of these settings, a part for each of the heights (inches)."""
-    figure = Figure(figsize=(width, sum(heights.values())), layout="constrained")
-    parts = figure.subfigures(len(heights), 1, height_ratios=list(heights.values()), squeeze=False)[:, 0]
-    for part, name in zip(parts, heights, strict=True):
-        match name:
-            case "directions":
-                draw_directions(part, args.head_dim, config)
-            case "phases":
-                draw_phases(part, args.head_dim, config, args.grid)
-            case "similarity":
-                draw_similarity(part, args.head_dim, config, args.grid, args.query)
+    heights = [height_of[part] for part in parts]
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    below = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for part, place in zip(parts, below, strict=True):
+        PARTS[part](place, head_dim, config, grid)
     return figure
 
 
@@ -303,15 +269,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     config = options.rope_from_args(args)
     check(args, config)
+    parts = [args.only] if args.only else list(PARTS)
+    if args.dry_run:
+        return print(f"dry run: would draw {', '.join(parts)} into {args.out}; nothing was written")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        width, heights = part_sizes(args, config)
-        figure = None if args.dry_run else draw(args, config, width, heights)
+        figure = draw(args.head_dim, config, args.grid, parts)
     for message in sorted({str(warning.message) for warning in caught}):  # the same one for each table built
         print(f"warning: {message}")
-    if figure is None:
-        inches = f"{width:.1f} x {sum(heights.values()):.1f} inches"
-        return print(f"dry run: would draw {', '.join(heights)} into {args.out}, {inches}; nothing was written")
     with files.cannot_write(f"--out {str(args.out)!r}"):
         monitor.save_figure(figure, args.out)
     print(f"picture: {args.out}")

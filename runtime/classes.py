@@ -13,7 +13,7 @@ from runtime.options import UserError
 
 # Eight ImageNet classes that differ in subject and background; the DiT paper's repository shows the same.
 IMAGENET_CHOICE = (207, 360, 387, 974, 88, 979, 417, 279)
-SHOWN = 8  # classes that are shown where none are asked for, or named in a message
+LISTED = 8  # classes at most where none are asked for, or in a message
 
 
 @functools.cache
@@ -30,9 +30,14 @@ def names_of(label: int, classes: list[str] | None) -> tuple[str, ...]:
     return (*imagenet().get(classes[label], ()), classes[label])
 
 
+def class_name(label: int, classes: list[str] | None) -> str:
+    """The name of a class to show, or its number where names are not known."""
+    return (*names_of(label, classes), str(label))[0]
+
+
 def describe(label: int, classes: list[str] | None) -> str:
     """Number and name, as in "207 golden retriever"; the number alone where there is no other name."""
-    name = (*names_of(label, classes), str(label))[0]
+    name = class_name(label, classes)
     return str(label) if name == str(label) else f"{label} {name}"
 
 
@@ -40,7 +45,7 @@ def default_labels(classes: list[str] | None, num_classes: int) -> list[int]:
     """Labels to show where none are asked for: eight of ImageNet's, or the first eight of other classes."""
     if classes == list(imagenet()):
         return list(IMAGENET_CHOICE)
-    return list(range(min(num_classes, SHOWN)))
+    return list(range(min(num_classes, LISTED)))
 
 
 def find_labels(text: str, classes: list[str] | None, num_classes: int) -> list[int]:
@@ -67,8 +72,8 @@ def find_label(text: str, classes: list[str] | None, num_classes: int) -> int:
     if len(found) == 1:
         return found[0]
     if found:
-        listed = ", ".join(describe(label, classes) for label in found[:SHOWN])
-        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        listed = ", ".join(describe(label, classes) for label in found[:LISTED])
+        more = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
         raise UserError(f"--classes {text!r} fits {len(found)} classes: {listed}{more}; pass the number of one")
     remedy = f"expected a name such as {names_of(0, classes)[0]!r}, or a number from {numbers}"
     if close := _close(text, classes):
@@ -76,20 +81,20 @@ def find_label(text: str, classes: list[str] | None, num_classes: int) -> int:
     raise UserError(f"--classes {text!r} is not a class of the checkpoint; {remedy}")
 
 
-def _plain(name: str) -> str:
+def _simplified(name: str) -> str:
     return re.sub(r"[\s_]+", " ", name).strip().casefold()
 
 
 def _matches(text: str, classes: list[str]) -> list[int]:
-    """Labels whose shown name is text; failing that, one of whose names is; failing that, contains it."""
-    wanted = _plain(text)
-    names = [[_plain(name) for name in names_of(label, classes)] for label in range(len(classes))]
-    shown = [label for label, known in enumerate(names) if known[0] == wanted]
+    """Labels whose first name is text; failing that, one of whose names is; failing that, contains it."""
+    wanted = _simplified(text)
+    names = [[_simplified(name) for name in names_of(label, classes)] for label in range(len(classes))]
+    first = [label for label, known in enumerate(names) if known[0] == wanted]
     exact = [label for label, known in enumerate(names) if wanted in known]
-    return shown or exact or [label for label, known in enumerate(names) if any(wanted in name for name in known)]
+    return first or exact or [label for label, known in enumerate(names) if any(wanted in name for name in known)]
 
 
 def _close(text: str, classes: list[str]) -> list[int]:
-    """Labels of up to three names that are spelled nearly like text."""
-    labels = {_plain(name): label for label in range(len(classes)) for name in names_of(label, classes)}
-    return list(dict.fromkeys(labels[name] for name in difflib.get_close_matches(_plain(text), labels, n=3)))
+    """Labels of up to three names that are nearly text."""
+    labels = {_simplified(name): label for label in range(len(classes)) for name in names_of(label, classes)}
+    return list(dict.fromkeys(labels[name] for name in difflib.get_close_matches(_simplified(text), labels, n=3)))

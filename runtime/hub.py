@@ -75,11 +75,6 @@ def dit_of(given: dict) -> str:
     return name
 
 
-def is_there(name: str) -> bool:
-    """Whether a checkpoint's name is that of a file, or of the folder of a run with checkpoints."""
-    return os.path.isfile(name) or bool(training_checkpoints(Path(name) / "checkpoints"))
-
-
 def find(name: str | Path) -> Source:
     """The local file of a path, a key of PUBLISHED or hf://user/repo[@revision]/file, downloaded if need be.
 

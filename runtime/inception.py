@@ -1,6 +1,8 @@
 """Features of images by torch-fidelity's Inception-v3, the TensorFlow-compatible one that published FIDs use."""
 
 import hashlib
+import io
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -11,9 +13,9 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from runtime import checkpoint, distributed, files, monitor
-from runtime.options import UserError
+from runtime.options import UserError, format_size
 
-PUBLISHED = "6726825d"  # how the sha256 of torch-fidelity's weights begins, as their file name tells
+PUBLISHED = "6726825d"  # the weights of published numbers, by the digits that torch.hub tells them apart with
 PUBLISHED_NAME = URL_INCEPTION_V3.rsplit("/", 1)[1]
 WIDTHS = {  # numbers for each image
     "pool": 2048,  # average of the last block: FID, KID, precision and recall
@@ -27,26 +29,22 @@ class Inception:
 
     def __init__(self, weights: Path | None, device: torch.device):
         path = weights or distributed.on_main(download)
-        self.sha256 = check_weights(path)
-        self.device = device
-        try:  # unrestricted unpickling, but check_weights has just found nothing but tensors in the file
+        self.device, (self.weights, state) = device, read_weights(path)
+        checked = io.BytesIO()  # torch-fidelity would unpickle whatever the file asks for: it gets what was found in it
+        torch.save(state, checked)
+        checked.seek(0)
+        try:
             network = FeatureExtractorInceptionV3(
-                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=checked
             )
         except RuntimeError as error:
-            differing = str(error).splitlines()[-1].strip()
-            shown = differing if len(differing) <= 120 else f"{differing[:117]}..."
+            differing = textwrap.shorten(str(error).splitlines()[-1], 120, placeholder=" ...")
             raise UserError(
-                f"--inception-weights {str(path)!r} holds other weights than torch-fidelity's Inception-v3 ({shown}); "
-                f"expected {PUBLISHED_NAME}"
+                f"--inception-weights {str(path)!r} holds other weights than torch-fidelity's Inception-v3 "
+                f"({differing}); expected {PUBLISHED_NAME}"
             ) from error
         self.network = network.to(device)
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
-
-    @property
-    def is_published(self) -> bool:
-        """Whether these are the weights with which published numbers are made."""
-        return self.sha256.startswith(PUBLISHED)
 
     def _keep_spatial(self, module, inputs, output: Tensor) -> None:
         """The first 7 channels after the ReLU, flattened as TensorFlow lays them out: height, width, channel."""
@@ -72,7 +70,7 @@ def find_weights(weights: Path | None) -> str:
         files.check_folder(path.parent, "folder of torch.hub")
         return f"would be downloaded once (96 MB) to {path}"
     network = Inception(path, torch.device("cpu"))
-    return str(path) if network.is_published else f"{path}, which are not those of published numbers"
+    return str(path) if network.weights == PUBLISHED else f"{path}, which are not those of published numbers"
 
 
 def download() -> Path:
@@ -90,27 +88,21 @@ def download() -> Path:
     return path
 
 
-def check_weights(path: Path) -> str:
-    """The sha256 of a file that holds finite tensors and nothing else. Raises UserError."""
+def read_weights(path: Path) -> tuple[str, dict]:
+    """How the sha256 of a file begins, and the tensors and plain values in it. Raises UserError."""
     if not path.is_file():
         raise UserError(f"--inception-weights {str(path)!r} is not a file; expected {PUBLISHED_NAME}")
     with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if path.name == PUBLISHED_NAME and not sha256.startswith(PUBLISHED):
+        digits = hashlib.file_digest(file, "sha256").hexdigest()[: len(PUBLISHED)]
+    if path.name == PUBLISHED_NAME and digits != PUBLISHED:
         raise UserError(
-            f"--inception-weights {str(path)!r} is damaged: its sha256 begins with {sha256[:8]}, expected {PUBLISHED} "
+            f"--inception-weights {str(path)!r} is damaged: its sha256 begins with {digits}, expected {PUBLISHED} "
             "as its name tells; fetch it again"
         )
     try:
-        state = checkpoint.load(path)
+        return digits, checkpoint.load(path)
     except UserError as error:
         raise UserError(f"--inception-weights: {error}") from error
-    for name, tensor in state.items():
-        if not (isinstance(tensor, Tensor) and bool(torch.isfinite(tensor).all())):
-            raise UserError(
-                f"--inception-weights {str(path)!r} has no finite numbers under {name!r}; expected {PUBLISHED_NAME}"
-            )
-    return sha256
 
 
 def extract(images, names: list[str], network: Inception, batch_size: int, description: str) -> dict[str, Tensor]:
@@ -140,14 +132,17 @@ def extract(images, names: list[str], network: Inception, batch_size: int, descr
     return features
 
 
-def extract_cached(images, names: list[str], network: Inception, batch_size: int, folder: Path) -> dict[str, Tensor]:
+def extract_cached(
+    images, contents: str, names: list[str], network: Inception, batch_size: int, folder: Path
+) -> dict[str, Tensor]:
     """Features of a reference as extract gives them, but complete on rank 0 alone.
 
-    They are kept in folder for the next time, a file for each (contents of the images, weights of the network, name).
+    They are kept in folder for the next time, a file for each (contents of the images, their size, weights, name).
     """
-    contents = distributed.on_main(lambda: images.sha256)  # read here, where an error reaches all processes
-    paths = {name: folder / f"{contents}-{network.sha256[:16]}-{name}.safetensors" for name in names}
     features = {}
+    paths = {
+        name: folder / f"{contents}-{format_size(images.size)}-{network.weights}-{name}.safetensors" for name in names
+    }
     if distributed.is_main():
         found = {name: load_kept(path, name) for name, path in paths.items()}
         features = {name: values for name, values in found.items() if values is not None}

@@ -5,7 +5,6 @@ import errno
 import io
 import json
 import logging
-import math
 import os
 import platform
 import subprocess
@@ -20,8 +19,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from models import ModelConfig
 from runtime import files
+from runtime.config import RunConfig
 from runtime.distributed import is_main
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -78,11 +77,8 @@ def make_logger(folder: Path | None = None) -> logging.Logger:
         logger.removeHandler(handler)
     logger.propagate = False
     logger.setLevel(logging.INFO)
-    if not is_main():
-        logger.addHandler(logging.NullHandler())
-        return logger
-    handlers: list[logging.Handler] = [TqdmHandler()]
-    if folder is not None:
+    handlers: list[logging.Handler] = [TqdmHandler() if is_main() else logging.NullHandler()]
+    if folder is not None and is_main():
         handlers.append(LogFile(folder / "log.txt", encoding="utf-8", delay=True))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
@@ -114,47 +110,52 @@ def progress_bar(total: int, initial: int = 0, unit: str = "step", description: 
 class Metrics:
     """metrics.jsonl: one line a record, each step once. On resume, lines past the checkpoint are dropped.
 
-    Trackers (see runtime/trackers.py) get the same records, and pictures as well.
+    Trackers (see runtime/trackers.py) get the same records, and pictures as well. What fails is a warning, for a
+    tracker its last.
     """
 
-    def __init__(self, folder: Path, step: int, trackers: Sequence = ()):
-        self.path, self.trackers = folder / "metrics.jsonl", trackers
+    def __init__(self, folder: Path, step: int, logger: logging.Logger, trackers: Sequence = ()):
+        self.path, self.logger, self.trackers = folder / "metrics.jsonl", logger, list(trackers)
         if is_main():
             kept = [record for record in read_metrics(self.path) if record["step"] <= step]
             files.write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, record: dict) -> None:
-        """Append a record, whole or not at all. Raises OSError."""
-        for tracker in self.trackers:
-            tracker.write(record)
-        if is_main():
-            size = self.path.stat().st_size
-            try:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
-            except OSError:
-                os.truncate(self.path, size)
-                raise
-
-    def try_write(self, record: dict, logger: logging.Logger) -> None:
-        """As write; a failed write is a warning."""
+        self._track("write", record)
         try:
-            self.write(record)
+            if is_main():
+                self._append(json.dumps(record) + "\n")
         except OSError as error:
-            logger.info(f"warning: step {record['step']} is missing in {self.path}: {error}")
+            self.logger.info(f"warning: step {record['step']} is missing in {self.path}: {error}")
+
+    def _append(self, line: str) -> None:
+        """Write a line, whole or not at all. Raises OSError."""
+        size = self.path.stat().st_size
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError:
+            os.truncate(self.path, size)
+            raise
 
     def write_image(self, name: str, path: Path, step: int) -> None:
         """Hand a picture in a file to the trackers."""
-        for tracker in self.trackers:
-            tracker.write_image(name, path, step)
+        self._track("write_image", name, path, step)
+
+    def _track(self, method: str, *values) -> None:
+        for tracker in list(self.trackers):
+            try:
+                getattr(tracker, method)(*values)
+            except Exception as error:  # whatever a network, a disk or the library makes it raise
+                self.logger.info(f"warning: {tracker.name} failed ({error}); training goes on without it")
+                self.trackers.remove(tracker)
 
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, *exception) -> None:
         """Wait until the trackers have everything."""
-        for tracker in self.trackers:
-            tracker.close()
+        self._track("close")
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -176,13 +177,12 @@ def describe_environment(device: torch.device) -> dict:
     return {"versions": versions, "device": f"{device.type}: {name}", "git_commit": git_commit()}
 
 
-def group_name(settings: dict) -> str:
+def group_name(config: RunConfig) -> str:
     """Model and positions, such as DiT-B/4 spiral-R4-clamp; RoPE settings that are not the default are appended."""
-    config = ModelConfig.from_dict(settings["model"])  # completes what an older version did not store
-    rope = config.rope
+    model, rope = config.model.model, config.model.rope
     if rope is None:
-        return f"{config.model} sin-cos"
-    name = f"{config.model} spiral-R{rope.rotate}-{rope.border}" if rope.rotate else f"{config.model} axial"
+        return f"{model} sin-cos"
+    name = f"{model} spiral-R{rope.rotate}-{rope.border}" if rope.rotate else f"{model} axial"
     for field in dataclasses.fields(rope):
         value = getattr(rope, field.name)
         if field.name not in ("rotate", "border") and value != field.default:
@@ -190,9 +190,9 @@ def group_name(settings: dict) -> str:
     return name
 
 
-def run_name(settings: dict) -> str:
+def run_name(config: RunConfig) -> str:
     """The group and the seed."""
-    return f"{group_name(settings)} seed {settings['recipe']['global_seed']}"
+    return f"{group_name(config)} seed {config.recipe.global_seed}"
 
 
 def version_of(package: str) -> str | None:
@@ -205,18 +205,12 @@ def version_of(package: str) -> str | None:
 
 def git_commit() -> str | None:
     """Commit of the working tree, with "+changes" when files differ from it; None outside git."""
-
-    def git(*words: str) -> str:
-        command = ["git", *words]
-        return subprocess.run(
-            command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+        found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
+    return found.stdout.strip()
 
 
 def plot_loss(folder: Path) -> None:
@@ -240,8 +234,8 @@ def draw_curves(records: list[dict], file: BinaryIO) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    tenths = newest_tenths(records)
-    below = [["grad_norm", "tenths"], ["lr", "images_per_second"]] if tenths else [list(CURVES)]
+    validated = [record for record in records if any(f"{key}_tenths" in record for key in VALIDATED)]
+    below = [["grad_norm", "tenths"], ["lr", "images_per_second"]] if validated else [list(CURVES)]
     heights = [3.8] + [2.6] * len(below)  # inches
     with rc_context(ANY_GROUND):
         figure = Figure(figsize=(10, sum(heights)), layout="constrained")
@@ -253,8 +247,8 @@ def draw_curves(records: list[dict], file: BinaryIO) -> None:
             if key != "grad_norm":
                 panels[key].set_ylim(bottom=0)
         use_log_scale(panels["grad_norm"])
-        if tenths:
-            draw_tenths(panels["tenths"], *tenths)
+        if validated:
+            draw_tenths(panels["tenths"], validated[-1])
         figure.savefig(file, dpi=DPI, format="png")
 
 
@@ -278,10 +272,9 @@ def draw_losses(axes, records: list[dict]) -> None:
     """Training loss and validation losses by step."""
     draw_curve(axes, *points(records, "loss"), TRAINING, "training: noise MSE + variational term")
     for key, (weights, color) in VALIDATED.items():
-        validated = [record for record in records if record.get(key) is not None]
-        if validated:
-            steps, losses = points(validated, key)
-            errors = np.array([record.get(f"{key}_se") or 0 for record in validated])
+        steps, losses = points(records, key)
+        if len(steps):
+            errors = np.array([record.get(f"{key}_se") or 0 for record in records if record.get(key) is not None])
             draw_curve(axes, steps, losses, color, f"validation: noise MSE ± standard error, {weights} weights")
             axes.fill_between(steps, losses - errors, losses + errors, color=color, alpha=0.25, linewidth=0)
     axes.set(title="Loss", ylabel="noise MSE; variational term in bits/dim")
@@ -289,24 +282,14 @@ def draw_losses(axes, records: list[dict]) -> None:
     axes.legend()
 
 
-def newest_tenths(records: list[dict]) -> tuple[int, dict[str, list[float | None]]] | None:
-    """Step of the newest validation, and its losses by tenth of the schedule for each key; None without one."""
-    for record in reversed(records):
-        tenths = {key: record[f"{key}_tenths"] for key in VALIDATED if f"{key}_tenths" in record}
-        if any(loss is not None for losses in tenths.values() for loss in losses):
-            return record["step"], tenths
-    return None
-
-
-def draw_tenths(axes, step: int, tenths: dict[str, list[float | None]]) -> None:
-    """Validation losses by the middle of their tenth of the schedule."""
-    for key, losses in tenths.items():
-        weights, color = VALIDATED[key]
-        values = [math.nan if loss is None else loss for loss in losses]  # a gap
-        middles = [100 * k + 50 for k in range(len(values))]
-        axes.plot(middles, values, color=color, linewidth=1.2, marker=".", label=f"{weights} weights")
-    axes.set(title=f"Validation loss by tenth of the schedule, step {step:,}", xlabel="timestep", ylabel="noise MSE")
-    axes.set_xticks(range(0, 1001, 200))
+def draw_tenths(axes, record: dict) -> None:
+    """Losses of a validation by the middle of their tenth of the schedule."""
+    for key, (weights, color) in VALIDATED.items():
+        losses = np.array(record.get(f"{key}_tenths", []), dtype=float)  # None is a gap
+        middles = 100 * np.arange(len(losses)) + 50
+        axes.plot(middles, losses, color=color, linewidth=1.2, marker=".", label=f"{weights} weights")
+    title = f"Validation loss by tenth of the schedule, step {record['step']:,}"
+    axes.set(title=title, xlabel="timestep", ylabel="noise MSE", xticks=range(0, 1001, 200))
     use_log_scale(axes)
     axes.legend()
 

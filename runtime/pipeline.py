@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import io
 import os
 import re
 import shlex
@@ -49,8 +50,8 @@ OTHER_NAMES = {  # those that are not named like their option, most because trai
     "INCEPTION_WEIGHTS": ("evaluate", "--inception-weights"),
 }
 SAMPLE_TOO = ("--precision", "--tf32")  # what else train.py and sample_ddp.py share, the checkpoint tells
-NO_VARIABLE = ("--help", "--dry-run", "--planned", "--print-name")
-OF_OTHERS = ("WANDB_", "COMPILER", "MODELS", "SAMPLES")  # how names begin that other programs read
+NO_VARIABLE = ("--help", "--dry-run", "--planned", "--print-name", "--ckpt")
+OF_OTHERS = tuple("WANDB_PROJECT WANDB_ENTITY COMPILER COMPILERS MODELS NODES RECIPES SAMPLE SAMPLES".split())
 SIMILAR = 0.88  # from 0 to 1, to a known name: taken for a slip of the pen
 
 
@@ -83,7 +84,7 @@ class Stage:
     def give_words(self, text: str, origin: str) -> None:
         """Arguments as a shell would divide them. Raises UserError."""
         flag = ""
-        for word in read(shlex.split, text, origin):
+        for word in read(divide, text, origin):
             if word.startswith("@"):
                 word = f"@{locate(word[1:], self.start)}"
             elif "=" in word:
@@ -107,25 +108,26 @@ class Stage:
     def parse(self, *needed: str) -> argparse.Namespace:
         return self.ask(self.command.parse_args, [*needed, *self.arguments])
 
-    def dry_run(self, processes: int) -> None:
+    def dry_run(self, needed: list[str], processes: int) -> None:
         """All checks that the command makes before it begins. Raises UserError."""
-        planned = [*self.arguments, "--dry-run", "--planned", str(processes)]
-        if "--samples" in self.actions:
-            planned.append("--samples=planned.npz")
-        self.ask(self.command.main.__wrapped__, planned)
+        self.ask(self.command.main.__wrapped__, [*needed, *self.arguments, "--dry-run", "--planned", str(processes)])
 
     def ask(self, call: Callable, arguments: list[str]):
         """call(arguments). A UserError then names the variable or the position that set the option it speaks of."""
         try:
             return call(arguments)
         except UserError as error:
-            for argument, origin in reversed(self.given):
+            mentioned = []
+            for index, (argument, origin) in enumerate(self.given):
                 flag = argument.split("=")[0]
-                if flag.startswith("-") and re.search(rf"{flag}(?![\w-])", str(error)):
-                    remedy = "; - keeps the default" if origin.startswith("argument ") else ""
-                    message = str(error).removeprefix(f"argument {flag}: ")
-                    raise UserError(f"{origin}: {message}{remedy}") from error
-            raise
+                if flag.startswith("-") and (match := re.search(rf"{flag}(?![\w-])", str(error))):
+                    mentioned.append((match.start(), -index, flag, origin))
+            if not mentioned:
+                raise
+            _, _, flag, origin = min(mentioned)  # the first that it mentions, as set the last time
+            remedy = "; - keeps the default" if origin.startswith("argument ") else ""
+            message = str(error).removeprefix(f"argument {flag}: ")
+            raise UserError(f"{origin}: {message}{remedy}") from error
 
 
 def locate(path: str, start: str) -> str:
@@ -139,6 +141,14 @@ def read(kind: Callable, text: str, origin: str):
         return kind(text)
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise UserError(f"{origin}: {error}") from error
+
+
+def divide(text: str) -> list[str]:
+    """The words of a shell's command line. Raises ValueError."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} cannot be divided into arguments ({error})") from error
 
 
 def boolean(text: str) -> bool:
@@ -155,7 +165,7 @@ def variables(stages: dict[str, Stage]) -> dict[str, list[tuple[str, str]]]:
     train, sample = stages["train"].actions, stages["sample"].actions
     for flag in {**train, **sample}:
         name = flag.removeprefix("--").replace("-", "_").upper()
-        if flag in NO_VARIABLE or flag.startswith("--no-") or name in SETTINGS or name.startswith(OF_OTHERS):
+        if not flag.startswith("--") or flag.startswith("--no-") or flag in NO_VARIABLE or name in SETTINGS + OF_OTHERS:
             continue
         names = [stage for stage in COMMANDS if flag in stages[stage].actions]
         if flag in train and flag not in SAMPLE_TOO and "sample" in names:
@@ -167,7 +177,7 @@ def variables(stages: dict[str, Stage]) -> dict[str, list[tuple[str, str]]]:
 def check_names(environment: Mapping[str, str], known: list[str]) -> None:
     """Raise UserError for a variable whose name is nearly that of one that would be read."""
     for name in environment:
-        if name in known or name.startswith(OF_OTHERS) or not re.fullmatch("[A-Z][A-Z0-9_]{4,}", name):
+        if name in known or name in OF_OTHERS or not re.fullmatch("[A-Z][A-Z0-9_]{4,}", name):
             continue
         if close := difflib.get_close_matches(name, known, n=1, cutoff=SIMILAR):
             raise UserError(
@@ -219,10 +229,8 @@ def give_positions(train: Stage, positions: list[str], use_rope: str) -> None:
     if boolean(given["USE_ROPE"]):
         return
     # Without RoPE its positions may only say what is the default, and its variables have no effect.
-    args, default = (
-        train.parse("--use-rope", "--latents-dir=unnamed"),
-        {f"rope_{field.name}": field.default for field in dataclasses.fields(RopeConfig)},
-    )
+    args = train.parse("--use-rope", "--latents-dir=unnamed")
+    default = {f"rope_{field.name}": field.default for field in dataclasses.fields(RopeConfig)}
     for name, text in given.items():
         field = train.actions[POSITIONS[name]].dest
         if field in default and getattr(args, field, default[field]) != default[field]:
@@ -270,40 +278,39 @@ def give_folders(stages: dict[str, Stage], environment: Mapping[str, str], start
 
     Raises UserError.
     """
-    folders = {
-        name: locate(environment[name], start)
-        for name in ("DATA_PATH", "RESULTS_BASE", "LATENTS_DIR", "FID_REFERENCE")
-        if name in environment
-    }
-    data = folders.get("DATA_PATH")
-    base = folders.get("RESULTS_BASE", "results/demo" if data is None else "results")
-    digits = "" if data else f"{base}/digits"
+    given = ("DATA_PATH", "RESULTS_BASE", "LATENTS_DIR", "FID_REFERENCE")
+    folders = {name: locate(environment[name], start) for name in given if name in environment}
+    if not os.path.exists(folders.get("DATA_PATH", ".")):
+        raise UserError(
+            f"DATA_PATH: {folders['DATA_PATH']!r} does not exist; expected a folder with a sub-folder for each class"
+        )
+    base = folders.get("RESULTS_BASE", "results" if "DATA_PATH" in folders else "results/demo")
+    digits = "" if "DATA_PATH" in folders else f"{base}/digits"
     cache, train, sample, evaluate = stages.values()
-    cache.give_first("--data-path", data or digits, "DATA_PATH")
-    latents = f"{base}/latents/{latents_name(data, cache.parse('--latents-dir=unnamed'))}"
-    latents = folders.get("LATENTS_DIR", latents)
-    cache.give_first("--latents-dir", latents, "LATENTS_DIR")
-    if read(boolean, environment.get("CACHE_LATENTS", "True"), "CACHE_LATENTS"):
-        train.give_first("--latents-dir", latents, "LATENTS_DIR")
-    else:
-        train.give_first("--data-path", data or digits, "DATA_PATH")
+    data = ("--data-path", folders.get("DATA_PATH", digits), "DATA_PATH")
+    cache.give_first(*data)
+    latents = latents_name(folders.get("DATA_PATH"), cache.parse("--latents-dir=unnamed"))
+    latents = ("--latents-dir", f"{base}/latents/{latents}", "RESULTS_BASE")
+    if "LATENTS_DIR" in folders:
+        latents = ("--latents-dir", folders["LATENTS_DIR"], "LATENTS_DIR")
+    cache.give_first(*latents)
+    is_cached = read(boolean, environment.get("CACHE_LATENTS", "True"), "CACHE_LATENTS")
+    train.give_first(*(latents if is_cached else data))
+    if not is_cached:
         del stages["cache"]
     args = train.parse()
-    train.give_first(
-        "--results-dir",
-        f"{base}/{run_name(args.model, options.rope_from_args(args), args.global_seed)}",
-        "RESULTS_BASE",
-    )
+    run = run_name(args.model, options.rope_from_args(args), args.global_seed)
+    train.give_first("--results-dir", f"{base}/{run}", "RESULTS_BASE")
     results = str(train.parse().results_dir)
     sample.give_first("--ckpt", results, "RESULTS_BASE")
     sample.give_first("--sample-dir", f"{results}/samples", "RESULTS_BASE")
-    samples = str(sample.parse().sample_dir)
+    args = sample.parse()
     if "FID_REFERENCE" in folders:
         evaluate.give_first("--reference", folders["FID_REFERENCE"], "FID_REFERENCE")
-        evaluate.give_first("--samples-expected", str(sample.parse().num_fid_samples), "NUM_FID_SAMPLES")
+        evaluate.give_first("--samples-expected", str(args.num_fid_samples), "NUM_FID_SAMPLES")
     else:
         del stages["evaluate"]
-    return {"RUN_DIR": results, "SAMPLE_DIR": samples, "DIGITS": digits}
+    return {"RUN_DIR": results, "SAMPLE_DIR": str(args.sample_dir), "DIGITS": digits}
 
 
 def machines(environment: Mapping[str, str]) -> dict[str, str]:
@@ -319,15 +326,18 @@ def machines(environment: Mapping[str, str]) -> dict[str, str]:
     return texts | {name: str(value) for name, value in values.items()}
 
 
+def has_nvidia_driver() -> bool:
+    return os.path.exists("/dev/nvidiactl") or shutil.which("nvidia-smi") is not None
+
+
 def count_processes(environment: Mapping[str, str]) -> int:
     """On this machine: one for each GPU that PyTorch sees. Raises UserError where it should see one and does not."""
-    if "NPROC_PER_NODE" in environment:
+    if environment.get("NPROC_PER_NODE"):
         return read(options.number(int, 1, 99_999), environment["NPROC_PER_NODE"], "NPROC_PER_NODE")
     import torch
 
     gpus = torch.cuda.device_count()
-    has_driver = os.path.exists("/dev/nvidiactl") or shutil.which("nvidia-smi")
-    if gpus == 0 and has_driver and "CUDA_VISIBLE_DEVICES" not in os.environ:
+    if gpus == 0 and has_nvidia_driver() and "CUDA_VISIBLE_DEVICES" not in environment:
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         raise UserError(
             f"this machine has an NVIDIA driver, but PyTorch {torch.__version__}, {build}, sees no GPU; install a "
@@ -354,7 +364,10 @@ def describe(stages: dict[str, Stage], folders: dict[str, str]) -> str:
 
 def make_plan(start: str, positions: list[str], environment: Mapping[str, str]) -> list[tuple[str, str]]:
     """The fields that run_all.sh reads. Raises UserError."""
-    environment = {name: value for name, value in environment.items() if value}
+    processes = count_processes(environment)
+    environment = {name: value for name, value in environment.items() if value or name == "GRAD_CLIP"}
+    if environment.get("GRAD_CLIP") == "":  # no limit, where other empty variables say nothing
+        environment["GRAD_CLIP"] = "none"
     recipe = choose_recipe(environment)
     stages = {name: Stage(name, start, recipe) for name in COMMANDS}
     shell = machines(environment)
@@ -362,13 +375,12 @@ def make_plan(start: str, positions: list[str], environment: Mapping[str, str]) 
     give_positions(stages["train"], positions, environment.get("USE_ROPE", "True"))
     for name, stage in stages.items():
         stage.give_words(environment.get(f"{name.upper()}_ARGS", ""), f"{name.upper()}_ARGS")
-    shell |= give_folders(stages, environment, start)
-    processes = count_processes(environment)
-    shell["NPROC_PER_NODE"] = str(processes)
+    shell |= give_folders(stages, environment, start) | {"NPROC_PER_NODE": str(processes)}
+    with contextlib.redirect_stdout(io.StringIO()):  # each stage says it again when it starts
+        for name, stage in stages.items():
+            samples = [f"--samples={shell['SAMPLE_DIR']}/planned.npz"] if name == "evaluate" else []
+            stage.dry_run(samples, processes * int(shell["NNODES"]))
     print(describe(stages, shell), file=sys.stderr)
-    with contextlib.redirect_stdout(sys.stderr):
-        for stage in stages.values():
-            stage.dry_run(processes * int(shell["NNODES"]))
     return [*shell.items(), *((name, argument) for name, stage in stages.items() for argument in stage.arguments)]
 
 
@@ -378,7 +390,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         fields = make_plan(start, positions, os.environ)
     except UserError as error:
-        sys.exit(print(f"run_all.sh: error: {options.one_line(str(error))}", file=sys.stderr) or 2)
+        print(f"run_all.sh: error: {options.one_line(str(error))}", file=sys.stderr)
+        sys.exit(2)
     for name, value in fields:
         sys.stdout.buffer.write(os.fsencode(f"{name}\0{value}\0"))
 

@@ -6,18 +6,19 @@ makes it anew for a run folder, finished or not, from the pictures and numbers t
 every checkpoint.
 """
 
-import argparse
 import base64
 import io
 import json
 from html import escape
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from runtime import files, monitor, options, pictures
 from runtime.config import RunConfig, flatten
 from runtime.options import UserError
+from runtime.validation import format_loss
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #777; }
@@ -36,73 +37,47 @@ img { max-width: 100%; height: auto; display: block; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 td { border-bottom: 1px solid var(--line); padding: .15rem .6rem .15rem 0; }
 td { vertical-align: top; overflow-wrap: anywhere; }
-td:first-child { width: 14rem; max-width: 45vw; color: var(--soft); }
+td:first-child { width: 18rem; max-width: 45vw; color: var(--soft); }
 summary { cursor: pointer; margin: .4rem 0; }
 """
 LONGEST = 1400  # pixels to which the wide side of a picture is reduced
-NAMES = 20  # classes that are listed
+LISTED = 20  # entries of a list at most
 METRIC_NAMES = {"fid": "FID", "sfid": "sFID", "kid": "KID"}  # others are called by their key
 
 
-def write(folder: Path, metrics_files: list[Path] | None = None, out: Path | None = None) -> Path:
+def write(folder: Path, metrics_files: list[Path] | None = None) -> Path:
     """Make report.html of a run folder, whole or not at all; its path. Raises UserError, and OSError when full."""
-    path = out or folder / "report.html"
-    config = read_config(folder)
+    path = folder / "report.html"
+    stored = files.read_json(folder / "config.json")
+    try:
+        config = RunConfig.from_dict(stored | {"recipe": dict(stored["recipe"])})  # which a run always has
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"config.json in {str(folder)!r} is not one of train.py ({error!r})") from error
     records = monitor.read_metrics(folder / "metrics.jsonl")
     body = [
         heading(folder, config, records),
-        section("Samples", evaluation(evaluations(folder, metrics_files))),
+        section("Samples", evaluation(folder, metrics_files)),
         section("Curves", curves(folder)),
         section("Samples during training", samples(folder)),
-        section("Settings", settings(config, records)),
+        section("Settings", settings(config.to_dict(), stored)),
     ]
     files.write_text(
         path,
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
         f"<title>{escape(monitor.run_name(config))}</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n{''.join(body)}</body>\n</html>\n",
     )
     return path
 
 
-def is_current(path: Path, folder: Path) -> bool:
+def is_current(folder: Path) -> bool:
     """Whether a page is newer than all that it shows. A folder changes when something is added to it or removed."""
-    inside = pictures.samples_folder(folder)
+    path, inside = folder / "report.html", pictures.samples_folder(folder)
     sources = [*folder.glob("*.json*"), folder / "loss.png"]
     sources += [inside, *inside.glob("*.png"), *inside.glob("*.metrics.json")]
     changed = max(source.stat().st_mtime_ns for source in sources if source.exists())
     return path.exists() and path.stat().st_mtime_ns > changed
-
-
-def evaluations(folder: Path, metrics_files: list[Path] | None) -> dict[Path, list[Path]]:
-    """Grids of sample_ddp.py, newest first and measured ones before others, each with the files of its measurements.
-
-    <name>.metrics.json and <name>.digits.metrics.json are of the samples <name>.npz, whose grid is <name>.png.
-    """
-    found = {}
-    if metrics_files is None:
-        metrics_files = sorted(pictures.samples_folder(folder).glob("*.metrics.json"))
-        found = {path.with_suffix(".png"): [] for path in pictures.samples_folder(folder).glob("*.npz")}
-    for path in metrics_files:
-        name = path.name.removesuffix(".metrics.json").removesuffix(".digits")
-        found.setdefault(path.with_name(f"{name}.png"), []).append(path)
-
-    def order(grid: Path) -> tuple[bool, int]:
-        changed = [path.stat().st_mtime_ns for path in (grid, *found[grid]) if path.exists()]
-        return not found[grid], -max(changed, default=0)
-
-    return {grid: found[grid] for grid in sorted(found, key=order)}
-
-
-def read_config(folder: Path) -> dict:
-    """config.json of a run, completed by what an older version did not store. Raises UserError."""
-    stored = files.read_json(folder / "config.json")
-    try:
-        config = RunConfig.from_dict(stored).to_dict()
-        return stored | {key: stored[key] for key in ("args", "recipe", "versions")} | config
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"config.json in {str(folder)!r} is not one of train.py ({error!r})") from error
 
 
 def section(title: str, content: str) -> str:
@@ -110,17 +85,16 @@ def section(title: str, content: str) -> str:
     return f"<section>\n<h2>{escape(title)}</h2>\n{content}</section>\n" if content else ""
 
 
-def heading(folder: Path, config: dict, records: list[dict]) -> str:
+def heading(folder: Path, config: RunConfig, records: list[dict]) -> str:
     """Name and state of the run, and its numbers in short."""
-    rope = config["model"]["rope"]
     position = "sin-cos positions"
-    if rope:
-        kind = f"Spiral RoPE, K = {2 * rope['rotate']} directions" if rope["rotate"] else "axial RoPE"
-        position = f"{kind}, border {rope['border']}"
-    size = options.format_size(tuple(config["image_size"]))
-    lines = [f"{position}, {size} pixels, batch {config['recipe']['global_batch_size']}", str(folder.resolve())]
+    if rope := config.model.rope:
+        kind = f"Spiral RoPE, K = {2 * rope.rotate} directions" if rope.rotate else "axial RoPE"
+        position = f"{kind}, border {rope.border}"
+    size = options.format_size(config.image_size)
+    lines = [f"{position}, {size} pixels, batch {config.recipe.global_batch_size}", str(folder.resolve())]
     about = "".join(f"<p>{escape(line)}</p>\n" for line in lines)
-    numbers = summary(config, records, (folder / "finished.json").exists())
+    numbers = summary(config.recipe.global_batch_size, records, (folder / "finished.json").exists())
     return f"<header>\n<h1>{escape(monitor.run_name(config))}</h1>\n{about}{tiles(numbers)}</header>\n"
 
 
@@ -133,43 +107,43 @@ def tiles(values: dict[str, str]) -> str:
     return f'<div class="tiles">\n{boxes}</div>\n'
 
 
-def summary(config: dict, records: list[dict], finished: bool) -> dict[str, str]:
+def summary(batch: int, records: list[dict], finished: bool) -> dict[str, str]:
     """The run in a few numbers: label to text."""
     values = {"step, finished" if finished else "step, not finished": f"{records[-1]['step'] if records else 0:,}"}
     labels = {"loss": "training loss", "val_loss_ema": "validation loss, EMA", "val_loss": "validation loss, raw"}
     for key, label in labels.items():
-        newest = next((record for record in reversed(records) if key in record), {})
-        value, error = newest.get(key), newest.get(f"{key}_se")
-        if newest:
-            values[label] = "not finite" if value is None else f"{value:.4f}"
-            values[label] += "" if error is None else f" ± {error:.4f}"
-    timed = [record for record in records if record.get("images_per_second")]
-    if timed:
-        before = [0, *(record["step"] for record in timed)]
-        batch = config["recipe"]["global_batch_size"]
-        seconds = [
-            (record["step"] - start) * batch / record["images_per_second"]
-            for start, record in zip(before, timed, strict=False)
-        ]
-        images = timed[-1]["step"] * batch
-        values["images/s, mean"] = f"{images / sum(seconds):.4g}"
-        values["training time, without checkpoints"] = monitor.format_seconds(sum(seconds))
+        newest = next((record for record in reversed(records) if key in record), None)
+        if newest is not None:
+            values[label] = format_loss(newest[key], newest.get(f"{key}_se"))
+    steps, speeds = monitor.points(records, "images_per_second")
+    if len(steps):
+        seconds = float((np.diff(steps, prepend=0) * batch / speeds).sum())
+        values["images/s, mean"] = f"{steps[-1] * batch / seconds:.4g}"
+        values["training time, without checkpoints"] = monitor.format_seconds(seconds)
         if not finished:
-            values["remaining"] = monitor.format_seconds(timed[-1]["eta_seconds"])
+            values["remaining"] = monitor.format_seconds(monitor.points(records, "eta_seconds")[1][-1])
     return values
 
 
-def evaluation(evaluated: dict[Path, list[Path]]) -> str:
-    """The newest grid of samples under what was measured of it, and what was measured of others."""
-    blocks = []
-    for number, (grid, paths) in enumerate(evaluated.items()):
-        measured = {path.name: files.read_json(path) for path in paths}
-        if measured or number == 0:
-            numbers = {label: text for values in measured.values() for label, text in metrics(values).items()}
-            blocks.append(f"<h3>{escape(grid.stem)}</h3>\n{tiles(numbers) if numbers else ''}")
-        if number == 0 and grid.exists():
+def evaluation(folder: Path, metrics_files: list[Path] | None) -> str:
+    """The newest grid of sample_ddp.py under what was measured of it, and what was measured of others.
+
+    <name>.metrics.json and <name>.digits.metrics.json are of the samples <name>.npz, whose grid is <name>.png. A grid
+    of which nothing was measured is there where nothing was measured of any.
+    """
+    inside, measured, blocks = pictures.samples_folder(folder), {}, []
+    for path in sorted(inside.glob("*.metrics.json")) if metrics_files is None else metrics_files:
+        name = path.name.removesuffix(".metrics.json").removesuffix(".digits")
+        measured.setdefault(path.with_name(f"{name}.png"), {})[path.name] = files.read_json(path)
+    grids = list(measured) or [path.with_suffix(".png") for path in inside.glob("*.npz")]
+    grids.sort(key=lambda grid: grid.stat().st_mtime_ns if grid.exists() else 0, reverse=True)
+    for grid in grids if measured else grids[:1]:
+        found = measured.get(grid, {})
+        numbers = {label: text for values in found.values() for label, text in metrics(values).items()}
+        blocks.append(f"<h3>{escape(grid.stem)}</h3>\n{tiles(numbers) if numbers else ''}")
+        if grid == grids[0] and grid.exists():
             blocks.append(picture(grid, "the first samples, each under its label"))
-        blocks += [details(name, values) for name, values in measured.items()]
+        blocks += [details(name, values) for name, values in found.items()]
     return "".join(blocks)
 
 
@@ -212,37 +186,33 @@ def picture(path: Path, caption: str) -> str:
 
 def figure(content: bytes, kind: str, caption: str) -> str:
     source, caption = f"data:image/{kind};base64,{base64.b64encode(content).decode()}", escape(caption)
-    return f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>\n'
+    return f'<figure><img src="{source}" alt="{caption}"/><figcaption>{caption}</figcaption></figure>\n'
 
 
-def settings(config: dict, records: list[dict]) -> str:
-    """Tables of what decides the run, of its environment and of the newest line of metrics.jsonl."""
-    classes = config["data"]["classes"]
-    names = ", ".join(classes[:NAMES]) + (f" and {len(classes) - NAMES:,} more" if len(classes) > NAMES else "")
-    known = {key: value for key, value in config["data"].items() if key != "classes"}
-    about = {key: config.get(key) for key in ("device", "git_commit")}
-    tables = {
-        "Model": config["model"],
-        "Recipe": config["recipe"],
-        "Data": {**known, "classes": len(classes), "class names": names},
-        "Autoencoder": config["vae"],
-        "Command line": config["args"],
-        "Environment": about | config["versions"],
-        "Newest metrics": records[-1] if records else {},
-    }
-    return "".join(details(title, values, opened=title in ("Model", "Recipe")) for title, values in tables.items())
+def settings(config: dict, stored: dict) -> str:
+    """A table of what decides the run, and folded, of what else is stored in config.json: command line, versions."""
+    others = {key: value for key, value in stored.items() if key not in config}
+    return table(config) + details("Command line and environment", others)
 
 
-def details(title: str, values: dict, opened: bool = False) -> str:
-    """A table of nested values that can be folded."""
+def details(title: str, values: dict) -> str:
+    """A folded table."""
+    return f"<details><summary>{escape(title)}</summary>\n{table(values)}</details>\n"
+
+
+def table(values: dict) -> str:
+    """A table of nested values."""
     rows = "".join(
         f"<tr><td>{escape(key)}</td><td>{escape(text_of(value))}</td></tr>\n" for key, value in flatten(values).items()
     )
-    state = " open" if opened else ""
-    return f"<details{state}><summary>{escape(title)}</summary>\n<table>\n{rows}</table></details>\n"
+    return f"<table>\n{rows}</table>\n"
 
 
 def text_of(value) -> str:
+    """A value for a reader: of lists the first few entries."""
+    if isinstance(value, list):
+        more = f" and {len(value) - LISTED:,} more" if len(value) > LISTED else ""
+        return (", ".join(map(text_of, value[:LISTED])) or "none") + more
     if isinstance(value, float):
         return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -252,24 +222,17 @@ def text_of(value) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = options.Parser(prog="report.py", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="the run's folder (--results-dir of train.py)")
-    parser.add_argument(
-        "--metrics",
-        type=Path,
-        nargs="+",
-        default=None,
-        help="files of evaluate.py to show (None: samples/*.metrics.json in the folder)",
-    )
-    parser.add_argument("--out", type=Path, default=None, help="file to write (None: report.html in the folder)")
-    args: argparse.Namespace = parser.parse_args(argv)
+    help = "files of evaluate.py to show (None: samples/*.metrics.json in the folder)"
+    parser.add_argument("--metrics", type=Path, nargs="+", default=None, help=help)
+    args = parser.parse_args(argv)
     if not (args.folder / "config.json").is_file():
         raise UserError(
             f"{str(args.folder)!r} holds no run (config.json is missing); expected a --results-dir of train.py"
         )
-    path = args.out or args.folder / "report.html"
-    if args.metrics is None and is_current(path, args.folder):
-        return print(f"nothing to do: {path} is newer than all that it shows")
-    with files.cannot_write(f"--out {str(path)!r}", "free space, or choose another"):
-        print(f"report: {write(args.folder, args.metrics, path)}")
+    if args.metrics is None and is_current(args.folder):
+        return print(f"nothing to do: {args.folder / 'report.html'} is newer than all that it shows")
+    with files.cannot_write(f"report.html in {str(args.folder)!r}", "free space, or make the page of a copy"):
+        print(f"report: {write(args.folder, args.metrics)}")
 
 
 if __name__ == "__main__":

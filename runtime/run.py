@@ -156,11 +156,11 @@ class RunFolder:
         found = []
 
         def open_trackers() -> None:
-            found.extend(trackers.open_trackers(args, self.config.to_dict(), self.path, step, self.logger.info))
+            found.extend(trackers.open_trackers(args, self.config, self.path, step))
 
         with distributed.agreed_failure(f"--results-dir {str(self.path)!r}"):
             distributed.on_main(open_trackers)
-            return monitor.Metrics(self.path, step, found)
+            return monitor.Metrics(self.path, step, self.logger, found)
 
     def save(self, trainer: Trainer, required: bool) -> bool:
         """Write a checkpoint and return whether it is there. A failure is a warning, unless the run ends with it."""

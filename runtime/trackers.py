@@ -2,14 +2,13 @@
 
 import argparse
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from runtime import files, monitor
-from runtime.config import flatten
+from runtime.config import RunConfig, flatten
 from runtime.options import Parser, UserError
 
 
@@ -40,41 +39,19 @@ def check(args: argparse.Namespace) -> None:
 
 
 def open_trackers(
-    args: argparse.Namespace, settings: dict, folder: Path, step: int, warn: Callable[[str], None]
-) -> list["Guarded"]:
-    """The trackers that the command asks for; what they have of steps after this one is dropped. Raises UserError."""
+    args: argparse.Namespace, config: RunConfig, folder: Path, step: int
+) -> list["TensorBoard | WeightsAndBiases"]:
+    """The trackers that the command asks for; what they have of steps after this one is dropped. Raises UserError.
+
+    Whatever else they raise later is for their caller to survive.
+    """
     found = []
     if args.tensorboard:
-        found.append(Guarded("TensorBoard", TensorBoard(folder, settings, step), warn))
+        found.append(TensorBoard(folder, config, step))
     if args.use_wandb:
         project = args.wandb_project or "spiral-rope-dit"
-        found.append(Guarded("Weights & Biases", WeightsAndBiases(folder, settings, project, args.wandb_entity), warn))
+        found.append(WeightsAndBiases(folder, config, project, args.wandb_entity))
     return found
-
-
-class Guarded:
-    """A tracker whose first failure is a warning and its end, and not that of the run."""
-
-    def __init__(self, name: str, tracker: "TensorBoard | WeightsAndBiases", warn: Callable[[str], None]):
-        self.name, self.tracker, self.warn = name, tracker, warn
-
-    def write(self, record: dict) -> None:
-        self._try("write", record)
-
-    def write_image(self, name: str, path: Path, step: int) -> None:
-        self._try("write_image", name, path, step)
-
-    def close(self) -> None:
-        self._try("close")
-
-    def _try(self, method: str, *args) -> None:
-        if self.tracker is None:
-            return
-        try:
-            getattr(self.tracker, method)(*args)
-        except Exception as error:  # whatever a network, a disk or the library makes it raise
-            self.warn(f"warning: {self.name} failed ({error}); training goes on without it")
-            self.tracker = None
 
 
 def scalars(record: dict) -> dict[str, float]:
@@ -86,11 +63,13 @@ def scalars(record: dict) -> dict[str, float]:
 class TensorBoard:
     """Event files in <results-dir>/tensorboard."""
 
-    def __init__(self, folder: Path, settings: dict, step: int):
+    name = "TensorBoard"
+
+    def __init__(self, folder: Path, config: RunConfig, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-        self.writer.add_text("run", monitor.run_name(settings), step)
+        self.writer.add_text("run", monitor.run_name(config), step)
 
     def write(self, record: dict) -> None:
         for key, value in scalars(record).items():
@@ -114,7 +93,9 @@ class WeightsAndBiases:
     not sent again. Raises UserError when W&B does not start.
     """
 
-    def __init__(self, folder: Path, settings: dict, project: str, entity: str | None):
+    name = "Weights & Biases"
+
+    def __init__(self, folder: Path, config: RunConfig, project: str, entity: str | None):
         import wandb
 
         stored = folder / "wandb.json"
@@ -127,9 +108,9 @@ class WeightsAndBiases:
                 dir=folder,
                 id=files.read_json(stored)["id"],
                 resume="allow",
-                name=monitor.run_name(settings),
-                group=monitor.group_name(settings),
-                config=settings,
+                name=monitor.run_name(config),
+                group=monitor.group_name(config),
+                config=config.to_dict(),
                 settings=wandb.Settings(console="off"),  # the terminal is in log.txt
             )
         except Exception as error:  # of W&B, of the network, of the libraries between

@@ -92,8 +92,21 @@ def is_given_otherwise(source: str | None, config: VAEConfig) -> bool:
     return source is not None and source != config.source
 
 
+def check_source(source: str) -> None:
+    """Raise UserError for what is neither a folder with an autoencoder nor the form of a hub id."""
+    local = Path(source).is_dir()
+    if not local and (source.startswith((".", "/", "~")) or SHORT_NAMES.get(source, source).count("/") != 1):
+        raise UserError(
+            f"--vae {source!r} is not a folder; expected ema, mse, a hub id, or a folder with config.json and "
+            "diffusion_pytorch_model.safetensors"
+        )
+    if local and not (Path(source) / "config.json").is_file():
+        raise UserError(f"--vae folder {source!r} has no config.json; expected one that save_pretrained wrote")
+
+
 def downsampling_of(source: str) -> int | None:
     """Pixels to a latent, where that can be told without loading the autoencoder. Raises UserError."""
+    check_source(source)
     if source in SHORT_NAMES:
         return VAEConfig.downsampling
     if not Path(source).is_dir():
@@ -137,15 +150,8 @@ def _load(source: str):
     from diffusers import AutoencoderKL
     from huggingface_hub.utils import logging as hub_logging
 
-    hub_id = SHORT_NAMES.get(source, source)
-    local = Path(source).is_dir()
-    if not local and (source.startswith((".", "/", "~")) or hub_id.count("/") != 1):
-        raise UserError(
-            f"--vae {source!r} is not a folder; expected ema, mse, a hub id, or a folder with config.json and "
-            "diffusion_pytorch_model.safetensors"
-        )
-    if local and not (Path(source) / "config.json").is_file():
-        raise UserError(f"--vae folder {source!r} has no config.json; expected one that save_pretrained wrote")
+    check_source(source)
+    hub_id, local = SHORT_NAMES.get(source, source), Path(source).is_dir()
     hub_logging.set_verbosity_error()  # its retries take lines; what went wrong is said below, once
     try:
         with warnings.catch_warnings():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime import pipeline
 from runtime.options import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +45,7 @@ def python_command(words: list[str]) -> tuple[str, list[str]] | None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_of_the_documentation_are_accepted(page, tmp_path, monkeypatch):
+def test_commands_of_the_documentation_are_accepted(page, image_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "assets").symlink_to(ROOT / "assets")
@@ -54,6 +55,10 @@ def test_commands_of_the_documentation_are_accepted(page, tmp_path, monkeypatch)
             continue
         if words[0] == "bash":
             assert (ROOT / words[1]).exists(), line
+            if words[1] == "run_all.sh" and words[2:] != ["-h"]:
+                monkeypatch.setattr(pipeline.Stage, "dry_run", lambda *_: None)
+                settings |= {"DATA_PATH": str(image_folder)} if "DATA_PATH" in settings else {}
+                pipeline.make_plan(str(tmp_path), words[2:], settings)
             continue
         found = python_command(words)
         assert found is not None, f"{page}: {line!r} is no command of this repository"

@@ -1,9 +1,9 @@
 """Evaluation: agreement with torch-fidelity and closed forms, references, streaming, cache, processes, mistakes."""
 
+import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tracemalloc
 import urllib.error
@@ -13,22 +13,24 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity.feature_extractor_inceptionv3 as torch_fidelity_inception
-from conftest import TORCHRUN, command_line, tiny
+from conftest import command_line, contents, tiny
 from PIL import Image
+from safetensors.torch import save_file
 
 import evaluate
 from runtime import data, distributed, files, inception
-from runtime.image_sets import FolderImages, NpzImages
+from runtime.image_sets import FolderImages, NpzImages, checksum
+from runtime.options import UserError
 
 pytestmark = [
     pytest.mark.usefixtures("tiny_commands"),
-    pytest.mark.filterwarnings("ignore:.*biased upwards", "ignore:.*not the weights of published numbers"),
+    pytest.mark.filterwarnings("ignore:.* upwards; published", "ignore:.*not the weights of published numbers"),
 ]
-ROOT = Path(__file__).resolve().parent.parent
 SIZE = (24, 20)
 PIXELS = "expected an .npz with images arr_0 uint8 (N, H, W, 3)"
 NAMES = ("samples.npz", "reference.npz")
 KID = {"kid_subsets": 5, "kid_subset_size": 8}
+MEASURED = {"metrics": "is,precision,recall,kid", "num_workers": 0} | KID  # what takes no covariance, which is slow
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 
 
@@ -93,18 +95,13 @@ def command(sets, inception_file):
     return json.loads((sets / "samples.metrics.json").read_text()), features
 
 
-@pytest.fixture
-def measured(command):
-    return command[0]
-
-
 class FakeInception:
     """Stands in for the network where only what surrounds it is tested: coarse pixels, repeated to the widths."""
 
-    is_published, sha256, device = True, inception.PUBLISHED + "f" * 56, torch.device("cpu")
+    weights, device = inception.PUBLISHED, torch.device("cpu")
     calls = 0
 
-    def __init__(self, weights=None, device=None):
+    def __init__(self, *_):
         pass
 
     def features(self, images):
@@ -129,8 +126,7 @@ def arguments(tmp_path):
         for path, count, seed in zip(options.values(), (12, 14), (3, 4), strict=True):
             if not path.exists():
                 np.savez(path, arr_0=make_images(count, seed))
-        options |= {"cache_dir": tmp_path / "cache", "metrics": "is,precision,recall,kid", "num_workers": 0} | KID
-        return command_line(options | changes)
+        return command_line(options | {"cache_dir": tmp_path / "cache"} | MEASURED | changes)
 
     return build
 
@@ -152,7 +148,7 @@ def evaluated(fake, arguments):
 # The numbers
 
 
-def test_metrics_equal_those_of_torch_fidelitys_command(measured, sets, inception_file, monkeypatch, capsys):
+def test_metrics_equal_those_of_torch_fidelitys_command(command, sets, inception_file, monkeypatch, capsys):
     from torch_fidelity import fidelity as torch_fidelity_command
 
     options = {"input1": sets / "samples", "input2": sets / "reference", "isc": True, "fid": True, "kid": True}
@@ -162,16 +158,10 @@ def test_metrics_equal_those_of_torch_fidelitys_command(measured, sets, inceptio
     capsys.readouterr()
     torch_fidelity_command.main()
     theirs = json.loads(capsys.readouterr().out)
-    names = {
-        "fid": "frechet_inception_distance",
-        "inception_score": "inception_score_mean",
-        "inception_score_std": "inception_score_std",
-        "kid": "kernel_inception_distance_mean",
-        "kid_std": "kernel_inception_distance_std",
-        "precision": "precision",
-        "recall": "recall",
-    }
-    ours = {name: measured[name] for name in names}
+    names = {"fid": "frechet_inception_distance", "kid": "kernel_inception_distance_mean"}
+    names |= {"inception_score": "inception_score_mean", "kid_std": "kernel_inception_distance_std"}
+    names |= {name: name for name in ("inception_score_std", "precision", "recall")}
+    ours = {name: command[0][name] for name in names}
     assert ours == pytest.approx({name: theirs[key] for name, key in names.items()}, rel=1e-6)
     assert 0 < ours["precision"] < 1 and 0 < ours["recall"] < 1 and ours["precision"] != ours["recall"]
     assert ours["fid"] > 0 and ours["inception_score"] > 1.01
@@ -238,15 +228,19 @@ def test_three_neighbours_bound_a_ball_not_counting_its_centre():
         assert evaluate.precision_recall(samples, line)["precision"] == inside
 
 
-def test_all_settings_are_recorded(measured, inception_file, sets):
-    assert measured["sampling"] == {"sampler": "ddim", "cfg_scale": 1.5, "step": 7, "weights": "ema"}
-    assert (measured["samples"], measured["image_size"]) == (12, [24, 20])
-    reference = measured["reference"]
-    assert (reference["kind"], reference["images"], reference["stored_statistics"]) == ("npz", 8, [])
-    assert reference["images_sha256"] == NpzImages(sets / "reference.npz", "--reference").sha256
-    assert measured["features"]["weights_sha256"] == inception.check_weights(inception_file)
-    assert measured["features"]["weights_are_published"] is False
-    assert measured["settings"] == {
+def test_all_settings_are_recorded(command, inception_file, sets):
+    found, _ = command
+    assert found["sampling"] == {"sampler": "ddim", "cfg_scale": 1.5, "step": 7, "weights": "ema"}
+    assert (found["samples"], found["image_size"]) == (12, [24, 20])
+    reference = {"path": str(sets / "reference.npz"), "kind": "npz", "stored_statistics": [], "images": 8}
+    assert found["reference"] == reference
+    assert found["settings"] == {
+        "samples_checksum": checksum(sets / "samples.npz"),
+        "reference_checksum": checksum(sets / "reference.npz"),
+        "network": "torch-fidelity inception-v3-compat",
+        "weights_sha256": hashlib.sha256(inception_file.read_bytes()).hexdigest()[:8],
+        "weights_are_published": False,
+        "batch_size": 64,
         "is_splits": 10,
         "kid_subsets": 5,
         "kid_subset_size": 8,
@@ -254,7 +248,7 @@ def test_all_settings_are_recorded(measured, inception_file, sets):
         "precision_recall_neighbours": 3,
         "seed": 2020,
     }
-    assert {"torch", "numpy", "torch-fidelity"} <= measured["versions"].keys() and measured["device"].startswith("cpu")
+    assert {"torch", "numpy", "torch-fidelity"} <= found["versions"].keys() and found["device"].startswith("cpu")
 
 
 def test_the_table(evaluated, tmp_path, capsys, monkeypatch):
@@ -280,14 +274,14 @@ def test_metrics_are_told_even_where_they_cannot_be_written(fake, arguments, ref
     assert told[0].startswith("Inception Score ")
 
 
-@pytest.mark.parametrize("count, warned", [(9999, True), (10_000, False)])
-def test_bias_of_few_samples_is_told(monkeypatch, count, warned):
-    seen = []
-    monkeypatch.setattr(evaluate.warnings, "warn", lambda text, stacklevel: seen.append(text))
-    args = evaluate.parse_args(["--samples=a.npz", "--reference=b.npz", "--metrics=fid,sfid"])
-    evaluate.warn(args, range(count), FakeInception())
-    expected = ["FID and sFID of 9,999 samples are biased upwards; published numbers are of 50,000"]
-    assert seen == (expected if warned else [])
+@pytest.mark.parametrize("count, bias", [(9999, ["9,999 samples bias FID and sFID upwards"]), (10_000, [])])
+def test_numbers_that_compare_with_nothing_published_are_told(monkeypatch, fake, count, bias):
+    monkeypatch.setattr(fake, "weights", "ffffffff")
+    args = evaluate.parse_args(["--samples=a.npz", "--metrics=fid,sfid"])
+    with pytest.warns(UserWarning) as seen:
+        evaluate.warn(args, range(count), fake())
+    expected = [*bias, "--inception-weights has sha256 ffffffff..., not 6726825d...: these are not the weights of"]
+    assert all(str(warning.message).startswith(text) for warning, text in zip(seen, expected, strict=True))
 
 
 # References
@@ -303,9 +297,7 @@ def write_adm_reference(path: Path, **changes) -> dict[str, np.ndarray]:
     return arrays
 
 
-def test_adm_references_give_statistics_for_fid_and_sfid_and_images_for_the_others(
-    evaluated, fake, tmp_path, monkeypatch
-):
+def test_adm_references_give_statistics_for_fid_and_sfid_and_images_for_others(evaluated, fake, tmp_path, monkeypatch):
     stored, compared = write_adm_reference(tmp_path / "adm.npz"), []
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "frechet_distance", lambda samples, reference: compared.append(reference) or 1.0)
@@ -346,15 +338,25 @@ def test_cached_features_follow_the_contents(evaluated, fake, tmp_path, monkeypa
     assert fake.calls == 2 * calls - 1  # those of the samples alone
     assert all(again[name] == first[name] for name in ("precision", "recall", "kid"))
 
+    def cached(**changes) -> int:
+        evaluated(metrics="kid", **changes)
+        return len(list((tmp_path / "cache").iterdir()))
+
     np.savez(tmp_path / "moved.npz", arr_0=make_images(14, 5))
-    other = evaluated(reference=tmp_path / "moved.npz")
-    assert other["kid"] != first["kid"] and len(list((tmp_path / "cache").iterdir())) == 2
-    monkeypatch.setattr(fake, "sha256", "e" * 64)  # other weights
-    evaluated()
-    assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert cached(reference=tmp_path / "moved.npz") == 2
+    monkeypatch.setattr(fake, "weights", "eeeeeeee")
+    assert cached() == 3
+    for name in ("a", "b"):  # folders whose files are alike in names, sizes and times
+        (tmp_path / name).mkdir()
+        for index, image in enumerate(make_images(8, ord(name))):
+            Image.fromarray(image).save(tmp_path / name / f"{index}.bmp")
+            os.utime(tmp_path / name / f"{index}.bmp", (0, 0))
+    assert [cached(reference=tmp_path / name) for name in ("a", "b", "a")] == [4, 5, 5]
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((12, 32, 32, 3), np.uint8))
+    assert cached(samples=tmp_path / "large.npz", reference=tmp_path / "a") == 6  # resized otherwise
 
 
-def test_damaged_cached_features_are_made_again(evaluated, tmp_path):
+def test_cached_features_that_cannot_be_read_or_written(evaluated, tmp_path, monkeypatch):
     first = evaluated()
     (path,) = (tmp_path / "cache").iterdir()
     whole = path.read_bytes()
@@ -362,10 +364,6 @@ def test_damaged_cached_features_are_made_again(evaluated, tmp_path):
     with pytest.warns(UserWarning, match="cannot be read .*; it is made again"):
         assert evaluated() == first
     assert path.read_bytes() == whole
-
-
-def test_features_that_cannot_be_cached_are_used_all_the_same(evaluated, tmp_path, monkeypatch):
-    first = evaluated()
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").touch()
     monkeypatch.setattr(files, "check_folder", lambda *_: None)  # the disk became full since
@@ -413,33 +411,32 @@ def test_what_has_changed_is_measured_again(arguments, fake, inception_file, set
 def test_dry_run(fake, arguments, inception_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     command = arguments(metrics="fid,precision", dry_run=True)
-    before = sorted(tmp_path.rglob("*"))
+    before = contents(tmp_path)
     evaluate.main(command)
     assert capsys.readouterr().out.splitlines() == [
         "dry run: would measure fid,precision, with 1 processes",
         f"samples: {tmp_path / 'samples.npz'}, 12 images of 24x20 pixels",
         f"reference: {tmp_path / 'reference.npz'}, 14 images",
         f"weights of Inception-v3: would be downloaded once (96 MB) to {tmp_path / 'hub' / 'checkpoints' / WEIGHTS}",
-        "memory: about 672 kB in the first process",
+        "memory: about 2.45 MB in the first process",
         f"would keep features of the reference in {tmp_path / 'cache'}",
         f"would write {tmp_path / 'samples.metrics.json'}",
     ]
     evaluate.main([*command, f"--inception-weights={inception_file}"])
     assert f"Inception-v3: {inception_file}, which are not those of published numbers\n" in capsys.readouterr().out
-    assert fake.calls == 0 and sorted(tmp_path.rglob("*")) == before
+    assert fake.calls == 0 and contents(tmp_path) == before
 
 
 def test_dry_run_before_there_are_samples(fake, arguments, inception_file, refused, tmp_path, capsys):
     settings = {"samples": tmp_path / "later" / "samples.npz", "dry_run": True, "inception_weights": inception_file}
-    settings |= {"metrics": None, "kid_subset_size": 14}
-    evaluate.main(arguments(planned=2, **settings))
-    output = capsys.readouterr().out
-    assert output.startswith("dry run: would measure fid,sfid,is,precision,recall,kid, with 2 processes\n")
-    assert f"{settings['samples']}, of any number; not checked, since an earlier command makes it\n" in output
-    evaluate.main(arguments(planned=2, samples_expected=14, **settings))
-    assert ", 14 images; not checked, since" in capsys.readouterr().out
-    assert refused(evaluate.main, arguments(planned=2, samples_expected=9, **settings)) == (
-        "is needs 10 images and --samples will have 9; give more, or pass --metrics fid,sfid,precision,recall"
+    settings |= {"metrics": None, "kid_subset_size": 14, "planned": 2}
+    for expected, number in ((None, "of any number"), (14, "14 images")):
+        evaluate.main(arguments(samples_expected=expected, **settings))
+        output = capsys.readouterr().out
+        assert output.startswith("dry run: would measure fid,sfid,is,precision,recall,kid, with 2 processes\n")
+        assert f"{settings['samples']}, {number}; not checked, since an earlier command makes it\n" in output
+    assert refused(evaluate.main, arguments(samples_expected=9, **settings)) == (
+        "is needs 10 images, more than the 9 of --samples; give more, or pass --metrics fid,sfid,precision,recall"
     )
     assert not (tmp_path / "later").exists() and not (tmp_path / "cache").exists()
 
@@ -460,28 +457,13 @@ def test_archives_are_streamed(tmp_path, save):
     assert index == 51 and peak < 2e6
 
 
-def test_two_processes_measure_as_one(measured, sets, inception_file, tmp_path):
-    options = {
-        "samples": tmp_path / "samples.npz",
-        "reference": sets / "reference",
-        "metrics": "is,precision,recall,kid",
-    }
-    options |= {"inception_weights": inception_file, "cache_dir": tmp_path / "cache", "batch_size": 3, "num_workers": 0}
-    (tmp_path / "samples.npz").write_bytes((sets / "samples.npz").read_bytes())
-    process = subprocess.run(
-        [*TORCHRUN, ROOT / "evaluate.py", *command_line(options | KID)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert process.stdout.count("Inception Score") == process.stdout.count("metrics: ") == 1
-    names = ("inception_score", "inception_score_std", "precision", "recall", "kid", "kid_std")
-    together = json.loads((tmp_path / "samples.metrics.json").read_text())
-    expected = {name: measured[name] for name in names}
-    assert {name: together[name] for name in names} == pytest.approx(expected, rel=1e-3)
-    assert together["sampling"] is None
+def test_two_processes_measure_as_one(two, evaluated, image_folder, tmp_path):
+    (samples,) = (two.folder / "sampled").glob("*.npz")
+    assert two.output.count("Inception Score ") == two.output.count("metrics: ") == 1
+    together = json.loads(samples.with_suffix(".metrics.json").read_text())
+    alone = evaluated(samples=shutil.copy(samples, tmp_path), reference=image_folder)
+    numbers = ("inception_score", "inception_score_std", "precision", "recall", "kid", "kid_std")
+    assert [together[name] for name in numbers] == [alone[name] for name in numbers]
 
 
 def test_all_processes_end_when_one_meets_an_unreadable_image(fake, arguments, refused, monkeypatch):
@@ -494,6 +476,7 @@ def test_all_processes_end_when_one_meets_an_unreadable_image(fake, arguments, r
 
 def test_weights_are_downloaded_once_and_checked(arguments, refused, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
     asked = []
 
     def unreachable(*_, **__):
@@ -509,7 +492,6 @@ def test_weights_are_downloaded_once_and_checked(arguments, refused, tmp_path, m
         f"the Inception-v3 weights cannot be downloaded (<urlopen error no network>); fetch {url} where there is a "
         "network, and pass the file as --inception-weights FILE"
     )
-    assert not (tmp_path / "samples.metrics.json").exists()
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
     assert inception.download() == inception.download() == tmp_path / "checkpoints" / WEIGHTS
     assert asked == [(WEIGHTS, "6726825d")]
@@ -520,75 +502,64 @@ class Code:
         return os.mkdir, ("code-was-run",)
 
 
-@pytest.mark.parametrize("dry_run", [None, True])
-def test_weights_that_are_none(inception_file, arguments, refused, tmp_path, monkeypatch, dry_run):
+OTHER = "holds other weights than torch-fidelity's Inception-v3 ("
+NO_WEIGHTS = {  # of a file: its name, what becomes of the weights in it, and how a dry run's line about it goes on
+    "missing": ("none.pth", None, f"is not a file; expected {WEIGHTS}"),
+    "one less": ("less.pth", lambda state: state.pop("fc.bias"), f'{OTHER}Missing key(s) in state_dict: "fc.bias".); '),
+    "list": ("list.pth", lambda state: state.update({"fc.bias": [0.0] * 1008}), f"{OTHER}While copying the parameter"),
+    "other network": ("a.safetensors", lambda state: state.update(x=torch.ones(1)), f"{OTHER}Unexpected key(s) in"),
+    "damaged": (WEIGHTS, lambda state: state.clear(), "is damaged: its sha256 begins with "),
+}
+
+
+@pytest.mark.parametrize("name, change, message", NO_WEIGHTS.values(), ids=NO_WEIGHTS)
+def test_weights_that_are_none(inception_file, arguments, refused, tmp_path, name, change, message):
+    if change is not None:
+        state = torch.load(inception_file)
+        change(state)
+        (save_file if name.endswith(".safetensors") else torch.save)(state, tmp_path / name)
+    found = refused(evaluate.main, arguments(inception_weights=tmp_path / name, dry_run=True))
+    assert found.startswith(f"--inception-weights {str(tmp_path / name)!r} {message}")
+
+
+def test_weights_that_are_code(arguments, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "weights.pth"
-
-    def message():
-        command = arguments(inception_weights=path, dry_run=dry_run)
-        return refused(evaluate.main, command).replace(repr(str(path)), "FILE")
-
-    assert message() == f"--inception-weights FILE is not a file; expected {WEIGHTS}"
-    torch.save({"weight": Code()}, path)
-    assert message().startswith("--inception-weights: checkpoint FILE is refused: it asks for posix.mkdir;")
-    assert not (tmp_path / "code-was-run").exists()
-    torch.save({"weight": torch.tensor([1, float("nan")])}, path)
-    assert message() == f"--inception-weights FILE has no finite numbers under 'weight'; expected {WEIGHTS}"
-    state = torch.load(inception_file, weights_only=True)
-    state.pop("fc.bias")
-    torch.save(state, path)
-    assert message() == (
-        "--inception-weights FILE holds other weights than torch-fidelity's Inception-v3 (Missing key(s) in "
-        f'state_dict: "fc.bias".); expected {WEIGHTS}'
-    )
-    path = tmp_path / WEIGHTS
-    path.write_bytes(b"other")
-    assert "FILE is damaged: its sha256 begins with d9298a10, expected 6726825d as its name tells" in message()
-
-
-def test_other_weights_are_told(fake, arguments, monkeypatch):
-    monkeypatch.setattr(fake, "is_published", False)
-    monkeypatch.setattr(fake, "sha256", "f" * 64)
-    with pytest.warns(UserWarning, match="^--inception-weights has sha256 ffffffff..., not 6726825d...: .* cannot be"):
-        evaluate.main(arguments(metrics="is", reference=None))
+    torch.save({"weight": Code()}, tmp_path / "weights.pth")
+    found = refused(evaluate.main, arguments(inception_weights="weights.pth"))
+    assert found.startswith("--inception-weights: checkpoint 'weights.pth' is refused: it asks for posix.mkdir;")
 
 
 @pytest.mark.parametrize("what", ["metrics", "features"])
-def test_numbers_that_are_not_finite(fake, arguments, refused, monkeypatch, tmp_path, what):
-    features = fake.features
-    broken = lambda self, images: {name: values / 0 for name, values in features(self, images).items()}  # noqa: E731
+def test_numbers_that_are_not_finite(fake, arguments, refused, monkeypatch, what):
     if what == "features":
-        monkeypatch.setattr(fake, "features", broken)
+        monkeypatch.setattr(fake, "features", lambda _, images: {"logits": torch.full((len(images), 1008), np.nan)})
         message = "the Inception-v3 weights give features that are not finite numbers; use others"
     else:
-        monkeypatch.setattr(evaluate, "precision_recall", lambda *_: {"precision": float("nan"), "recall": 0.0})
-        message = (
-            "precision came out as no finite number; the Inception-v3 weights do not fit the images or the reference"
-        )
-    assert refused(evaluate.main, arguments()) == message
-    assert not (tmp_path / "samples.metrics.json").exists()
+        score = dict.fromkeys((evaluate.KEY_METRIC_ISC_MEAN, evaluate.KEY_METRIC_ISC_STD), float("inf"))
+        monkeypatch.setattr(evaluate, "isc_features_to_metric", lambda *_, **__: score)
+        message = "inception_score, inception_score_std came out as no finite number; the Inception-v3 weights do not"
+    assert refused(evaluate.main, arguments(metrics="is", reference=None)).startswith(message)
 
 
 # Mistakes
 
 METRICS = "fid,sfid,is,precision,recall,kid"
+FEW = "needs {} images, more than the {} of {}; give more"
 MISTAKES = {  # changes to the command line, and how the line about them begins; a dry run refuses them as well
     "no metric": (dict(metrics="fid,FID"), f"argument --metrics: 'FID' is not a metric; expected some of {METRICS}"),
     "nothing": (dict(metrics=""), "argument --metrics: '' is not a metric; expected some of"),
     "subset": (dict(kid_subset_size=1), "argument --kid-subset-size: '1' is not a whole number >= 2"),
     "no reference": (
         dict(reference=None, metrics="is,fid,kid"),
-        "--metrics fid,kid compare with a reference; pass --reference REF, or --metrics is, which needs none",
+        "fid compares with a reference; pass --reference REF, or pass --metrics is",
     ),
-    "few images": (
+    "is": (dict(samples="1.npz", metrics="is,fid"), f"is {FEW.format(10, 1, '--samples')}"),
+    "recall": (dict(reference="3.npz", metrics="recall,fid"), f"recall {FEW.format(4, 3, '--reference')}, or pass"),
+    "fid": (dict(reference="1.npz", metrics="fid"), f"fid {FEW.format(2, 1, '--reference')}"),
+    "kid": (
         dict(metrics=None, kid_subset_size=1000),
-        "kid needs 1000 images and --samples has 12; give more, lower --kid-subset-size, or pass --metrics "
-        "fid,sfid,is,precision,recall",
-    ),
-    "kid alone": (
-        dict(metrics="kid", kid_subset_size=13),
-        "kid needs 13 images and --samples has 12; give more, lower",
+        f"kid {FEW.format(1000, 12, '--samples')}, lower --kid-subset-size, or pass --metrics fid,sfid,is,precision,"
+        "recall",
     ),
     "other number": (dict(samples_expected=13), "--samples 'samples.npz' has 12 images; expected 13 by"),
     "missing samples": (dict(samples="no/such.npz"), f"--samples 'no/such.npz' does not exist; {PIXELS}"),
@@ -597,9 +568,10 @@ MISTAKES = {  # changes to the command line, and how the line about them begins;
         "--reference 'no/such' does not exist; expected a reference file of ADM, an .npz of images arr_0 uint8 (N, H, "
         "W, 3), or a folder of images with or without class folders",
     ),
-    "array": (dict(reference="array.npy"), "--reference 'array.npy' cannot be read (it is a single array);"),
+    "array": (dict(reference="array.npy"), "--reference 'array.npy' cannot be read (File is not a zip file);"),
     "empty folder": (dict(reference="empty"), "--reference 'empty' has no images; expected files ending in .jpg, "),
     "cache": (dict(cache_dir="array.npy/cache"), "--cache-dir 'array.npy/cache' cannot be written ("),
+    "settings of the samples": (dict(samples="3.npz", metrics="fid"), "'3.json' cannot be read ("),
 }
 
 
@@ -608,70 +580,53 @@ MISTAKES = {  # changes to the command line, and how the line about them begins;
 def test_mistakes(fake, arguments, refused, tmp_path, monkeypatch, changes, message, dry_run):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "3.json").write_text("{")
     np.save(tmp_path / "array.npy", np.zeros(3))
+    for count in (1, 3):
+        np.savez(tmp_path / f"{count}.npz", arr_0=make_images(count, 0))
     command = arguments(**{"samples": "samples.npz"} | changes, dry_run=dry_run)
-    before = sorted(tmp_path.iterdir())
     assert refused(evaluate.main, command).startswith(message)
-    assert fake.calls == 0 and sorted(tmp_path.iterdir()) == before
+    assert fake.calls == 0
 
 
 @pytest.mark.parametrize(
-    "count, metrics, needed, possible",
-    [(1, "is,fid", ("is", 10), ""), (3, "recall,fid", ("recall", 4), "fid"), (9, "fid,is,kid", ("is", 10), "fid,kid")],
+    "images, message",
+    [
+        (np.zeros((2, 8, 8, 3)), "holds arr_0 float64 (2, 8, 8, 3)"),
+        (np.zeros((2, 8, 8, 1), np.uint8), "holds arr_0 uint8 (2, 8, 8, 1)"),
+        (np.zeros((2, 8, 8), np.uint8), "holds arr_0 uint8 (2, 8, 8)"),
+        (np.array([{"an": "object"}]), "holds arr_0 object (1,)"),
+        (np.zeros((0, 8, 8, 3), np.uint8), "holds no images"),
+        (np.zeros((2, 8, 8, 3), np.uint8, order="F"), "holds arr_0 uint8 (2, 8, 8, 3) in column-major order"),
+        (lambda whole: b"", "cannot be read ("),
+        (lambda whole: b"not an archive", "cannot be read ("),
+        (lambda whole: whole[:200], "cannot be read ("),
+        (lambda whole: whole[:-30], "cannot be read ("),
+        (lambda whole: whole[:40] + b"x" * 20 + whole[60:], "cannot be read ("),
+        (lambda whole: whole[:900] + b"x" + whole[901:], "cannot be read (Bad CRC-32 for file 'arr_0.npy')"),
+        (lambda whole: whole.replace(b"(90, 24,", b"(91, 24,"), "holds 129600 bytes for arr_0 uint8 (91, 24, 20, 3)"),
+    ],
 )
-def test_too_few_images(fake, arguments, refused, tmp_path, count, metrics, needed, possible):
-    np.savez(tmp_path / "few.npz", arr_0=make_images(count, 0))
-    for option in ("samples", "reference"):
-        if option == "samples" or "is" not in metrics:
-            found = refused(evaluate.main, arguments(metrics=metrics, **{option: tmp_path / "few.npz"}))
-            remedy = f"give more, or pass --metrics {possible}" if possible else "give more"
-            assert found == f"{needed[0]} needs {needed[1]} images and --{option} has {count}; {remedy}"
-
-
-@pytest.mark.parametrize("option", ["samples", "reference"])
-def test_archives_that_hold_no_images(fake, arguments, refused, tmp_path, option):
+def test_archives_that_hold_no_images(tmp_path, images, message):
     path = tmp_path / "wrong.npz"
-
-    def message(contents: bytes = b"", **arrays):
-        path.write_bytes(contents)
-        if arrays:
-            np.savez(path, **arrays)
-        found = refused(evaluate.main, arguments(**{option: path}))
-        return found.replace(repr(str(path)), "FILE").removeprefix(f"--{option} FILE ").removesuffix(f"; {PIXELS}")
-
-    assert message(arr_0=np.zeros((2, 8, 8, 3))) == "holds arr_0 float64 (2, 8, 8, 3)"
-    assert message(arr_0=np.zeros((2, 8, 8, 1), np.uint8)) == "holds arr_0 uint8 (2, 8, 8, 1)"
-    assert message(arr_0=np.zeros((2, 8, 8), np.uint8)) == "holds arr_0 uint8 (2, 8, 8)"
-    assert message(arr_0=np.array([{"an": "object"}])) == "holds arr_0 object (1,)"
-    assert message(arr_0=np.zeros((0, 8, 8, 3), np.uint8)) == "holds no images"
-    columns = np.zeros((2, 8, 8, 3), np.uint8, order="F")
-    assert message(arr_0=columns) == "holds arr_0 uint8 (2, 8, 8, 3) in column-major order"
-    np.savez(path, arr_0=np.zeros((90, *SIZE, 3), np.uint8))
-    whole = path.read_bytes()
-    for damaged in (b"", b"not an archive", whole[:200], whole[:-30], whole[:40] + b"x" * 20 + whole[60:]):
-        assert message(damaged).startswith("cannot be read (")
-    assert fake.calls == 0
-    flipped = whole[:900] + bytes([whole[900] ^ 1]) + whole[901:]
-    assert message(flipped) == "cannot be read (Bad CRC-32 for file 'arr_0.npy')"
-    more = whole.replace(b"(90, 24,", b"(91, 24,")
-    assert message(more) == "holds 129600 bytes for arr_0 uint8 (91, 24, 20, 3)"
-    assert not list(tmp_path.glob("*.metrics.json"))
+    is_damage = callable(images)
+    np.savez(path, arr_0=np.zeros((90, *SIZE, 3), np.uint8) if is_damage else images)
+    if is_damage:
+        path.write_bytes(images(path.read_bytes()))
+    with pytest.raises(UserError) as error:
+        list(NpzImages(path, "--samples").batches(5))
+    assert str(error.value).startswith(f"--samples {str(path)!r} {message}")
+    assert str(error.value).endswith(f"; {PIXELS}")
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (
-            dict(mu=np.zeros(2048, np.float32), sigma=np.zeros((2048, 2047))),
-            "holds sigma float64 (2048, 2047); expected floats (2048, 2048), as in the reference files of ADM",
-        ),
+        (dict(sigma=np.zeros((2048, 2047))), "holds sigma float64 (2048, 2047); expected floats (2048, 2048), as in "),
         (dict(mu_s=np.zeros(2022, np.float32)), "holds mu_s float32 (2022,); expected floats (2023,), as in the"),
         (dict(mu=np.full(2048, np.nan)), "has values in mu that are not finite numbers"),
         (dict(arr_0=np.zeros((5, 24, 24, 3), np.uint8)), "has images of 24 pixels and --samples of 24x20; use a"),
-        (
-            dict(arr_0=None),
-            "has no images arr_0, which precision needs; use another, or pass --metrics fid,sfid,is",
-        ),
+        (dict(arr_0=None), "has no images arr_0, which precision needs; use another, or pass --metrics fid,sfid,is"),
         (dict(arr_0=None, mu_s=None, mu=None), "has neither images nor statistics; expected a reference file of ADM"),
     ],
 )
@@ -687,9 +642,3 @@ def test_images_of_a_folder_that_cannot_be_read(fake, arguments, refused, tmp_pa
         (tmp_path / name).write_bytes(b"damaged")
     found = refused(evaluate.main, arguments(reference=tmp_path, metrics="kid", kid_subset_size=2))
     assert found.startswith("image ") and found.endswith("; repair it or remove it from the data set")
-
-
-def test_damaged_settings_of_the_samples(fake, arguments, refused, tmp_path):
-    (tmp_path / "samples.json").write_text("{")
-    assert refused(evaluate.main, arguments()).startswith(f"{str(tmp_path / 'samples.json')!r} cannot be read (")
-    assert fake.calls == 0

@@ -8,6 +8,7 @@ import pytest
 import cache_latents
 import evaluate
 import sample_ddp
+import train
 from runtime import options
 from runtime.options import Parser, UserError
 
@@ -55,6 +56,7 @@ def test_unusable_argument_files_are_refused(parser, tmp_path, contents, message
 
 # What the two recipes are, and what a command needs besides.
 RECIPES = {
+    "train": (train.parse_args, ["--latents-dir=l"]),
     "cache": (cache_latents.parse_args, ["--data-path=d", "--latents-dir=l"]),
     "sample": (sample_ddp.parse_args, ["--ckpt=c"]),
     "evaluate": (evaluate.parse_args, ["--samples=s", "--reference=r"]),

@@ -1,13 +1,14 @@
 """Samples during training, loss.png and report.html: what they show, that they change nothing, what they refuse."""
 
+import dataclasses
 import io
 import json
 import os
 import re
 import shutil
 from base64 import b64decode
-from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -17,42 +18,20 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
+import cache_latents
 import train
 from runtime import checkpoint, monitor, pictures, report
+from runtime.config import RunConfig
 
 TENTHS = [0.1 + 0.05 * k for k in range(10)]
 VALIDATION = {
     "val_loss": 0.5, "val_loss_se": 0.03, "val_loss_tenths": TENTHS,
     "val_loss_ema": 0.4321, "val_loss_ema_se": 0.0625, "val_loss_ema_tenths": [x / 2 for x in TENTHS],
 }  # fmt: skip
-VOID = {"meta", "img"}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory, image_folder, vae_folder):
-    import cache_latents
-
-    folder = tmp_path_factory.mktemp("cache") / "latents"
-    options = {"data_path": image_folder, "latents_dir": folder, "vae": vae_folder, "image_size": 32, "num_workers": 0}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runtime.distributed._device", lambda *_: torch.device("cpu"))
-        cache_latents.main(command_line(options | {"flip": True}))
-    return folder
-
-
-@pytest.fixture
-def cached_arguments(cache, train_arguments):
-    return lambda results, **changes: train_arguments(
-        results, **{"data_path": None, "vae": None, "latents_dir": cache} | changes
-    )
 
 
 def pictures_of(results: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((results / "samples").glob("*"))}
-
-
-def weights(results: Path) -> dict:
-    return checkpoint.load(results / "checkpoints" / "0000007.pt")
 
 
 # Samples during training
@@ -71,22 +50,23 @@ def test_samples_change_nothing_and_are_the_same_after_an_interruption(train_arg
     names = ["0000002.png", "0000004.png", "0000006.png", "0000007.png", "contact_sheet.png"]
     assert list(pictures_of(tmp_path / "whole")) == names
     assert pictures_of(tmp_path / "stopped") == pictures_of(tmp_path / "whole")
-    expected = weights(tmp_path / "without")
-    for name in ("whole", "stopped"):
-        found = weights(tmp_path / name)
+    expected, *states = (
+        checkpoint.load(tmp_path / name / "checkpoints" / "0000007.pt") for name in ("without", "whole", "stopped")
+    )
+    for found in states:
         for key in ("model", "ema"):
             assert all(torch.equal(found[key][part], expected[key][part]) for part in expected[key])
         assert found["log"] == expected["log"]
 
 
 @pytest.mark.usefixtures("tiny_commands")
-def test_samples_come_with_checkpoints_and_a_lost_grid_is_made_again(cached_arguments, tmp_path):
+def test_samples_come_with_checkpoints_and_a_lost_grid_is_made_again(train_arguments, tmp_path):
     results = tmp_path / "run"
-    train.main(cached_arguments(results, max_steps=5, sample_every=None))
+    train.main(train_arguments(results, max_steps=5, sample_every=None))
     made = pictures_of(results)
     assert list(made) == ["0000004.png", "0000005.png", "contact_sheet.png"]
     (results / "samples" / "0000005.png").unlink()  # as if killed after the checkpoint and before its samples
-    train.main(cached_arguments(results, sample_every=None, ckpt_every=5))
+    train.main(train_arguments(results, sample_every=None, ckpt_every=5))
     assert list(pictures_of(results)) == ["0000004.png", "0000005.png", "0000007.png", "contact_sheet.png"]
     assert pictures_of(results)["0000005.png"] == made["0000005.png"]
 
@@ -99,51 +79,51 @@ def test_a_full_disk_for_samples_and_report_is_survived(train_arguments, tmp_pat
     monkeypatch.setattr(pictures, "save_png", full)
     monkeypatch.setattr(report, "write", full)
     train.main(train_arguments(tmp_path / "run", sample_every=None))
-    output = capsys.readouterr().out
+    output, reason = capsys.readouterr().out, "[Errno 28] No space left on device"
     for step in (4, 7):
-        assert (
-            f"warning: no samples of step {step}: [Errno 28] No space left on device; training goes on "
-            "(--sample-every 0: none)" in output
-        )
-    path = tmp_path / "run" / "report.html"
-    assert f"warning: {path} is left as it was: [Errno 28] No space left on device" in output
+        assert f"warning: no samples of step {step}: {reason}; training goes on (--sample-every 0: none)" in output
+    assert f"warning: {tmp_path / 'run' / 'report.html'} is left as it was: {reason}" in output
     assert "finished at step 7" in output
 
 
 @pytest.mark.usefixtures("tiny_commands")
-def test_samples_of_cached_latents_need_the_vae(cache, vae_folder, make_vae, cached_arguments, refused, tmp_path):
-    other, gone = make_vae(seed=1), shutil.copytree(cache, tmp_path / "cache")
-    meta = json.loads((gone / "meta.json").read_text())
-    (gone / "meta.json").write_text(json.dumps(meta | {"vae": meta["vae"] | {"source": "/no/where"}}))
-    results = tmp_path / "run"
-    message = refused(train.main, cached_arguments(results, latents_dir=gone, sample_every=4))
+def test_samples_of_cached_latents_need_the_vae(image_folder, vae_folder, make_vae, train_arguments, refused, tmp_path):
+    other, moved, results = make_vae(seed=1), shutil.copytree(vae_folder, tmp_path / "moved"), tmp_path / "run"
+    cache, gone = tmp_path / "latents", tmp_path / "latents of a VAE that is gone"
+    options = {"data_path": image_folder, "latents_dir": cache, "vae": vae_folder, "image_size": 32, "num_workers": 0}
+    cache_latents.main(command_line(options))
+    shutil.copytree(cache, gone)
+    change_json(gone / "meta.json", lambda meta: meta["vae"].update(source="/no/where"))
+
+    def arguments(latents_dir: Path, **changes) -> list[str]:
+        return train_arguments(results, **{"data_path": None, "vae": None, "latents_dir": latents_dir} | changes)
+
+    message = refused(train.main, arguments(gone, sample_every=4))
     assert message.startswith("--vae '/no/where' is not a folder; ") and "--sample-every 0" in message
-    message = refused(train.main, cached_arguments(results, vae=other, sample_every=4))
+    message = refused(train.main, arguments(cache, vae=other, sample_every=4))
     assert message.startswith(f"--vae {str(other)!r} has other weights") and repr(str(cache)) in message
     assert "leave --vae out" in message
-    assert not results.exists()
-    train.main(cached_arguments(results, latents_dir=gone, max_steps=1))  # of no samples
-    moved = shutil.copytree(vae_folder, tmp_path / "moved")
-    train.main(cached_arguments(results, latents_dir=gone, vae=moved, max_steps=2, sample_every=2))
+    train.main(arguments(gone, max_steps=1))  # of no samples
+    train.main(arguments(gone, vae=moved, max_steps=2, sample_every=2))
     assert (results / "samples" / "0000002.png").exists()
 
 
-def test_the_contact_sheet_holds_the_first_row_of_every_grid(tmp_path):
+def test_the_contact_sheet_holds_the_first_row_of_every_grid(run, tmp_path):
     columns, random = pictures.COLUMNS, np.random.default_rng(0)
-    layout, paths, rows = pictures.GridLayout(32, 48, columns, titled=True), [], []
+    config = RunConfig.from_dict(json.loads((run / "config.json").read_text()))
+    config, paths, rows = dataclasses.replace(config, image_size=(32, 48)), [], []
     for step in range(40):
         images = list(random.integers(0, 256, (pictures.COUNT, 32, 48, 3), dtype=np.uint8))
         paths.append(tmp_path / f"{step:07d}.png")
         pictures.save_png(pictures.draw_grid(images, ["a class"] * len(images), columns, "title"), paths[-1])
         rows.append(images[:columns])
-    with Image.open(paths[3]) as grid:
-        for k in range(columns):
-            assert np.array_equal(np.asarray(grid.crop(layout.box(k)))[::2, ::2], rows[3][k])
-    sheet = np.asarray(pictures.draw_contact_sheet(paths, layout, [str(k) for k in range(pictures.COUNT)]))
+    sheet = np.asarray(pictures.draw_contact_sheet(paths, config))
     pitch, pitch_x = 2 * 32 + 4, 2 * 48 + 4  # images, enlarged twice, and the gap
     assert (sheet.shape[0] - 16 * pitch) in range(10, 40)  # 16 of the 40 rows, and a line of captions
-    last = sheet[-pitch:-4, -pitch_x:-4]
-    assert np.array_equal(last[::2, ::2], rows[39][-1])
+    for up, row in ((16, 0), (1, 39)):
+        for column in range(columns):
+            y, x = sheet.shape[0] - up * pitch, sheet.shape[1] - (columns - column) * pitch_x
+            assert np.array_equal(sheet[y : y + 64 : 2, x : x + 96 : 2], rows[row][column])
 
 
 # The curves
@@ -230,29 +210,16 @@ def test_logarithmic_ticks_are_written_out(low, high):
 # The report
 
 
-class Page(HTMLParser):
-    """Collects what a page says and loads, and fails where tags are not closed in turn."""
+class Page:
+    """What a page says and loads; its tags have to be closed in turn."""
 
     def __init__(self, path: Path):
-        super().__init__()
-        self.open, self.resources, self.tags, self.source = [], [], set(), path.read_text()
-        self.words = []
-        self.feed(self.source)
-        self.close()
-        self.text = " ".join(" ".join(self.words).split())
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        self.resources += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
+        self.source = path.read_text()
+        elements = list(ElementTree.fromstring(self.source).iter())
+        self.text = " ".join(" ".join(elements[0].itertext()).split())
+        self.tags = {element.tag for element in elements}
+        loading = ("src", "href", "srcset", "data", "action")
+        self.resources = [element.get(name) for element in elements for name in loading if name in element.keys()]
 
 
 @pytest.fixture
@@ -265,10 +232,16 @@ def finished(run, tmp_path):
     return folder
 
 
-def change_config(folder: Path, change) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    change(config)
-    (folder / "config.json").write_text(json.dumps(config))
+def change_json(path: Path, change) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def changed_page(folder: Path, change) -> Page:
+    """The page of a run after a change of its config.json."""
+    change_json(folder / "config.json", change)
+    return Page(report.write(folder))
 
 
 def draw_grid(path: Path, grey: int) -> None:
@@ -280,7 +253,7 @@ def test_a_run_leaves_a_report_that_needs_nothing_else(run):
     seen = Page(run / "report.html")
     for part in (
         "DiT-XS/2 spiral-R2-clamp seed 0", "Spiral RoPE, K = 4 directions, border clamp, 32 pixels, batch 8",
-        "step, finished", "images/s, mean", "ant, bee, käfer", "diffusers", "grad_norm", "rope.rotate",
+        "step, finished", "images/s, mean", "data.classes ant, bee, käfer", "versions.diffusers", "rope.rotate 2",
     ):  # fmt: skip
         assert part in seen.text
     (curves,) = seen.resources
@@ -354,30 +327,27 @@ def test_a_run_of_a_version_with_fewer_settings_has_a_report(finished):
     def forget(config):
         del config["model"]["rope"]["min_freq_lang"], config["model"]["class_dropout_prob"]
 
-    change_config(finished, forget)
-    seen = Page(report.write(finished))
-    assert "DiT-XS/2 spiral-R2-clamp seed 0" in seen.text and "rope.min_freq_lang 0 " in seen.text
+    text = changed_page(finished, forget).text
+    assert "DiT-XS/2 spiral-R2-clamp seed 0" in text and "rope.min_freq_lang 0 " in text
 
 
-def test_hostile_names_stay_text(finished, run, tmp_path):
+def test_hostile_names_stay_text(run, finished):
     def change(config):
         config["data"]["classes"][1] = "<script>alert(1)</script>"
         config["args"]["data_path"] = '"><img src=http://x onerror=alert(1)>'
         config["versions"]["</table>"] = "<b>"
 
-    change_config(finished, change)
-    seen = Page(report.write(finished))
+    seen = changed_page(finished, change)
     assert seen.tags == Page(run / "report.html").tags
     assert all(link.startswith("data:image/") for link in seen.resources)
     assert "<script>alert(1)</script>" in seen.text
 
 
 def test_many_classes_and_many_records_stay_small(finished):
-    change_config(finished, lambda config: config["data"].update(classes=[f"n{k:08d}" for k in range(1000)]))
     lines = [json.dumps(record(100 * k)) + "\n" for k in range(1, 20_001)]
     (finished / "metrics.jsonl").write_text("".join(lines))
     monitor.plot_loss(finished)
-    seen = Page(report.write(finished))
+    seen = changed_page(finished, lambda config: config["data"].update(classes=[f"n{k:08d}" for k in range(1000)]))
     assert "n00000019 and 980 more" in seen.text and "n00000020" not in seen.text
     assert "2,000,000" in seen.text and len(seen.source) < 1e6
 
@@ -385,11 +355,14 @@ def test_many_classes_and_many_records_stay_small(finished):
 def test_what_is_no_run_is_refused(finished, refused, tmp_path):
     (tmp_path / "list.json").write_text("[]")
     none, array, nowhere = (str(tmp_path / name) for name in ("none", "list.json", "no/where"))
+    (finished / "report.html").unlink()
+    (finished / "report.html").mkdir()
+    (finished / "loss.png").touch()
     for arguments, message in {
         (none,): f"{none!r} holds no run (config.json is missing); expected a --results-dir of train.py",
         (finished, "--metrics", array): f"{array!r} holds a JSON list; expected an object",
         (finished, "--metrics", nowhere): f"{nowhere!r} cannot be read (",
-        (finished, "--out", nowhere): f"--out {nowhere!r} cannot be written (No such file or directory); ",
+        (finished,): f"report.html in {str(finished)!r} cannot be written (Is a directory); free space, or ",
     }.items():
         assert refused(report.main, arguments).startswith(message)
     (finished / "config.json").write_text("{}")

@@ -153,7 +153,7 @@ def test_a_dry_run_tells_what_is_missing_and_writes_nothing(copy, run, sample, s
         assert expected in sample(folder, ckpt=run, dry_run=True)
     assert "begun with other" in refused(sample_ddp.main, sample_arguments(copy, sampler="ddim", dry_run=True))
     planned = dict(ckpt=tmp_path / "run", dry_run=True, planned=2)
-    assert f"{tmp_path / 'run'} is not there yet" in sample(tmp_path / "new", **planned)
+    assert f"{tmp_path / 'run'} was not looked at" in sample(tmp_path / "new", **planned)
     message = refused(sample_ddp.main, sample_arguments(f"{stem(copy)}.npz", **planned))
     assert message.endswith("is a file); choose another") and times(tmp_path) == before
 

@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY_RUN
 
 import train
+from models import ModelConfig
+from rope import RopeConfig
 from runtime import monitor, trackers
-from runtime.config import flatten
+from runtime.config import Recipe, RunConfig, flatten
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
 
@@ -47,10 +48,12 @@ def test_tensorboard_shows_what_metrics_jsonl_holds(train_arguments, signal_afte
     assert images == {"samples": [3, 6, 7]}
 
 
-def test_a_list_becomes_a_number_for_each_entry():
+def test_nested_values_and_lists_become_paths():
+    nested = {"lr": 0.1, "model": {"rope": {"rotate": 4}, "size": [1, 2]}, "empty": {}}
+    assert flatten(nested) == {"lr": 0.1, "model.rope.rotate": 4, "model.size": [1, 2], "empty": {}}
     record = {"step": 7, "loss": None, "val_loss": 0.5, "val_loss_tenths": [0.25, 0.75]}
-    flat = {"step": 7, "val_loss": 0.5, "val_loss_tenths/0": 0.25, "val_loss_tenths/1": 0.75}
-    assert trackers.scalars(record) == flat
+    numbers = {"step": 7, "val_loss": 0.5, "val_loss_tenths/0": 0.25, "val_loss_tenths/1": 0.75}
+    assert trackers.scalars(record) == numbers
 
 
 def test_wandb_offline(train_arguments, tmp_path, monkeypatch):
@@ -67,19 +70,16 @@ def test_wandb_offline(train_arguments, tmp_path, monkeypatch):
     stored = json.loads((results / "wandb.json").read_text())["id"]
     files = sorted((results / "wandb").glob("offline-run-*/*.wandb"))
     assert [file.stem for file in files] == [f"run-{stored}"] * 2
-    history, runs = [], []
-    for file in files:
-        for record in wandb_records(file):
-            runs += [record.run] if record.WhichOneof("record_type") == "run" else []
-            if record.WhichOneof("record_type") == "history":
-                items = {
-                    (item.nested_key or [item.key])[-1]: json.loads(item.value_json) for item in record.history.item
-                }
-                history.append({key: value for key, value in items.items() if not key.startswith("_")})
+    records = [record for file in files for record in wandb_records(file)]
+    history = [
+        {(item.nested_key or [item.key])[-1]: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
     assert [record["step"] for record in history] == [3, 6, 7]
     for found, expected in zip(history, monitor.read_metrics(results / "metrics.jsonl"), strict=True):
-        assert found == pytest.approx(expected)
-    for run in runs:
+        assert {key: found[key] for key in found if not key.startswith("_")} == pytest.approx(expected)
+    for run in (record.run for record in records if record.WhichOneof("record_type") == "run"):
         assert (run.project, run.run_group) == ("digits", "DiT-XS/2 spiral-R2-clamp")
         assert (run.display_name, run.run_id) == ("DiT-XS/2 spiral-R2-clamp seed 0", stored)
 
@@ -103,21 +103,14 @@ def wandb_records(path: Path):
 
 
 def test_names_tell_the_positions():
-    def name(**rope):
-        return monitor.group_name({"model": {"model": "DiT-B/4", "rope": rope}})  # the rest has its default
-
-    sin_cos = {"model": {"model": "DiT-B/4", "rope": None}, "recipe": {"global_seed": 3}}
-    assert monitor.run_name(sin_cos) == "DiT-B/4 sin-cos seed 3"
-    assert name() == "DiT-B/4 axial"
-    assert name(rotate=4, theta=10000.0) == "DiT-B/4 spiral-R4-clamp"
-    assert name(rotate=4, border="exact", theta=100.0, same_theta=True) == (
-        "DiT-B/4 spiral-R4-exact-theta-100.0-same_theta-True"
-    )
-
-
-def test_nested_values_become_paths():
-    nested = {"lr": 0.1, "model": {"rope": {"rotate": 4}, "size": [1, 2]}, "empty": {}}
-    assert flatten(nested) == {"lr": 0.1, "model.rope.rotate": 4, "model.size": [1, 2], "empty": {}}
+    for positions, rope in {
+        "sin-cos": None,
+        "axial": RopeConfig(),
+        "spiral-R4-clamp": RopeConfig(rotate=4),
+        "spiral-R4-exact-theta-100.0-same_theta-True": RopeConfig(4, theta=100.0, same_theta=True, border="exact"),
+    }.items():
+        config = RunConfig(ModelConfig("DiT-B/4", rope=rope), image_size=(256, 256), recipe=Recipe(global_seed=3))
+        assert monitor.run_name(config) == f"DiT-B/4 {positions} seed 3"
 
 
 def test_a_tracker_that_fails_is_dropped_with_one_warning(train_arguments, tmp_path, monkeypatch, capsys):
@@ -142,33 +135,26 @@ def test_wandb_that_does_not_start_is_refused(train_arguments, refused, tmp_path
         raise wandb.Error("no API key")
 
     monkeypatch.setattr(wandb, "init", fail)
-    assert refused(train.main, train_arguments(tmp_path / "run", use_wandb=True)) == (
+    assert refused(train.main, train_arguments(tmp_path / "run", use_wandb=True), has_begun=True) == (
         "--use-wandb: W&B does not start (no API key); log in with `wandb login`, or set WANDB_MODE=offline"
     )
     assert not list(tmp_path.rglob("*.pt"))
 
 
-@pytest.mark.parametrize(
-    ("flag", "module", "package"), [("tensorboard", "tensorboard", "tensorboard"), ("use_wandb", "wandb", "wandb")]
-)
-def test_a_package_that_is_absent(flag, module, package, train_arguments, refused, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)
+def test_options_that_cannot_be_followed_are_refused(train_arguments, refused, tmp_path, monkeypatch):
+    for module in ("tensorboard", "wandb"):  # as if they were not installed
+        monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    message = refused(train.main, train_arguments(tmp_path / "run", **{flag: True}))
-    assert message.startswith(f"--{flag.replace('_', '-')} needs the package {package} (")
-    assert message.endswith(f"); run: pip install {package}")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["wandb_project", "wandb_entity"])
-def test_wandb_settings_without_wandb_are_refused(name, train_arguments, refused, tmp_path):
-    flag = f"--{name.replace('_', '-')}"
-    assert refused(train.main, train_arguments(tmp_path / "run", **{name: "digits"})) == (
-        f"{flag} digits given without --use-wandb; add --use-wandb, or leave {flag} out"
-    )
-    assert list(tmp_path.iterdir()) == []
+    for given, parts in {
+        ("tensorboard", True): ("--tensorboard needs the package tensorboard (", "; run: pip install tensorboard"),
+        ("use_wandb", True): ("--use-wandb needs the package wandb (", "; run: pip install wandb"),
+        ("wandb_project", "x"): ("--wandb-project x given without --use-wandb; ", "or leave --wandb-project out"),
+        ("wandb_entity", "x"): ("--wandb-entity x given without --use-wandb; ", "or leave --wandb-entity out"),
+    }.items():
+        message = refused(train.main, train_arguments(tmp_path / "run", **dict([given])))
+        assert message.startswith(parts[0]) and message.endswith(parts[1])
 
 
 def test_no_tracker_unless_asked_for(train_arguments):
     args = train.parse_args(train_arguments(Path("unused")))
-    assert TINY_RUN["sample_every"] == 0 and trackers.open_trackers(args, {}, Path("unused"), 0, print) == []
+    assert trackers.open_trackers(args, None, Path("unused"), 0) == []

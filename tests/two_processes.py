@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 from conftest import TINY_RUN, TINY_XS, command_line
+from test_evaluate import MEASURED, FakeInception
 
 import cache_latents
+import evaluate
 import models
 import sample_ddp
 import train
@@ -181,6 +183,15 @@ def sampled(results: Path, images: Path, vae: str) -> dict:
     return {}
 
 
+def measured(results: Path, images: Path, vae: str) -> dict:
+    """Metrics of those samples against the images, by what stands in for Inception-v3."""
+    evaluate.Inception = FakeInception
+    (samples,) = (results.parent / "sampled").glob("*.npz")
+    options = {"samples": samples, "reference": images, "cache_dir": results, "batch_size": 3}
+    evaluate.main(command_line(options | MEASURED))
+    return {}
+
+
 def restarted(results: Path, images: Path, vae: str) -> dict:
     """A run whose rank 0, with the lock and a data worker that outlives it, is killed at its third step."""
     step = Trainer.train_step
@@ -195,7 +206,8 @@ def restarted(results: Path, images: Path, vae: str) -> dict:
     return {}
 
 
-SCENARIOS = (gradients, stopped, non_finite, unreadable, refused, estimated, cached, validated, trained, sampled)
+SCENARIOS = [gradients, stopped, non_finite, unreadable, refused, estimated]
+SCENARIOS += [cached, validated, trained, sampled, measured]
 
 
 def main() -> None:
