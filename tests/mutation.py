@@ -40,7 +40,7 @@ IMPORTS = ("diffusers", "hypothesis", "matplotlib.pyplot", "scipy.stats", "timm"
 # Operators whose mutants fail on their own or change nothing: bits of a float, identity of small numbers.
 LEFT_OUT = re.compile(r"BinaryOperator_\w+_(RShift|LShift|BitOr|BitAnd|BitXor)$|Operator_(Eq|NotEq|[LG]tE?)_Is(Not)?$")
 # Tests that start processes, which take minutes where the others take seconds.
-STARTS_PROCESSES = "again_and_again or two_processes or all_processes or one_process"
+STARTS_PROCESSES = "again_and_again or two_processes or all_processes or one_process or peak_memory"
 MEMORY = 8 * 2**30  # bytes that a mutant may ask for
 STEP = ("Trainer", "NonFiniteWatch", "learning_rate", "total_steps")  # what train.py held before runtime/training.py
 
