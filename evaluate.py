@@ -73,7 +73,7 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spiral-rope-dit"
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> options.Parser:
     parser = options.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--samples", type=Path, required=True, help=".npz of sample_ddp.py, or any with images arr_0 (N, H, W, 3)")
@@ -87,7 +87,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     options.add_num_workers(parser, "processes reading a folder, for each process")
     add("--cache-dir", type=Path, default=default_cache(), help="where features of references are kept")
     options.add_dry_run(parser, planned=True)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    args = build_parser().parse_args(argv)
     compared = [name for name in args.metrics if name != "is"]
     if compared and args.reference is None:
         raise UserError(

@@ -8,6 +8,7 @@ import inspect
 import math
 import os
 import re
+import shlex
 import sys
 import time
 import warnings
@@ -85,11 +86,17 @@ def differences(stored: dict, current: dict, ignored: tuple[str, ...] = (), show
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that takes no abbreviated options, suggests corrections, and raises UserError."""
+    """An argument parser that takes no abbreviated options, suggests corrections, and raises UserError.
+
+    @FILE stands for the arguments in an argument file: one option a line, with # before comments. Later arguments win,
+    and "none" takes back a value where the default is None.
+    """
 
     def __init__(self, description: str | None = None, **kwargs):
         formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, allow_abbrev=False, formatter_class=formatter, **kwargs)
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=formatter, fromfile_prefix_chars="@", **kwargs
+        )
         self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # -1e-4 is a value too, not an option
 
     def parse_known_args(self, args=None, namespace=None):
@@ -99,10 +106,25 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(
                     f"argument {os.fsencode(text)!r} is not UTF-8; rename what it names, or pass a link to it"
                 )
+            if text.startswith("@"):
+                check_argument_file(Path(text[1:]))
         found, rest = super().parse_known_args(args, namespace)
         if getattr(found, "planned", None) is not None and found.dry_run in (None, False):
             raise UserError(f"--planned {found.planned} given without --dry-run; add --dry-run, or leave it out")
         return found, rest
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            raise UserError(
+                f"line {line!r} of an argument file cannot be read ({error}); quote it as in a shell"
+            ) from None
+
+    def _get_value(self, action: argparse.Action, text: str):
+        if text == "none" and action.default is None and not action.required:
+            return None
+        return super()._get_value(action, text)
 
     def _check_value(self, action: argparse.Action, value) -> None:
         if action.choices is not None and value not in action.choices:  # Python's own words differ from 3.12.8 on
@@ -116,6 +138,17 @@ class Parser(argparse.ArgumentParser):
             close = difflib.get_close_matches(option, self._option_string_actions, n=1)
             message = f"{message}; {f'did you mean {close[0]}?' if close else 'see --help'}"
         raise UserError(message)
+
+
+def check_argument_file(path: Path) -> None:
+    """Raise UserError when it cannot be read as text."""
+    try:
+        path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(
+            f"argument file {str(path)!r} cannot be read ({reason}); give one such as recipes/demo/train.args"
+        ) from error
 
 
 def number(kind: type, low: float, high: float = math.inf, *, open_low=False, open_high=False) -> Callable:
