@@ -109,7 +109,7 @@ class Parser(argparse.ArgumentParser):
             if text.startswith("@"):
                 check_argument_file(Path(text[1:]))
         found, rest = super().parse_known_args(args, namespace)
-        if getattr(found, "planned", None) is not None and found.dry_run in (None, False):
+        if getattr(found, "planned", None) is not None and (found.dry_run is None or found.dry_run is False):
             raise UserError(f"--planned {found.planned} given without --dry-run; add --dry-run, or leave it out")
         return found, rest
 
