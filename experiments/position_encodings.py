@@ -14,18 +14,18 @@ from experiments.runs import Results
 from runtime import monitor, options
 from runtime.monitor import REPOSITORY
 
-OUT = REPOSITORY / "experiments" / "position_encodings.json"
+PUBLISHED = REPOSITORY / "experiments" / "position_encodings.json"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(description=__doc__.splitlines()[0])
     help = "digits alone, four variants, two seeds, 150 steps: ten minutes; results in --work-dir"
     parser.add_argument("--quick", action="store_true", help=help)
-    args = runs.parse_args(parser, OUT, argv)
+    args = runs.parse_args(parser, PUBLISHED, argv)
     args.data_dir = args.work_dir / "data"  # the same for both studies
     args.work_dir /= "quick" if args.quick else "full"
-    if args.quick and args.out == OUT:
-        args.out = args.work_dir / OUT.name
+    if args.quick and args.out == PUBLISHED:
+        args.out = args.work_dir / PUBLISHED.name
     return args
 
 
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     if sections is not None:
         for name, root in roots.items():  # the figure of the attention shows images of them
             data.write_data_set(name, root, study)
-        figures.draw_all(study, sections, args.data_dir, runs.figures_folder(args.out, OUT))
+        figures.draw_all(study, sections, args.data_dir, runs.figures_folder(args.out, PUBLISHED))
         print(tables.all_tables(study, sections))
 
 

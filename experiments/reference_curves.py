@@ -25,7 +25,7 @@ SEEDS = 5
 INTERVALS = {"val_fraction": 0.1, "val_every": 300, "log_every": 100}  # steps; the demo itself holds nothing out
 ALLOWED = 0.1  # of the points of a run may lie outside
 CONFIDENCE = 0.99  # of the band in which one more run falls, at each step
-REFERENCE = REPOSITORY / "tests" / "reference_curves.json"
+PUBLISHED = REPOSITORY / "tests" / "reference_curves.json"
 CURVES = {
     "loss": "training loss (MSE of the noise + variational term)",
     "val_loss": "held-out loss, raw weights (MSE of the noise)",
@@ -129,7 +129,7 @@ def bands_table(reference: Bands) -> str:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", type=Path, metavar="RESULTS_DIR", help="train nothing; compare this run")
-    return runs.parse_args(parser, REFERENCE, argv)
+    return runs.parse_args(parser, PUBLISHED, argv)
 
 
 @options.command
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     sections = runs.complete(args, settings(), given, **kept)
     if sections is not None:
         reference = bands(sections["runs"])
-        draw(reference, runs.figures_folder(args.out, REFERENCE) / "evidence_reference.png")
+        draw(reference, runs.figures_folder(args.out, PUBLISHED) / "evidence_reference.png")
         print(bands_table(reference))
 
 

@@ -130,7 +130,7 @@ def test_places_are_checked_and_a_dry_run_writes_nothing(program, total, tmp_pat
     program.main(["--work-dir", str(tmp_path / "work"), "--out", str(again), "--dry-run"])
     assert f"{total} of {total} runs to train" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert runs.figures_folder(again, position_encodings.OUT) == tmp_path  # another run leaves the published figures alone
+    assert runs.figures_folder(again, program.PUBLISHED) == tmp_path  # the published figures are left alone
 
 
 # Data sets
@@ -347,8 +347,8 @@ def test_steps_to_a_loss_are_interpolated(target, step):
 @pytest.fixture(scope="module")
 def recorded():
     """The sections of the published results, which are of these settings, and the bands of the reference."""
-    sections = Results(position_encodings.OUT, plan.FULL.settings()).sections
-    runs_of_demo = Results(reference_curves.REFERENCE, reference_curves.settings()).sections["runs"]
+    sections = Results(position_encodings.PUBLISHED, plan.FULL.settings()).sections
+    runs_of_demo = Results(reference_curves.PUBLISHED, reference_curves.settings()).sections["runs"]
     return sections, reference_curves.bands(runs_of_demo)
 
 
