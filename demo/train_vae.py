@@ -168,14 +168,15 @@ def report(vae: AutoencoderKL, grey: Tensor, labels: np.ndarray) -> None:
     scale, size = vae.config.scaling_factor, f"{grey.shape[-1]:4d} px, latent"
     images, latents = to_rgb(grey), sample_latents(vae, grey) * scale
     for noise in (0.0, 0.05, 0.1):
-        noisy = latents + noise * torch.randn_like(latents)
-        decoded = in_batches(lambda z: vae.decode(z / scale).sample, noisy)
+        decoded = in_batches(
+            lambda z, noise=noise: vae.decode((z + noise * torch.randn_like(z)) / scale).sample, latents
+        )
         clamped = decoded.clamp(-1, 1)
         psnr = 10 * math.log10(4 / (images - clamped).square().mean().item())
         same, reach = agreement(images, clamped, labels), f"{decoded.min():.3f} to {decoded.max():.3f}"
         print(f"{size} noise {noise:4.2f}: PSNR {psnr:.2f} dB, 3-NN agreement {same:.2%}, decoder output {reach}")
     posterior_std = in_batches(lambda batch: vae.encode(to_rgb(batch)).latent_dist.std, grey).mean((0, 2, 3)) * scale
-    values = latents.transpose(0, 1).flatten(1).numpy()  # (4, N * h * w)
+    values = (sample_latents(vae, grey) * scale).transpose(0, 1).flatten(1).numpy()  # (4, N * h * w)
     moments = {"mean": values.mean(1), "std": values.std(1), "skewness": stats.skew(values, axis=1)}
     for name, channels in (moments | {"posterior std": posterior_std}).items():
         print(f"{size} {name:13s}: " + "  ".join(f"{value:6.3f}" for value in channels))
