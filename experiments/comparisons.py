@@ -1,70 +1,61 @@
 """Statistics of paired runs: tests with Holm's correction, intervals, detectable differences, steps to a loss."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 from scipy import optimize, stats
 
-from experiments.plan import BASELINES, pairs
+from experiments.plan import BASELINES, Losses
 
 CONFIDENCE = 0.95
+SIGNIFICANT = 0.05
 POWER = 0.8
 
 
-@dataclass(frozen=True)
+@dataclass
 class Comparison:
     """A variant against another at the same seeds, at each of some points, such as training steps."""
 
     data_set: str
     variant: str
     other: str
-    baseline: str  # what the other stands for: a key of plan.BASELINES
+    baseline: str  # what the other stands for: a key of BASELINES
     values: np.ndarray  # (seeds, points), losses of the variant
     others: np.ndarray  # the same of the other
-    p: np.ndarray  # (points,) of two-sided paired t-tests
-    p_holm: np.ndarray | None = None  # (points,) corrected for all comparisons of the family
 
-    @property
-    def differences(self) -> np.ndarray:
-        """(seeds, points)"""
-        return self.values - self.others
-
-    @property
-    def relative(self) -> np.ndarray:
-        """(points,) mean difference over the other's mean"""
-        return self.differences.mean(0) / self.others.mean(0)
+    def __post_init__(self):
+        self.differences = self.values - self.others  # (seeds, points)
+        self.relative = self.differences.mean(0) / self.others.mean(0)  # (points,)
+        self.p = stats.ttest_rel(self.values, self.others).pvalue  # (points,) of two-sided paired t-tests
+        self.p_holm = None  # (points,) corrected for all comparisons of the family
 
 
-def compare(losses: dict[str, dict[str, np.ndarray]], by_baseline: bool) -> list[Comparison]:
-    """Every pair of the plan at each point of losses (seeds, points), which are given by data set and variant.
+def compare(losses: Losses, by_baseline: bool) -> list[Comparison]:
+    """Variants against axial RoPE, then against sin-cos, then clamped borders against exact ones, at each point.
 
     Holm's correction goes over everything, or over everything with the same baseline.
     """
     found = []
-    for data_set, by_variant in losses.items():
-        for names in pairs(by_variant):
-            values, others = by_variant[names[0]], by_variant[names[1]]
-            found.append(Comparison(data_set, *names, values, others, stats.ttest_rel(values, others).pvalue))
-    if not by_baseline:
-        return corrected(found)
-    families = [[item for item in found if item.baseline == baseline] for baseline in BASELINES]
-    return [item for family in families if family for item in corrected(family)]
-
-
-def corrected(family: list[Comparison]) -> list[Comparison]:
-    """The same with Holm's correction over all their points."""
-    p_holm = holm(np.concatenate([item.p for item in family]))
-    parts = np.split(p_holm, np.cumsum([len(item.p) for item in family])[:-1])
-    return [replace(item, p_holm=part) for item, part in zip(family, parts, strict=True)]
+    for baseline in BASELINES:
+        for data_set, variant in losses:
+            other = variant.replace("clamp", "exact") if baseline == "exact" else baseline
+            if variant not in ("sincos", other) and (data_set, other) in losses:
+                values = losses[data_set, variant], losses[data_set, other]
+                found.append(Comparison(data_set, variant, other, baseline, *values))
+    for _, family in groupby(found, lambda item: item.baseline if by_baseline else None):
+        family = list(family)
+        for item, corrected in zip(family, holm(np.stack([item.p for item in family])), strict=True):
+            item.p_holm = corrected
+    return found
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
-    """Holm's step-down correction of p-values (n,): Scandinavian Journal of Statistics 6 (1979), 65-70."""
-    order = np.argsort(p_values)
-    scaled = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
-    found = np.empty(len(order))
-    found[order] = np.minimum(1, np.maximum.accumulate(scaled))
-    return found
+    """Holm's step-down correction of all of an array: Scandinavian Journal of Statistics 6 (1979), 65-70."""
+    flat = p_values.ravel()
+    order, found = np.argsort(flat), np.empty(flat.size)
+    found[order] = np.minimum(1, np.maximum.accumulate(flat[order] * np.arange(flat.size, 0, -1)))
+    return found.reshape(p_values.shape)
 
 
 def bootstrap_interval(differences: np.ndarray) -> tuple[float, float]:

@@ -7,61 +7,68 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from experiments.comparisons import CONFIDENCE, band
-from experiments.plan import VARIANTS
-from experiments.tables import Losses, Measured
+from experiments.plan import TOKEN, VARIANTS, Losses, Run, Study
 from runtime.monitor import save_figure, use_log_scale
 
 
-def draw_all(measured: Measured, data_folders: dict[str, Path], folder: Path) -> None:
+def draw_all(study: Study, sections: dict[str, dict], data_dir: Path, folder: Path) -> None:
+    runs = sections["runs"]
     draw_panels(
-        measured.get("runs", "val_loss_ema"),
-        measured.steps,
+        study.collect(runs, "val_loss_ema"),
+        np.array(next(iter(runs.values()))["step"]),
         "training step",
         (None, "axial"),
-        f"Held-out denoising loss of the EMA weights: mean over {measured.study.seeds} seeds, 95 % confidence interval "
+        f"Held-out denoising loss of the EMA weights: mean over {study.seeds} seeds, 95 % confidence interval "
         "at each point",
         folder / "evidence_curves.png",
     )
     draw_panels(
-        measured.get("runs", "val_loss_ema_tenths"),
+        study.collect(runs, "val_loss_ema_tenths"),
         100 * np.arange(10) + 50,
         "timestep (middle of its tenth of the schedule)",
         ("sincos", "axial"),
         "Final held-out loss of the EMA weights by timestep, 95 % confidence interval at each point",
         folder / "evidence_tenths.png",
     )
-    draw_attention(measured, data_folders, folder / "evidence_attention.png")
+    draw_attention(study, sections["attention"], data_dir, folder / "evidence_attention.png")
 
 
 def draw_panels(
     losses: Losses, x: np.ndarray, label: str, rows: tuple[str | None, ...], title: str, path: Path
 ) -> None:
     """A column of panels for each data set, a row for the losses (None) or for what they are relative to."""
-    figure = Figure(figsize=(6.2 * len(losses), 3.9 * len(rows)), layout="constrained")
-    panels = figure.subplots(len(rows), len(losses), squeeze=False)
-    for column, (data_set, by_variant) in enumerate(losses.items()):
-        for row, baseline in enumerate(rows):
-            axes = panels[row, column]
+    data_sets = list(dict.fromkeys(data_set for data_set, _ in losses))
+    figure = Figure(figsize=(6.2 * len(data_sets), 3.9 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), len(data_sets), squeeze=False)
+    for column, data_set in zip(panels.T, data_sets, strict=True):
+        by_variant = {variant: values for (part, variant), values in losses.items() if part == data_set}
+        for axes, baseline in zip(column, rows, strict=True):
             if baseline is None:
-                draw_lines(axes, x, by_variant)
+                draw_losses(axes, x, by_variant)
             else:
                 draw_relative(axes, x, by_variant, baseline)
             axes.set_xlabel(label)
             axes.grid(alpha=0.3, which="both")
-        panels[0, column].set_title(data_set)
-        panels[0, column].legend(fontsize="small")
+        column[0].set_title(data_set)
+        column[0].legend(fontsize="small")
     figure.suptitle(title)
     save_figure(figure, path)
 
 
-def draw_lines(axes, x: np.ndarray, by_variant: dict[str, np.ndarray]) -> None:
-    """Mean over seeds of losses (seeds, points), with its confidence band."""
+def draw_losses(axes, x: np.ndarray, by_variant: dict[str, np.ndarray]) -> None:
+    """Losses (seeds, points) of every variant."""
     for name, losses in by_variant.items():
-        variant, (mean, half) = VARIANTS[name], band(losses, CONFIDENCE)
-        axes.plot(x, mean, variant.dashes, color=variant.colour, marker=".", label=variant.label)
-        axes.fill_between(x, mean - half, mean + half, color=variant.colour, alpha=0.12, linewidth=0)
+        variant = VARIANTS[name]
+        draw_band(axes, x, *band(losses, CONFIDENCE), variant.label, variant.colour, variant.dashes, opacity=0.12)
     axes.set_ylabel("held-out loss (MSE of the noise)")
     use_log_scale(axes)
+
+
+def draw_band(axes, x, mean, half, label: str, colour: str, dashes: str = "-", opacity: float = 0.2) -> None:
+    """A mean with its interval, of which at least a tenth of the mean is left: axes are logarithmic."""
+    axes.plot(x, mean, dashes, color=colour, marker=".", label=label)
+    low = np.maximum(mean - half, mean / 10)
+    axes.fill_between(x, low, mean + half, color=colour, alpha=opacity, linewidth=0)
 
 
 def draw_relative(axes, x: np.ndarray, by_variant: dict[str, np.ndarray], baseline: str) -> None:
@@ -76,29 +83,24 @@ def draw_relative(axes, x: np.ndarray, by_variant: dict[str, np.ndarray], baseli
     axes.set_ylabel(f"loss relative to {VARIANTS[baseline].label} (%)")
 
 
-def draw_attention(measured: Measured, data_folders: dict[str, Path], path: Path) -> None:
+def draw_attention(study: Study, entries: dict[str, dict], data_dir: Path, path: Path) -> None:
     """A row for each query token: for each data set the image with the token, and the attention map of each variant."""
-    study, entries = measured.study, measured.sections["attention"]
-    found = {data_set: {} for data_set in data_folders}
-    for run in study.compared_runs:
-        if run.key in entries:
-            found[run.data_set][VARIANTS[run.variant].label] = entries[run.key]
-    columns = sum(1 + len(by_variant) for by_variant in found.values())
+    columns = len(study.variants) * (1 + len(study.attention_variants))
     figure = Figure(figsize=(2.6 * columns, 2.7 * len(study.queries)), layout="constrained")
     panels = figure.subplots(len(study.queries), columns, squeeze=False)
-    for row, (i, j) in enumerate(study.queries):
-        cells = iter(panels[row])
-        for data_set, by_variant in found.items():
-            maps = {label: 100 * np.array(entry["maps"][row]) for label, entry in by_variant.items()}
-            side, most = int(len(next(iter(maps.values()))) ** 0.5), max(values.max() for values in maps.values())
-            image = Image.open(data_folders[data_set] / next(iter(by_variant.values()))["image"])
+    for place, (i, j) in enumerate(study.queries):
+        cells = iter(panels[place])
+        for data_set in study.variants:
+            keys = {variant: Run(data_set, variant, study.lr, 0).key for variant in study.attention_variants}
+            maps = {variant: 100 * np.array(entries[key]["maps"][place]) for variant, key in keys.items()}
+            side, most = study.image_size // TOKEN, max(values.max() for values in maps.values())
             axes = next(cells)
-            axes.imshow(image)
-            frame(axes, i, j, image.width / side, f"{data_set}: row {i}, column {j}")
-            for label, values in maps.items():
+            axes.imshow(Image.open(data_dir / data_set / "val" / study.attention_images[data_set]))
+            frame(axes, i, j, TOKEN, f"{data_set}: row {i}, column {j}")
+            for variant, values in maps.items():
                 axes = next(cells)
                 picture = axes.imshow(values.reshape(side, side), cmap="viridis", vmin=0, vmax=most)
-                frame(axes, i, j, 1, label, offset=0.5)
+                frame(axes, i, j, 1, VARIANTS[variant].label, offset=0.5)
             figure.colorbar(picture, ax=axes, label="attention (%)", shrink=0.8)  # one scale for all variants
     figure.suptitle(
         f"Attention of query tokens (framed) at timestep {study.attention_timestep} after training, mean over heads "

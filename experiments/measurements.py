@@ -2,36 +2,27 @@
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from diffusion import create_diffusion
-from experiments.plan import Run, Study
+from experiments.plan import Study
+from experiments.runs import VAE as VAE_FOLDER
 from models import DiT, sincos_table
-from rope import SpiralRoPE, rotate
+from rope import SpiralRoPE
 from runtime import data, pretrained, validation
 from runtime.vae import VAE, sample_latents
 
 CPU = torch.device("cpu")
 DIFFUSION = create_diffusion(None)
-
-
-def measure(run_folder: Path, data_root: Path, vae: Path, study: Study, run: Run) -> dict[str, dict]:
-    """All measurements of a finished run's averaged weights, by section of the results."""
-    found = {"translation": translation(run_folder, data_root, vae, study)}
-    if run.variant in study.beyond_grid_variants:
-        found["beyond_grid"] = beyond_grid_losses(run_folder, data_root, vae, study)
-    if run.variant in study.attention_variants and run.seed == 0:
-        found["attention"] = attention_maps(run_folder, data_root, vae, study, study.attention_images[run.data_set])
-    return found
 
 
 @cache
@@ -49,35 +40,81 @@ def posterior_means(images: validation.EncodedImages) -> Tensor:
     return sample_latents(images.moments, images.vae.scaling_factor, images.vae.shift_factor, noise=torch.zeros(()))
 
 
-def reconstruction_psnr(data_root: Path, vae: Path, size: int) -> float:
+def reconstruction_psnr(root: Path, size: int, vae: Path = VAE_FOLDER) -> float:
     """Peak signal-to-noise ratio (dB) of the held-out images after the autoencoder, of the error over all of them."""
-    images, autoencoder = data.ImageList(data_root / "val"), VAE(str(vae), CPU)
-    latents = posterior_means(held_out(data_root / "val", size, vae))
-    errors = []
-    for index in range(len(images)):
-        original = np.asarray(Image.open(images.path(index)).convert("RGB"), dtype=float)
-        errors.append(np.square(autoencoder.decode(latents[index : index + 1])[0].numpy() - original).mean())
-    return 10 * math.log10(255**2 / np.mean(errors))
+    images, latents = data.ImageList(root / "val"), posterior_means(held_out(root / "val", size, vae))
+    originals = np.stack([data.read_image(images.path(index)) for index in range(len(images))])
+    errors = VAE(str(vae), CPU).decode(latents).numpy().astype(float) - originals
+    return 10 * math.log10(255**2 / np.square(errors).mean())
 
 
-def beyond_grid_losses(run_folder: Path, data_root: Path, vae: Path, study: Study) -> dict[str, float]:
-    """Held-out loss by "enlarged192/extrapolate" and the like; "trained" is that at the trained size.
+@dataclass(frozen=True)
+class Trained:
+    """A run's averaged weights, and the held-out images of its data set."""
 
-    enlarged: the held-out images resized; canvas: larger held-out images at the same scale.
-    """
+    ckpt: Path  # what --ckpt takes
+    root: Path  # of the data set
+    study: Study
+    vae: Path = VAE_FOLDER
 
-    def loss(model: DiT, part: str, size: int) -> float:
-        images = held_out(data_root / part, size, vae, study.beyond_grid_images)
-        return float(validation.image_losses([model], images, CPU, "fp32").mean())
+    def model(self, **given) -> DiT:
+        return pretrained.load_trained(self.ckpt, given=given).model
 
-    losses = {"trained": loss(pretrained.load_trained(run_folder).model, "val", study.image_size)}
-    for size in study.canvases:
-        for extension in ("extrapolate", "interpolate"):
-            given = {"image_size": (size, size), "rope_extend": extension}
-            model = pretrained.load_trained(run_folder, given=given).model
-            losses[f"enlarged{size}/{extension}"] = loss(model, "val", size)
-            losses[f"canvas{size}/{extension}"] = loss(model, f"canvas{size}", size)
-    return losses
+    def images(self, part: str, size: int, count: int | None = None) -> validation.EncodedImages:
+        return held_out(self.root / part, size, self.vae, count)
+
+    def beyond_grid(self) -> dict[str, float]:
+        """Held-out loss by "enlarged192/extrapolate" and the like; "trained" is that at the trained size.
+
+        enlarged: the held-out images resized; canvas: larger held-out images at the same scale.
+        """
+
+        def loss(model: DiT, part: str, size: int) -> float:
+            images = self.images(part, size, self.study.beyond_grid_images)
+            return float(validation.image_losses([model], images, CPU, "fp32").mean())
+
+        losses = {"trained": loss(self.model(), "val", self.study.image_size)}
+        for size in self.study.canvases:
+            for extension in ("extrapolate", "interpolate"):
+                model = self.model(image_size=(size, size), rope_extend=extension)
+                losses[f"enlarged{size}/{extension}"] = loss(model, "val", size)
+                losses[f"canvas{size}/{extension}"] = loss(model, f"canvas{size}", size)
+        return losses
+
+    @torch.no_grad()
+    def translation(self) -> dict[str, float]:
+        """Relative change (RMS of the change over RMS) of the noise prediction when content moves by one token.
+
+        moved: the same tokens at two places of a canvas that holds nothing else. rolled: the content of the grid moves
+        round its edges, and the prediction is moved back and compared away from them, where neighbours that came round
+        the edge still act through attention. Each is a mean over a move down and a move to the right.
+        """
+        model, study = self.model(), self.study
+        images = self.images("val", study.image_size, study.translated_images)
+        x_start, y = posterior_means(images), images.labels
+        patch, inner = model.patch_size, slice(study.margin * model.patch_size, -study.margin * model.patch_size)
+        generator, changes = torch.Generator().manual_seed(0), {"moved": [], "rolled": []}
+        for timestep in study.translation_timesteps:
+            t = torch.full((len(x_start),), timestep)
+            x = DIFFUSION.q_sample(x_start, t, torch.randn(x_start.shape, generator=generator))
+            whole, placed = model(x, t, y)[:, : x.shape[1]], predict_at(model, x, t, y, (1, 1), study.canvas)
+            for axis, corner in ((2, (2, 1)), (3, (1, 2))):
+                rolled = model(x.roll(patch, axis), t, y)[:, : x.shape[1]].roll(-patch, axis)
+                changes["rolled"].append(relative_change(rolled[:, :, inner, inner], whole[:, :, inner, inner]))
+                changes["moved"].append(relative_change(predict_at(model, x, t, y, corner, study.canvas), placed))
+        return {name: sum(values) / len(values) for name, values in changes.items()}
+
+    @torch.no_grad()
+    def attention(self, name: str) -> dict:
+        """Attention of the study's queries to every token, over heads and blocks, on the held-out image val/name."""
+        model, images = self.model(), self.images("val", self.study.image_size)
+        row = data.ImageList(self.root / "val").paths.tolist().index(os.fsencode(name))
+        x_start, t = posterior_means(images)[row : row + 1], torch.tensor([self.study.attention_timestep])
+        noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(0))
+        with RecordedAttention() as recorded:
+            model(DIFFUSION.q_sample(x_start, t, noise), t, images.labels[row : row + 1])
+        averaged = torch.stack(recorded.weights).mean(0).unflatten(0, model.grid)
+        return {"image": f"val/{name}", "maps": [averaged[query].tolist() for query in self.study.queries]}
 
 
 def predict_at(model: DiT, x: Tensor, t: Tensor, y: Tensor, corner: tuple[int, int], canvas: int) -> Tensor:
@@ -101,61 +138,19 @@ def predict_at(model: DiT, x: Tensor, t: Tensor, y: Tensor, corner: tuple[int, i
         return model(x, t, y)[:, : x.shape[1]]
 
 
-@torch.no_grad()
-def translation(run_folder: Path, data_root: Path, vae: Path, study: Study) -> dict[str, float]:
-    """Relative change (RMS of the change over RMS) of the noise prediction when content moves by one token.
-
-    moved: the same tokens at two places of a canvas that holds nothing else. rolled: the content of the grid moves
-    round its edges, and the prediction is moved back and compared away from them, where neighbours that came round the
-    edge still act through attention. Each is a mean over a move down and a move to the right.
-    """
-    model = pretrained.load_trained(run_folder).model
-    images = held_out(data_root / "val", study.image_size, vae, study.translated_images)
-    x_start, y = posterior_means(images), images.labels
-    patch, inner = model.patch_size, slice(study.margin * model.patch_size, -study.margin * model.patch_size)
-    generator, changes = torch.Generator().manual_seed(0), {"moved": [], "rolled": []}
-    for timestep in study.translation_timesteps:
-        t = torch.full((len(x_start),), timestep)
-        x = DIFFUSION.q_sample(x_start, t, torch.randn(x_start.shape, generator=generator))
-        whole, placed = model(x, t, y)[:, : x.shape[1]], predict_at(model, x, t, y, (1, 1), study.canvas)
-        for axis, corner in ((2, (2, 1)), (3, (1, 2))):
-            rolled = model(x.roll(patch, axis), t, y)[:, : x.shape[1]].roll(-patch, axis)
-            changes["rolled"].append(relative_change(rolled[:, :, inner, inner], whole[:, :, inner, inner]))
-            changes["moved"].append(relative_change(predict_at(model, x, t, y, corner, study.canvas), placed))
-    return {name: sum(values) / len(values) for name, values in changes.items()}
-
-
 def relative_change(changed: Tensor, original: Tensor) -> float:
     return float((changed - original).square().mean().sqrt() / original.square().mean().sqrt())
 
 
-@torch.no_grad()
-def attention_maps(run_folder: Path, data_root: Path, vae: Path, study: Study, name: str) -> dict:
-    """Attention of the study's queries to every token, over heads and blocks, on the held-out image val/name."""
-    model, images = pretrained.load_trained(run_folder).model, held_out(data_root / "val", study.image_size, vae)
-    row = data.ImageList(data_root / "val").paths.tolist().index(os.fsencode(name))
-    x_start, t = posterior_means(images)[row : row + 1], torch.tensor([study.attention_timestep])
-    noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(0))
-    with recorded_attention(model) as found:
-        model(DIFFUSION.q_sample(x_start, t, noise), t, images.labels[row : row + 1])
-    averaged = torch.stack(found).mean(0).unflatten(0, model.grid)
-    return {"image": f"val/{name}", "maps": [averaged[query].tolist() for query in study.queries]}
+class RecordedAttention(TorchFunctionMode):
+    """Context that keeps each block's attention weights (tokens, tokens), queries first, mean over images and heads."""
 
+    def __init__(self):
+        super().__init__()
+        self.weights: list[Tensor] = []
 
-@contextmanager
-def recorded_attention(model: DiT) -> Iterator[list[Tensor]]:
-    """A list that gets each block's attention weights (tokens, tokens), queries first, mean over images and heads."""
-    found = []
-
-    def record(attention: nn.Module, inputs: tuple) -> None:
-        tokens, cos, sin = inputs
-        q, k, _ = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)  # (B, N, H, D/H)
-        if cos is not None:
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
-        found.append(scores.softmax(-1).mean((0, 1)))
-
-    hooks = [block.attn.register_forward_pre_hook(record) for block in model.blocks]
-    yield found
-    for hook in hooks:
-        hook.remove()
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            q, k, _ = args  # (B, H, N, D/H)
+            self.weights.append((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean((0, 1)))
+        return function(*args, **(kwargs or {}))

@@ -1,52 +1,68 @@
 """What the study of position encodings trains and measures: variants, settings, and the list of runs."""
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import product
+
+import numpy as np
+
+from experiments.runs import recipe_options
+
+Losses = dict[tuple[str, str], np.ndarray]  # by data set and variant: (seeds, ...)
 
 
 @dataclass(frozen=True)
 class Variant:
     label: str
-    rope: dict  # options of train.py beside --use-rope; empty: without it
     colour: str  # by position encoding
     dashes: str = "-"  # by border
+    options: dict = field(default_factory=dict)  # of train.py
 
-    @property
-    def options(self) -> dict:
-        return {"use_rope": True, **self.rope} if self.rope else {}
+
+def spiral(rotate: int, border: str, colour: str, **more) -> Variant:
+    label = ", ".join([f"Spiral R = {rotate}", border, *more])
+    options = dict(use_rope=True, rope_rotate=rotate, rope_border=border)
+    options |= {f"rope_{name}": value for name, value in more.items()}
+    return Variant(label, colour, "--" if border == "clamp" else "-", options)
 
 
 VARIANTS = {
-    "sincos": Variant("sin-cos", {}, "black"),
-    "axial": Variant("axial RoPE", {"rope_rotate": 0}, "C0"),
-    "spiral2_clamp": Variant("Spiral R = 2, clamp", {"rope_rotate": 2, "rope_border": "clamp"}, "C2", "--"),
-    "spiral2_exact": Variant("Spiral R = 2, exact", {"rope_rotate": 2, "rope_border": "exact"}, "C2"),
-    "spiral4_clamp": Variant("Spiral R = 4, clamp", {"rope_rotate": 4, "rope_border": "clamp"}, "C3", "--"),
-    "spiral4_exact": Variant("Spiral R = 4, exact", {"rope_rotate": 4, "rope_border": "exact"}, "C3"),
-    "same_theta2": Variant(
-        "Spiral R = 2, clamp, same_theta",
-        {"rope_rotate": 2, "rope_border": "clamp", "rope_same_theta": True},
-        "C1",
-        "--",
-    ),
+    "sincos": Variant("sin-cos", "black"),
+    "axial": Variant("axial RoPE", "C0", options=dict(use_rope=True, rope_rotate=0)),
+    "spiral2_clamp": spiral(2, "clamp", "C2"),
+    "spiral2_exact": spiral(2, "exact", "C2"),
+    "spiral4_clamp": spiral(4, "clamp", "C3"),
+    "spiral4_exact": spiral(4, "exact", "C3"),
+    "same_theta2": spiral(2, "clamp", "C1", same_theta=True),
 }
 BASELINES = {"axial": "axial RoPE", "sincos": "sin-cos", "exact": "the exact border"}  # what variants are compared with
 MAIN_VARIANTS = ("sincos", "axial", "spiral4_clamp", "spiral4_exact")
+TOKEN = 16  # pixels of a token's side: a down-sampling of 8, patches of 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of the study."""
+
+    data_set: str
+    variant: str
+    lr: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.data_set}/{self.variant}/lr{self.lr:g}/seed{self.seed}"
 
 
 @dataclass(frozen=True)
 class Study:
-    """All that decides the results; stored with them."""
+    """All that decides the results, beside the demo's recipe; stored with them."""
 
     variants: dict[str, tuple[str, ...]]  # by data set
-    model: str = "DiT-XS/2"
     seeds: int = 5  # 0 to seeds - 1
     steps: int = 400
     batch: int = 16
     lr: float = 1e-2
-    lr_schedule: str = "linear"
     warmup_steps: int = 40
-    grad_clip: float = 1.0
     ema_decay: float = 0.98  # 0.98 ** steps of the initial weights are left in the average
     val_every: int = 80  # steps
     sweep_lrs: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
@@ -74,57 +90,32 @@ class Study:
     )
 
     @property
-    def sweep_runs(self) -> list["Run"]:
-        """The sweep over learning rates; its runs at the study's own rate belong to the comparison too."""
-        return [
-            Run(data_set, variant, lr, seed)
-            for data_set in self.variants
-            for lr in self.sweep_lrs
-            for variant in self.sweep_variants
-            for seed in range(self.sweep_seeds)
-        ]
-
-    @property
-    def compared_runs(self) -> list["Run"]:
-        """The comparison of variants; all of a seed before the next seed."""
-        return [
+    def runs(self) -> list[Run]:
+        """Every run, once: the sweep over learning rates, then all variants at the study's own, seed by seed."""
+        swept = product(self.variants, self.sweep_variants, self.sweep_lrs, range(self.sweep_seeds))
+        compared = [
             Run(data_set, variant, self.lr, seed)
             for data_set, variants in self.variants.items()
             for seed in range(self.seeds)
             for variant in variants
         ]
-
-    @property
-    def runs(self) -> list["Run"]:
-        """Every run, once."""
-        return list(dict.fromkeys(self.sweep_runs + self.compared_runs))
+        return list(dict.fromkeys([*(Run(*names) for names in swept), *compared]))
 
     def settings(self) -> dict:
-        return asdict(self) | {"options": {name: variant.options for name, variant in VARIANTS.items()}}
+        options = {name: variant.options for name, variant in VARIANTS.items()}
+        return recipe_options("model", "lr_schedule", "grad_clip") | asdict(self) | {"options": options}
 
-
-@dataclass(frozen=True)
-class Run:
-    """One training run of the study."""
-
-    data_set: str
-    variant: str
-    lr: float
-    seed: int
-
-    @property
-    def key(self) -> str:
-        return f"{self.data_set}/{self.variant}/lr{self.lr:g}/seed{self.seed}"
+    def collect(self, entries: dict[str, dict], name: str) -> Losses:
+        """A value of the entries by run, as arrays over the seeds, of the variants that are among them."""
+        return {
+            (data_set, variant): np.array(
+                [entries[Run(data_set, variant, self.lr, seed).key][name] for seed in range(self.seeds)]
+            )
+            for data_set, variants in self.variants.items()
+            for variant in variants
+            if Run(data_set, variant, self.lr, 0).key in entries
+        }
 
 
 FULL = Study(variants={"digits": tuple(VARIANTS), "photographs": MAIN_VARIANTS})
 QUICK = Study(variants={"digits": MAIN_VARIANTS}, seeds=2, steps=150, warmup_steps=15, val_every=50, sweep_lrs=())
-
-
-def pairs(variants: Iterable[str]) -> list[tuple[str, str, str]]:
-    """What is compared: a variant, the one it is compared with, and the baseline that this stands for."""
-    rope = [name for name in variants if name != "sincos"]
-    found = [(name, "axial", "axial") for name in rope if name != "axial"]
-    found += [(name, "sincos", "sincos") for name in rope]
-    found += [(name, name.replace("clamp", "exact"), "exact") for name in rope if "clamp" in name]
-    return [pair for pair in found if pair[1] in variants]

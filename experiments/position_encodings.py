@@ -5,86 +5,64 @@ what is recorded is not measured again. Run from the repository root: python -m 
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
-import torch
-
-from experiments import data, figures, measurements, runs, tables
+from experiments import data, figures, runs, tables
+from experiments.measurements import Trained, reconstruction_psnr
 from experiments.plan import FULL, QUICK, VARIANTS, Run, Study
-from experiments.runs import VAE, Job, Results
+from experiments.runs import Results
 from runtime import monitor, options
 from runtime.monitor import REPOSITORY
-from runtime.options import UserError
 
-OUT = REPOSITORY / "experiments" / "position_encodings.json"
+PUBLISHED = REPOSITORY / "experiments" / "position_encodings.json"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(description=__doc__.splitlines()[0])
-    runs.add_options(parser, "results/position_encodings", "None: beside this file; with --quick in --work-dir")
-    add = parser.add_argument
-    add("--stage", choices=["runs", "report"], default=None, help="do one part (None: all)")
-    add("--quick", action="store_true", help="digits alone, four variants, two seeds, 150 steps: ten minutes")
-    args = parser.parse_args(argv)
-    args.data_dir = args.work_dir.resolve() / "data"  # the same for both studies
-    args.work_dir = args.work_dir.resolve() / ("quick" if args.quick else "full")
-    args.out = args.out or (args.work_dir / OUT.name if args.quick else OUT)
-    args.figures = REPOSITORY / "docs" / "images" if args.out == OUT else args.out.parent
+    help = "digits alone, four variants, two seeds, 150 steps: ten minutes; results in --work-dir"
+    parser.add_argument("--quick", action="store_true", help=help)
+    args = runs.parse_args(parser, PUBLISHED, argv)
+    args.data_dir = args.work_dir / "data"  # the same for both studies
+    args.work_dir /= "quick" if args.quick else "full"
+    if args.quick and args.out == PUBLISHED:
+        args.out = args.work_dir / PUBLISHED.name
     return args
 
 
-def training_job(run: Run, study: Study, args: argparse.Namespace) -> Job:
-    folder = args.work_dir / "runs" / run.key
-    command = runs.python(
-        "train.py",
-        latents_dir=args.data_dir / f"{run.data_set}_latents",
-        no_flip=True,
-        val_data_path=args.data_dir / run.data_set / "val",
+def training_options(run: Run, study: Study, root: Path) -> dict:
+    """What differs from the demo's recipe; root is the data set's folder."""
+    settings = dict(
+        latents_dir=latents_of(root),
+        val_data_path=root / "val",
         val_every=study.val_every,
-        results_dir=folder,
-        model=study.model,
         image_size=study.image_size,
         global_batch_size=study.batch,
         global_seed=run.seed,
         max_steps=study.steps,
         lr=run.lr,
-        lr_schedule=study.lr_schedule,
         warmup_steps=study.warmup_steps,
-        grad_clip=study.grad_clip,
         ema_decay=study.ema_decay,
-        precision="fp32",
-        num_workers=0,
         log_every=study.val_every,
         ckpt_every=3 * study.val_every,
         keep_checkpoints=1,
-        sample_every=0,
-        **VARIANTS[run.variant].options,
     )
-    return Job(run.key, folder, command)
+    return settings | VARIANTS[run.variant].options
 
 
-def train_all(missing: list[Run], args: argparse.Namespace, study: Study, results: Results) -> None:
-    """Train and measure runs, and record each. Raises UserError."""
-    for data_set in study.variants:
-        root = args.data_dir / data_set
-        results.add("data", data_set, data.write_data_set(data_set, root, study))
-        runs.make_latents(root / "train", args.data_dir / f"{data_set}_latents", study.image_size)
-        psnr = measurements.reconstruction_psnr(root, VAE, study.image_size)
-        results.add("reconstruction", data_set, {"psnr": psnr})
-    by_key, origin = {run.key: run for run in missing}, results.origin()
-    torch.set_num_threads(1)  # measurements are one of the processes that share the machine
+def measure(run: Run, study: Study, root: Path, folder: Path) -> dict[str, dict]:
+    """What is kept of a finished run, by section of the results."""
+    trained, found = Trained(folder, root, study), {"runs": validation_curve(folder)}
+    if run.lr == study.lr:
+        found["translation"] = trained.translation()
+        if run.variant in study.beyond_grid_variants:
+            found["beyond_grid"] = trained.beyond_grid()
+        if run.variant in study.attention_variants and run.seed == 0:
+            found["attention"] = trained.attention(study.attention_images[run.data_set])
+    return found
 
-    def record(job: Job) -> None:
-        run = by_key[job.key]
-        if run.lr == study.lr:
-            measured = measurements.measure(job.folder, args.data_dir / run.data_set, VAE, study, run)
-            for section, values in measured.items():
-                results.add(section, run.key, values)
-        results.add("runs", run.key, origin | validation_curve(job.folder))  # last: it marks the run as done
-        shutil.rmtree(job.folder)
 
-    runs.run_all([training_job(run, study, args) for run in missing], args.jobs, record)
+def latents_of(root: Path) -> Path:
+    return root.with_name(f"{root.name}_latents")
 
 
 def validation_curve(folder: Path) -> dict[str, list]:
@@ -95,33 +73,30 @@ def validation_curve(folder: Path) -> dict[str, list]:
     return {name: curve[-1] if name.endswith("_tenths") else curve for name, curve in curves.items()}
 
 
-def report(args: argparse.Namespace, study: Study, results: Results) -> None:
-    """Print the tables and draw the figures from what is recorded."""
-    folders = {data_set: args.data_dir / data_set for data_set in study.variants}
-    for data_set, folder in folders.items():  # the figure of the attention shows images of them
-        data.write_data_set(data_set, folder, study)
-    args.figures.mkdir(parents=True, exist_ok=True)
-    measured = tables.Measured(study, results.sections)
-    figures.draw_all(measured, folders, args.figures)
-    print(tables.all_tables(measured))
-
-
 @options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     study = QUICK if args.quick else FULL
-    runs.check_places(args)
-    results = Results(args.out, study.settings())
-    missing = [run for run in study.runs if run.key not in results.section("runs")]
-    if missing and args.stage == "report":
-        raise UserError(f"{str(args.out)!r} lacks run {missing[0].key}; repeat the command without --stage to make it")
-    runs.say(f"{len(missing)} of {len(study.runs)} runs to train, {args.jobs} at a time; {args.out} has the others")
-    if args.dry_run:
-        return
-    if missing:
-        train_all(missing, args, study, results)
-    if args.stage != "runs":
-        report(args, study, results)
+    by_key, roots = {run.key: run for run in study.runs}, {name: args.data_dir / name for name in study.variants}
+
+    def prepare(results: Results) -> None:
+        for name, root in roots.items():
+            results.add("data", name, data.write_data_set(name, root, study))
+            runs.make_latents(root / "train", latents_of(root), study.image_size)
+            results.add("reconstruction", name, {"psnr": reconstruction_psnr(root, study.image_size)})
+
+    sections = runs.complete(
+        args,
+        study.settings(),
+        {key: training_options(run, study, roots[run.data_set]) for key, run in by_key.items()},
+        prepare,
+        lambda key, folder: measure(by_key[key], study, roots[by_key[key].data_set], folder),
+    )
+    if sections is not None:
+        for name, root in roots.items():  # the figure of the attention shows images of them
+            data.write_data_set(name, root, study)
+        figures.draw_all(study, sections, args.data_dir, runs.figures_folder(args.out, PUBLISHED))
+        print(tables.all_tables(study, sections))
 
 
 if __name__ == "__main__":

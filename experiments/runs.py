@@ -1,4 +1,4 @@
-"""Training runs of a study: each is train.py in a process of its own, several at a time, one thread each.
+"""Training runs of a study: train.py with the demo's recipe, each in a process of its own, several at a time.
 
 What they gave is kept in one JSON file, which is replaced whole after every finished part.
 """
@@ -6,134 +6,119 @@ What they gave is kept in one JSON file, which is replaced whole after every fin
 import argparse
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from runtime import files, monitor, options
+from runtime import files, monitor
 from runtime.distributed import StopOnSignal
 from runtime.monitor import REPOSITORY
-from runtime.options import UserError, differences
+from runtime.options import Parser, UserError, add_dry_run, count, differences
 
 VAE = REPOSITORY / "assets" / "demo_vae"
-ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}  # the same results with and without CUDA
-ONE_THREAD = ON_CPU | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+RECIPES = REPOSITORY / "recipes" / "demo"
+# One thread of the CPU each: the same results with and without CUDA.
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run: its name in the results, its folder, and the command that makes or goes on with it."""
-
-    key: str
-    folder: Path
-    command: list[str]
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "output.txt"
-
-    def start(self) -> subprocess.Popen:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.log, "a") as output:
-            streams = dict(stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-            # In a session of its own: Ctrl-C is this process's to pass on, once.
-            environment = os.environ | ONE_THREAD
-            return subprocess.Popen(self.command, cwd=REPOSITORY, env=environment, start_new_session=True, **streams)
-
-    def check_finished(self, status: int) -> None:
-        """Raise UserError unless train.py came to its last step, as opposed to having stopped on request."""
-        if not (self.folder / "finished.json").exists():
-            last = (self.log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
-            raise UserError(
-                f"run {self.key} ended with status {status}: {last}; its output is in {str(self.log)!r}, repeat the "
-                "command to go on"
-            )
+def recipe_options(*names: str) -> dict[str, str]:
+    """Options of train.py as the demo's recipe has them."""
+    words = shlex.split((RECIPES / "train.args").read_text(encoding="utf-8"), comments=True)
+    given = dict(zip(words, words[1:], strict=False))
+    return {name: given[f"--{name.replace('_', '-')}"] for name in names}
 
 
-def run_all(jobs: list[Job], parallel: int, record: Callable[[Job], None]) -> None:
-    """Run jobs, parallel at a time, and record each that finishes.
+def command(script: str, recipe: str, **options) -> list[str]:
+    """A command of the repository with a recipe of the demo, and the options that differ; True for a flag."""
+    words = [sys.executable, script, f"@{RECIPES / recipe}"]
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return words
+
+
+def make_latents(images: Path, latents: Path, image_size: int) -> None:
+    """Encode a folder of images, unless that is done. Raises UserError when it does not succeed."""
+    words = command("cache_latents.py", "cache.args", data_path=images, latents_dir=latents, image_size=image_size)
+    if subprocess.run(words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL).returncode:
+        raise UserError(f"the latents in {str(latents)!r} are not finished; see above, then repeat the command")
+
+
+def start(folder: Path, options: dict) -> subprocess.Popen:
+    """Begin, or go on with, a run in a folder, which gets what it prints as output.txt."""
+    words = command("train.py", "train.args", results_dir=folder, precision="fp32", sample_every=0, **options)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "output.txt", "a") as output:
+        streams = dict(stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        # In a session of its own: Ctrl-C is this process's to pass on, once.
+        return subprocess.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, start_new_session=True, **streams)
+
+
+def check_finished(folder: Path, status: int) -> None:
+    """Raise UserError unless train.py came to its last step, as opposed to having stopped on request."""
+    if not (folder / "finished.json").exists():
+        output = folder / "output.txt"
+        last = (output.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
+        where = f"its output is in {str(output)!r}, repeat the command to go on"
+        raise UserError(f"run {str(folder)!r} ended with status {status}: {last}; {where}")
+
+
+def run_all(options: dict[Path, dict], parallel: int, record: Callable[[Path], None]) -> None:
+    """Train in folders with options of train.py, parallel runs at a time, and record each that finishes.
 
     Raises UserError when a run fails, and ends this process when a signal asks to stop; the others are then stopped so
     that they can go on later.
     """
-    waiting, running, done, began = list(jobs), {}, 0, time.monotonic()
-    with StopOnSignal() as stop:
+    waiting, running = list(options), {}
+    with StopOnSignal() as stop, monitor.progress_bar(len(options), unit="run") as bar:
         try:
             while (waiting or running) and not stop.received:
                 while waiting and len(running) < parallel:
-                    job = waiting.pop(0)
-                    running[job.key] = job, job.start()
+                    folder = waiting.pop(0)
+                    running[folder] = start(folder, options[folder])
                 time.sleep(0.1)
-                for job, process in list(running.values()):
-                    if process.poll() is not None:
-                        del running[job.key]
-                        job.check_finished(process.returncode)
-                        record(job)
-                        done += 1
-                        eta = monitor.format_seconds((time.monotonic() - began) / done * (len(jobs) - done))
-                        say(f"run {done} of {len(jobs)} finished: {job.key}, ETA {eta}")
+                for folder in [folder for folder, process in running.items() if process.poll() is not None]:
+                    check_finished(folder, running.pop(folder).returncode)
+                    record(folder)
+                    bar.update()
         finally:
-            for _, process in running.values():
+            for process in running.values():
                 process.terminate()  # train.py leaves a checkpoint
-            for _, process in running.values():
+            for process in running.values():
                 process.wait()
     if stop.received:
-        say("stopped on request; repeat the same command to go on")
+        print("stopped on request; repeat the same command to go on", file=sys.stderr)
         sys.exit(130)
 
 
-def say(line: str) -> None:
-    """Progress, beside the tables on stdout."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def python(script: str, *arguments, **options) -> list[str]:
-    """A command of the repository: python("train.py", lr=0.1, use_rope=True, no_flip=True)."""
-    command = [sys.executable, script, *map(str, arguments)]
-    for name, value in options.items():
-        command += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return command
-
-
-def make_latents(images: Path, latents: Path, image_size: int | str) -> None:
-    """Encode a folder of images, unmirrored, unless that is done. Raises UserError when it does not succeed."""
-    settings = dict(vae=VAE, image_size=image_size, no_flip=True, num_workers=0)
-    command = python("cache_latents.py", data_path=images, latents_dir=latents, **settings)
-    if subprocess.run(command, cwd=REPOSITORY, env=os.environ | ON_CPU, stdout=subprocess.DEVNULL).returncode:
-        raise UserError(f"the latents in {str(latents)!r} are not finished; see above, then repeat the command")
-
-
 class Results:
-    """Measurements by section ("runs", "beyond_grid", ...) and key, under the settings that they belong to.
+    """Measurements by section ("runs", "translation", ...) and key, under the settings that they belong to.
 
     Raises UserError when the file holds results of other settings.
     """
 
     def __init__(self, path: Path, settings: dict):
-        self.path, self.sections = path, {"settings": json.loads(json.dumps(settings))}
+        self.path, self.sections = path, defaultdict(dict, settings=json.loads(json.dumps(settings)))
         if path.exists():
             stored = files.read_json(path)
             if not all(isinstance(part, dict) for part in stored.values()):
                 raise UserError(f"{str(path)!r} holds no results of a study; use another --out")
             if listed := differences(stored.get("settings", {}), self.sections["settings"]):
-                raise UserError(
-                    f"{str(path)!r} holds results of other settings: {listed}; remove it or use another --out"
-                )
-            self.sections = stored
-
-    def section(self, name: str) -> dict:
-        return self.sections.get(name, {})
+                remedy = "remove it or use another --out"
+                raise UserError(f"{str(path)!r} holds results of other settings: {listed}; {remedy}")
+            self.sections |= stored
 
     def add(self, name: str, key: str, value: dict) -> None:
         """Set one entry and write the file, with a line for every entry, so that a run is one line of a diff."""
         # Seven significant digits are what float32 losses have.
         rounded = json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.7g}"))
-        self.sections[name] = {**self.section(name), key: rounded}
+        self.sections[name][key] = rounded
         sections = []
         for title, entries in self.sections.items():
             lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(entry)}" for key, entry in entries.items())
@@ -146,25 +131,59 @@ class Results:
         described = monitor.describe_environment(torch.device("cpu")) | {"cores": os.cpu_count()}
         commit = described.pop("git_commit")
         described["versions"] |= {name: monitor.version_of(name) for name in ("scikit-learn", "scikit-image", "scipy")}
-        known = self.section("environment")
+        known = self.sections["environment"]
         number = next((number for number, other in known.items() if other == described), str(len(known) + 1))
         if number not in known:
             self.add("environment", number, described)
         return {"git_commit": commit, "environment": number}
 
 
-def add_options(parser: options.Parser, work: str, out: str) -> None:
-    """The options that the studies share."""
+def parse_args(parser: Parser, published: Path, argv: list[str] | None) -> argparse.Namespace:
+    """Adds the options that the studies share; published holds the results of the repository. Raises UserError."""
     add = parser.add_argument
-    add("--work-dir", type=Path, default=Path(work), help="data, latents, runs and weights")
-    add("--out", type=Path, default=None, help=f"JSON of the results, with the figures beside another one ({out})")
-    add("--jobs", type=options.count, default=os.cpu_count(), help="runs at a time, one thread each")
-    options.add_dry_run(parser)
+    add("--work-dir", type=Path, default=Path("results") / published.stem, help="data, latents, runs and weights")
+    add("--out", type=Path, default=None, help=f"JSON of the results, with figures beside it (None: {published.name})")
+    add("--jobs", type=count, default=os.cpu_count(), help="runs at a time, one thread each")
+    add_dry_run(parser)
+    args = parser.parse_args(argv)
+    args.work_dir = args.work_dir.resolve()
+    files.check_folder(args.work_dir, "--work-dir")
+    if args.out is not None:
+        files.check_output(args.out, ())
+    args.out = args.out or published
+    return args
 
 
-def check_places(args: argparse.Namespace) -> None:
-    """Raise UserError for a place that cannot be written."""
-    if args.out.is_dir():
-        raise UserError(f"--out {str(args.out)!r} is a folder; expected the name of a file")
-    for option, folder in (("--work-dir", args.work_dir), ("--out", args.out.parent), ("--figures", args.figures)):
-        files.check_folder(folder, option)
+def figures_folder(out: Path, published: Path) -> Path:
+    """Beside the results, but for those that the documentation shows."""
+    return REPOSITORY / "docs" / "images" if out == published else out.parent
+
+
+def complete(
+    args: argparse.Namespace, settings: dict, options: dict[str, dict], prepare: Callable, measure: Callable
+) -> dict[str, dict] | None:
+    """The sections of the results once every run is in "runs"; those that are missing are trained and measured.
+
+    options are those of train.py by key. prepare(results) makes what the runs read; measure(key, folder) gives what is
+    to keep of a finished one, by section. None for a dry run. Raises UserError.
+    """
+    results = Results(args.out, settings)
+    missing = {args.work_dir / "runs" / key: key for key in options if key not in results.sections["runs"]}
+    where = f"{args.jobs} at a time; {args.out} has the others"
+    print(f"{len(missing)} of {len(options)} runs to train, {where}", file=sys.stderr)
+    if args.dry_run:
+        return None
+    if missing:
+        prepare(results)
+        torch.set_num_threads(1)  # measurements are one of the processes that share the machine
+        origin = results.origin()
+
+        def record(folder: Path) -> None:
+            found = measure(missing[folder], folder)
+            curves = origin | found.pop("runs")
+            for section, values in (found | {"runs": curves}).items():  # these last: they mark the run as done
+                results.add(section, missing[folder], values)
+            shutil.rmtree(folder)
+
+        run_all({folder: options[key] for folder, key in missing.items()}, args.jobs, record)
+    return results.sections

@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKL
 
 from demo import digits, measure, train_vae
 from runtime.data import ImageList, read_image
@@ -118,12 +121,28 @@ def test_a_dry_run_checks_the_samples_and_writes_nothing(tmp_path, refused, caps
 
 
 def test_training_the_autoencoder_is_estimated_and_its_options_checked(tmp_path, refused, capsys, monkeypatch):
-    monkeypatch.setattr(train_vae, "load_images", lambda size: train_vae.torch.zeros(8, 1, size, size).byte())
-    train_vae.main(["--out", str(tmp_path / "vae"), "--dry-run", "--large-every", "1", "--batch-size", "4"])
-    said = capsys.readouterr().out
-    assert "166,507 parameters" in said and "would train for 1500 steps, about 00:0" in said
+    images = {size: torch.zeros(8, 1, size, size, dtype=torch.uint8) for size in (64, 128)}
+    monkeypatch.setattr(train_vae, "load_images", lambda size: (images[size], None))
+    monkeypatch.setattr(train_vae, "BATCH", 4)
+    train_vae.main(["--out", str(tmp_path / "vae"), "--dry-run"])
+    assert re.search(r"would train for 1500 steps, about 00:[0-5]\d", capsys.readouterr().out)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    for option, value in (("--out", tmp_path / "file" / "a"), ("--lr", 0), ("--steps", 100)):
+    for option, value in (("--out", tmp_path / "file" / "a"), ("--steps", 100)):
         line = refused(train_vae.main, [option, value])
         assert option in line and str(value) in line
+
+
+def test_the_autoencoder_is_the_shipped_kind_and_its_latents_are_standardized():
+    vae = train_vae.build_vae()
+    shipped = AutoencoderKL.from_pretrained(train_vae.monitor.REPOSITORY / "assets" / "demo_vae").state_dict()
+    assert {name: value.shape for name, value in vae.state_dict().items()} == {n: v.shape for n, v in shipped.items()}
+    grey = torch.randint(256, (64, 1, 64, 64), generator=torch.manual_seed(0)).byte()
+    images = train_vae.to_rgb(grey)
+    with torch.no_grad():
+        before = vae.decode(vae.encode(images).latent_dist.mean).sample
+        train_vae.standardize(vae, grey)
+        after = vae.decode(vae.encode(images).latent_dist.mean).sample
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+    latents = train_vae.sample_latents(vae, grey)
+    assert latents.mean((0, 2, 3)).abs().max() < 0.05 and (latents.std((0, 2, 3)) - 1).abs().max() < 0.05

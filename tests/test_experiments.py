@@ -12,12 +12,10 @@ import time
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from scipy import stats
 
 import evaluate_loss
-import models
 import train
 from experiments import (
     comparisons,
@@ -32,87 +30,83 @@ from experiments import (
 )
 from experiments.runs import REPOSITORY, Results
 from models import DiT, ModelConfig
-from rope import RopeConfig
+from rope import RopeConfig, rotate
 from runtime import checkpoint
 from runtime.options import UserError, rope_from_args
 
-FAKE_RUN = """
+FAKE_TRAIN = """
 import json, pathlib, signal, sys, time
-folder, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
-waits = folder.parent / sys.argv[3] if len(sys.argv) > 3 else None
+given = json.loads(sys.argv[1])
+folder, waits_for = pathlib.Path(given["results_dir"]), given.get("waits_for")
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 (folder / "started").touch()
-end = time.monotonic() + seconds
-while time.monotonic() < end or waits and not (waits / "started").exists():
+end = time.monotonic() + given.get("seconds", 0)
+while time.monotonic() < end or waits_for and not pathlib.Path(waits_for, "started").exists():
     time.sleep(0.01)
 print("last line")
-if waits is None:
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\\n" for record in [
-        {"step": 1, "loss": 2.0},
-        {"step": 2, "loss": 1.0, "val_loss": 0.5, "val_loss_ema": 0.75,
-         "val_loss_tenths": [0.5] * 10, "val_loss_ema_tenths": [0.75] * 10},
-    ]))
+if not waits_for:
+    losses = {"val_loss": 0.5, "val_loss_ema": 0.75, "val_loss_tenths": [0.5] * 10, "val_loss_ema_tenths": [0.75] * 10}
+    records = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0} | losses]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\\n" for record in records))
     (folder / "finished.json").write_text("{}")
 """
 
 
 @pytest.fixture
-def fake_job(tmp_path):
-    """Maker of a run that sleeps: fake_job("a", 0.1). With fails_after="b" it fails once run b has started."""
-
-    def make(key: str, seconds: float, fails_after: str | None = None, folder=None) -> runs.Job:
-        folder = folder or tmp_path / key
-        extra = [fails_after] if fails_after else []
-        return runs.Job(key, folder, [sys.executable, "-c", FAKE_RUN, str(folder), str(seconds), *extra])
-
-    return make
+def fake_train(monkeypatch):
+    """In place of train.py a process that sleeps for "seconds"; one that "waits_for" a folder fails once that began."""
+    words = [sys.executable, "-c", FAKE_TRAIN]
+    monkeypatch.setattr(runs, "command", lambda *_, **given: [*words, json.dumps(given, default=str)])
 
 
 # Runs and results
 
 
-def test_jobs_run_in_parallel_and_each_is_recorded_once(fake_job):
-    jobs, recorded = [fake_job(str(index), 0.3) for index in range(4)], []
-    runs.run_all(jobs, 4, lambda job: recorded.append(job.key))
-    assert sorted(recorded) == ["0", "1", "2", "3"]
+@pytest.mark.usefixtures("fake_train")
+def test_each_run_is_recorded_once(tmp_path):
+    recorded = []
+    runs.run_all({tmp_path / name: {"seconds": 0.3} for name in "abcd"}, 2, recorded.append)
+    assert sorted(recorded) == [tmp_path / name for name in "abcd"]
 
 
-def test_a_failed_run_stops_the_others_and_names_its_output(fake_job):
-    slow, failing = fake_job("slow", 600), fake_job("failing", 0, fails_after="slow")
+@pytest.mark.usefixtures("fake_train")
+def test_a_failed_run_stops_the_others_and_names_its_output(tmp_path):
+    slow, failing = tmp_path / "slow", tmp_path / "failing"
     with pytest.raises(UserError) as error:
-        runs.run_all([slow, failing], 2, lambda job: pytest.fail("nothing finished"))
+        runs.run_all({slow: {"seconds": 600}, failing: {"waits_for": slow}}, 2, pytest.fail)
     assert str(error.value) == (
-        f"run failing ended with status 0: last line; its output is in {str(failing.log)!r}, "
+        f"run {str(failing)!r} ended with status 0: last line; its output is in {str(failing / 'output.txt')!r}, "
         "repeat the command to go on"
     )
-    assert not (slow.folder / "finished.json").exists()  # it was asked to stop, and is waited for
+    assert not (slow / "finished.json").exists()  # it was asked to stop, and is waited for
 
 
-def test_a_signal_stops_the_runs_and_says_how_to_go_on(fake_job, capsys):
-    job, waiting = fake_job("slow", 600), fake_job("waiting", 600)
+@pytest.mark.usefixtures("fake_train")
+def test_a_signal_stops_the_runs_and_says_how_to_go_on(tmp_path, capsys):
+    slow, waiting = tmp_path / "slow", tmp_path / "waiting"
 
     def interrupt():
-        while not (job.folder / "started").exists():
+        while not (slow / "started").exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(SystemExit) as stopped:
-        runs.run_all([job, waiting], 1, lambda job: pytest.fail("nothing finished"))
+        runs.run_all({slow: {"seconds": 600}, waiting: {}}, 1, pytest.fail)
     assert stopped.value.code == 130 and "repeat the same command" in capsys.readouterr().err
-    assert not waiting.folder.exists()
+    assert not waiting.exists()
 
 
 def test_results_are_one_line_a_run_and_belong_to_their_settings(tmp_path):
-    path = tmp_path / "results.json"
-    results = Results(path, {"steps": 3, "variants": {"digits": ("axial",)}})
+    path, settings = tmp_path / "results.json", {"steps": 3, "variants": {"digits": ("axial",)}}
+    results = Results(path, settings)
     results.add("runs", "a", {"loss": 1 / 3, "curve": [0.1234567891, 2]})
     results.add("runs", "b", {"loss": 2.0})
     assert '    "a": {"loss": 0.3333333, "curve": [0.1234568, 2]},\n' in path.read_text()
-    again = Results(path, {"steps": 3, "variants": {"digits": ("axial",)}})
-    assert again.section("runs") == {"a": {"loss": 0.3333333, "curve": [0.1234568, 2]}, "b": {"loss": 2.0}}
+    again = {"a": {"loss": 0.3333333, "curve": [0.1234568, 2]}, "b": {"loss": 2.0}}
+    assert Results(path, settings).sections["runs"] == again
     with pytest.raises(UserError, match=r"holds results of other settings: steps 3 \(now 4\); remove it or use anothe"):
-        Results(path, {"steps": 4, "variants": {"digits": ("axial",)}})
+        Results(path, settings | {"steps": 4})
     for text in ("[]", "3", '{"settings": []}', '{"settings": null}'):
         path.write_text(text)
         with pytest.raises(UserError, match="holds no results of a study; use another --out$|holds a JSON"):
@@ -124,21 +118,19 @@ def test_environments_are_numbered_and_each_kept_once(tmp_path, monkeypatch):
     for cores in (1, 2, 1):
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
         found.append(results.origin()["environment"])
-    assert found == ["1", "2", "1"] and [entry["cores"] for entry in results.section("environment").values()] == [1, 2]
+    assert found == ["1", "2", "1"] and [entry["cores"] for entry in results.sections["environment"].values()] == [1, 2]
 
 
-@pytest.mark.parametrize("program", [position_encodings, reference_curves])
-def test_places_are_checked_and_a_dry_run_writes_nothing(program, tmp_path, refused, capsys):
+@pytest.mark.parametrize("program, total", [(position_encodings, 71), (reference_curves, 5)])
+def test_places_are_checked_and_a_dry_run_writes_nothing(program, total, tmp_path, refused, capsys):
     (tmp_path / "file").touch()
-    expected = f"--out {str(tmp_path)!r} is a folder; expected the name of a file"
-    assert refused(program.main, ["--work-dir", tmp_path / "work", "--out", tmp_path]) == expected
-    line = refused(program.main, ["--work-dir", tmp_path / "file" / "below"])
-    assert line.startswith("--work-dir ") and line.endswith("is a file); choose another")
-    arguments = ["--work-dir", str(tmp_path / "work"), "--out", str(tmp_path / "again.json")]
-    assert program.parse_args(arguments).figures == tmp_path  # another run leaves the published figures alone
-    program.main([*arguments, "--dry-run"])
-    assert re.search(r"(71 of 71|5 of 5) runs to train", capsys.readouterr().err)
+    for option, value in (("--out", tmp_path), ("--work-dir", tmp_path / "file" / "below")):
+        assert refused(program.main, [option, value]).startswith(f"{option} {str(value)!r} cannot be written (")
+    again = tmp_path / "again.json"
+    program.main(["--work-dir", str(tmp_path / "work"), "--out", str(again), "--dry-run"])
+    assert f"{total} of {total} runs to train" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert runs.figures_folder(again, program.PUBLISHED) == tmp_path  # the published figures are left alone
 
 
 # Data sets
@@ -176,23 +168,22 @@ def test_photographs_need_scikit_image(monkeypatch):
         data.load_photographs()
 
 
-def test_as_many_of_each_digit_are_held_out_and_lie_whole_on_their_canvases(tmp_path, monkeypatch):
+def test_as_many_of_each_digit_are_held_out_and_lie_whole_on_their_canvases():
     found = {}
     for part, label, file, image in data.digits(plan.FULL):
-        found.setdefault(part, {})[label, file] = image
+        found.setdefault(part, {})[label, file] = np.asarray(image, dtype=int)
     assert found["train"].keys().isdisjoint(found["val"]) and len(found["train"]) + len(found["val"]) == 1797
     assert [sum(label == str(digit) for label, _ in found["val"]) for digit in range(10)] == [6] * 10
     for key, image in found["val"].items():
-        canvas = np.asarray(found["canvas192"][key], dtype=int)
-        assert canvas.shape == (192, 192, 3) and canvas.sum() == np.asarray(image, dtype=int).sum()
+        canvas = found["canvas192"][key]
+        assert canvas.shape == (192, 192, 3) and canvas.sum() == image.sum()
 
 
 def test_a_data_set_is_written_once_for_its_settings(tmp_path, monkeypatch):
-    item = ("train", "a", "0.png", Image.new("RGB", (8, 8)))
-    monkeypatch.setitem(data.DATA_SETS, "digits", lambda study: iter([item]))
-    assert data.write_data_set("digits", tmp_path / "set", plan.FULL) == {"train": 1}
-    monkeypatch.setitem(data.DATA_SETS, "digits", lambda study: pytest.fail("written again"))
-    assert data.write_data_set("digits", tmp_path / "set", plan.FULL) == {"train": 1}
+    items = iter([("train", "a", "0.png", Image.new("RGB", (8, 8)))])  # a second time there would be none
+    monkeypatch.setitem(data.DATA_SETS, "digits", lambda study: items)
+    for _ in range(2):
+        assert data.write_data_set("digits", tmp_path / "set", plan.FULL) == {"train": 1}
     with pytest.raises(UserError, match="was made with other settings than those of experiments/plan.py; remove it"):
         data.write_data_set("digits", tmp_path / "set", dataclasses.replace(plan.FULL, stride=32))
 
@@ -200,16 +191,20 @@ def test_a_data_set_is_written_once_for_its_settings(tmp_path, monkeypatch):
 # The study
 
 
+def parsed(options: dict, folder) -> object:
+    """What train.py makes of the options of a run."""
+    return train.parse_args(runs.command("train.py", "train.args", results_dir=folder, **options)[2:])
+
+
 @pytest.mark.parametrize("variant", plan.VARIANTS)
 def test_a_run_of_the_study_is_the_command_that_its_variant_and_settings_say(variant, tmp_path):
-    run = plan.Run("digits", variant, 0.03, 4)
-    job = position_encodings.training_job(run, plan.FULL, position_encodings.parse_args(["--work-dir", str(tmp_path)]))
-    args = train.parse_args(job.command[2:])
-    assert job.command[1] == "train.py" and job.folder == args.results_dir == tmp_path / "full" / "runs" / run.key
+    run, root = plan.Run("digits", variant, 0.03, 4), tmp_path / "digits"
+    args = parsed(position_encodings.training_options(run, plan.FULL, root), tmp_path / run.key)
+    assert args.results_dir == tmp_path / "digits" / variant / "lr0.03" / "seed4"
     assert (args.lr, args.global_seed, args.max_steps, args.global_batch_size) == (0.03, 4, 400, 16)
     assert (args.lr_schedule, args.grad_clip, args.ema_decay, args.flip) == ("linear", 1, 0.98, False)
-    assert args.val_data_path == tmp_path / "data" / "digits" / "val" and args.val_every == plan.FULL.val_every
-    assert args.latents_dir == tmp_path / "data" / "digits_latents" and args.sample_every == 0
+    assert (args.val_data_path, args.val_every, args.warmup_steps) == (root / "val", plan.FULL.val_every, 40)
+    assert (args.latents_dir, args.image_size) == (tmp_path / "digits_latents", (128, 128))
     rotate = {"axial": 0, "spiral4": 4}.get(variant.split("_")[0], 2)
     border = "exact" if variant.endswith("exact") else "clamp"
     expected = RopeConfig(rotate=rotate, border=border, same_theta=variant == "same_theta2")
@@ -250,33 +245,31 @@ def test_seeds_pair_the_variants(tmp_path, train_arguments, tiny_commands, monke
     assert not any(torch.equal(a, b) for a, b in zip(steps[::3], changed[::3], strict=True))
 
 
-def test_a_study_goes_on_with_the_runs_that_are_missing(tmp_path, monkeypatch, fake_job, refused):
-    started, arguments = [], ["--quick", "--work-dir", str(tmp_path), "--stage", "runs", "--jobs", "2"]
+def test_a_study_goes_on_with_the_runs_that_are_missing(tmp_path, monkeypatch, fake_train):
     study = dataclasses.replace(plan.QUICK, lr=0.001, variants={"digits": ("sincos", "axial")}, seeds=2)
-
-    def job(run, study, args):
-        started.append(run.key)
-        return fake_job(run.key, 0, folder=args.work_dir / "runs" / run.key)
-
+    started, start = [], runs.start
+    monkeypatch.setattr(runs, "start", lambda folder, given: started.append(folder) or start(folder, given))
     monkeypatch.setattr(position_encodings, "QUICK", study)
-    monkeypatch.setattr(position_encodings, "training_job", job)
     monkeypatch.setattr(data, "write_data_set", lambda *_: {"train": 1})
     monkeypatch.setattr(runs, "make_latents", lambda *_: None)
-    monkeypatch.setattr(measurements, "reconstruction_psnr", lambda *_: 20.0)
-    monkeypatch.setattr(measurements, "measure", lambda *_: {"translation": {"moved": 0.5, "rolled": 0.25}})
-    path = tmp_path / "quick" / "position_encodings.json"
-    assert refused(position_encodings.main, [*arguments[:3], "--stage", "report"]) == (
-        f"{str(path)!r} lacks run digits/sincos/lr0.001/seed0; repeat the command without --stage to make it"
-    )
-    position_encodings.main(arguments)
-    assert len(started) == 4 and started[0] == "digits/sincos/lr0.001/seed0"
+    monkeypatch.setattr(position_encodings, "reconstruction_psnr", lambda *_: 20.0)
+    monkeypatch.setattr(position_encodings.Trained, "translation", lambda _: {"moved": 0.5, "rolled": 0.25})
+    for name in ("beyond_grid", "attention"):
+        monkeypatch.setattr(position_encodings.Trained, name, lambda *_: {})
+    monkeypatch.setattr(figures, "draw_all", lambda *_: None)
+    monkeypatch.setattr(tables, "all_tables", lambda *_: "tables")
+    keys = [f"digits/{variant}/lr0.001/seed{seed}" for seed in (0, 1) for variant in ("sincos", "axial")]
+    path, arguments = tmp_path / "quick" / "position_encodings.json", ["--quick", "--work-dir", str(tmp_path)]
+    position_encodings.main([*arguments, "--jobs", "1"])
+    assert started == [tmp_path / "quick" / "runs" / key for key in keys]
     results = json.loads(path.read_text())
-    entry = results["runs"].pop("digits/axial/lr0.001/seed1")
-    assert {"git_commit", "environment"} < entry.keys() and len(results["translation"]) == 4
+    entry = results["runs"].pop(keys[-1])
+    assert {"git_commit", "environment"} < entry.keys() and results["translation"].keys() == set(keys)
+    assert results["beyond_grid"].keys() == set(keys[1::2]) and list(results["attention"]) == [keys[1]]
     assert entry["step"] == [2] and entry["val_loss"] == [0.5] and entry["val_loss_ema_tenths"] == [0.75] * 10
-    assert not (tmp_path / "quick" / "runs" / "digits/axial/lr0.001/seed1").exists()
+    assert not (tmp_path / "quick" / "runs" / keys[-1]).exists()
     path.write_text(json.dumps(results))
-    for expected in (["digits/axial/lr0.001/seed1"], []):
+    for expected in (started[-1:], []):
         started.clear()
         position_encodings.main(arguments)
         assert started == expected
@@ -287,7 +280,7 @@ def test_a_study_goes_on_with_the_runs_that_are_missing(tmp_path, monkeypatch, f
 
 def test_comparison_is_the_paired_t_test_with_a_bootstrap_interval_of_the_mean_difference():
     values, others = np.array([1.0, 2.1, 3.2, 3.9, 5.3]), np.array([1.2, 2.0, 3.6, 4.4, 5.3])
-    losses = {"digits": {"axial": values[:, None], "sincos": others[:, None]}}
+    losses = {("digits", "axial"): values[:, None], ("digits", "sincos"): others[:, None]}
     (found,) = comparisons.compare(losses, by_baseline=False)
     differences = values - others
     t = differences.mean() / (differences.std(ddof=1) / np.sqrt(5))
@@ -299,17 +292,17 @@ def test_comparison_is_the_paired_t_test_with_a_bootstrap_interval_of_the_mean_d
 
 
 def test_holm_multiplies_the_smallest_p_by_the_number_of_comparisons_and_keeps_the_order():
-    assert comparisons.holm(np.array([0.04, 0.01, 0.03, 0.5])) == pytest.approx([0.09, 0.04, 0.09, 0.5])
+    found = comparisons.holm(np.array([[0.04, 0.01], [0.03, 0.5]]))
+    assert found == pytest.approx(np.array([[0.09, 0.04], [0.09, 0.5]]))
     assert comparisons.holm(np.array([0.9, 0.8])) == pytest.approx([1, 1])
 
 
 @pytest.mark.parametrize("by_baseline, family_size", [(False, 2 * 6 * 3), (True, 2 * 2 * 3)])
 def test_every_pair_is_compared_and_corrected_within_its_family(by_baseline, family_size):
     random = np.random.default_rng(0)
-    losses = {name: {variant: random.random((5, 3)) for variant in plan.MAIN_VARIANTS} for name in ("a", "b")}
+    losses = {(name, variant): random.random((5, 3)) for name in ("a", "b") for variant in plan.MAIN_VARIANTS}
     compared = comparisons.compare(losses, by_baseline)
-    of_b = [(item.variant, item.other) for item in compared if item.data_set == "b"]
-    assert of_b == [
+    assert [(item.variant, item.other) for item in compared if item.data_set == "b"] == [
         ("spiral4_clamp", "axial"),
         ("spiral4_exact", "axial"),
         ("axial", "sincos"),
@@ -320,8 +313,10 @@ def test_every_pair_is_compared_and_corrected_within_its_family(by_baseline, fam
     family = [item for item in compared if item.baseline == "axial" or not by_baseline]
     p_values, p_holm = (np.concatenate(values) for values in zip(*((x.p, x.p_holm) for x in family), strict=True))
     assert len(p_values) == family_size and list(p_holm) == list(comparisons.holm(p_values))
-    assert len([pair for pair in plan.pairs(plan.VARIANTS) if pair[2] == "exact"]) == 2
-    assert plan.pairs(("sincos", "spiral4_clamp")) == [("spiral4_clamp", "sincos", "sincos")]
+    everything = comparisons.compare({("a", variant): random.random((5, 3)) for variant in plan.VARIANTS}, True)
+    assert [item.variant for item in everything if item.baseline == "exact"] == ["spiral2_clamp", "spiral4_clamp"]
+    few = comparisons.compare({("a", variant): random.random((5, 3)) for variant in ("sincos", "spiral4_clamp")}, True)
+    assert [(item.variant, item.baseline) for item in few] == [("spiral4_clamp", "sincos")]
 
 
 @pytest.mark.parametrize("n, level", [(5, 0.05), (5, 0.005), (3, 0.05), (2, 0.006)])
@@ -349,32 +344,33 @@ def test_steps_to_a_loss_are_interpolated(target, step):
 # Tables and figures
 
 
-def test_the_published_tables_are_those_of_the_recorded_results(tmp_path):
+@pytest.fixture(scope="module")
+def recorded():
+    """The sections of the published results, which are of these settings, and the bands of the reference."""
+    sections = Results(position_encodings.PUBLISHED, plan.FULL.settings()).sections
+    runs_of_demo = Results(reference_curves.PUBLISHED, reference_curves.settings()).sections["runs"]
+    return sections, reference_curves.bands(runs_of_demo)
+
+
+def test_the_published_tables_are_those_of_the_recorded_results(recorded):
     page = (REPOSITORY / "docs" / "evidence.md").read_text(encoding="utf-8")
-    recorded = Results(position_encodings.OUT, plan.FULL.settings())  # of these settings
-    study = tables.all_tables(tables.Measured(plan.FULL, recorded.sections))
-    curves = Results(reference_curves.REFERENCE, reference_curves.settings()).sections
-    again = reference_curves.bands(curves["runs"])
-    assert reference_curves.bands_table(again) == reference_curves.bands_table(curves["bands"])
+    study = tables.all_tables(plan.FULL, recorded[0])
     printed = [line for line in study.splitlines() if line and not line.startswith("#")]
-    printed += reference_curves.bands_table(curves["bands"]).splitlines()
+    printed += reference_curves.bands_table(recorded[1]).splitlines()
     text = " ".join(page.split())  # sentences are broken at other places there
     assert len(printed) > 150 and [line for line in printed if line not in text] == []
     rows = [line for line in page.splitlines() if line.startswith("|") and "DiT-" not in line and "GFLOP" not in line]
     assert [line for line in rows if line not in printed] == []
 
 
-def test_figures_are_drawn_from_the_recorded_results(tmp_path):
-    sections = json.loads(position_encodings.OUT.read_text())
-    folders = {data_set: tmp_path / data_set for data_set in plan.FULL.variants}
+def test_figures_are_drawn_from_the_recorded_results(recorded, tmp_path):
     for data_set, image in plan.FULL.attention_images.items():
-        path = folders[data_set] / "val" / image
+        path = tmp_path / data_set / "val" / image
         path.parent.mkdir(parents=True)
         Image.new("RGB", (128, 128)).save(path)
     (tmp_path / "images").mkdir()
-    figures.draw_all(tables.Measured(plan.FULL, sections), folders, tmp_path / "images")
-    reference = json.loads(reference_curves.REFERENCE.read_text())["bands"]
-    reference_curves.draw(reference, tmp_path / "images" / "evidence_reference.png")
+    figures.draw_all(plan.FULL, recorded[0], tmp_path, tmp_path / "images")
+    reference_curves.draw(recorded[1], tmp_path / "images" / "evidence_reference.png")
     page = (REPOSITORY / "docs" / "evidence.md").read_text(encoding="utf-8")
     drawn = {path.name: Image.open(path).size for path in (tmp_path / "images").iterdir()}
     assert drawn == {name: Image.open(REPOSITORY / "docs/images" / name).size for name in drawn} and len(drawn) == 4
@@ -419,22 +415,27 @@ def test_moved_tokens_are_felt_by_clamped_and_sincos_positions_alone(fill_weight
 
 @pytest.mark.parametrize("rope", [RopeConfig(rotate=2), None])
 @torch.no_grad()
-def test_recorded_attention_is_the_models(fill_weights, monkeypatch, rope, inputs):
-    model, used, attend = small_dit(fill_weights, rope), [], F.scaled_dot_product_attention
+def test_recorded_attention_is_the_models(fill_weights, rope, inputs):
+    model, expected = small_dit(fill_weights, rope), []
 
-    def record(q, k, v):
-        used.append((q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1).mean((0, 1)))
-        return attend(q, k, v)
+    def record(attention, arguments):
+        tokens, cos, sin = arguments
+        q, k, _ = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)  # (B, N, H, D/H)
+        if cos is not None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+        expected.append(scores.softmax(-1).mean((0, 1)))
 
-    monkeypatch.setattr(models.F, "scaled_dot_product_attention", record)
-    with measurements.recorded_attention(model) as found:
+    for block in model.blocks:
+        block.attn.register_forward_pre_hook(record)
+    with measurements.RecordedAttention() as recorded:
         model(*inputs)
-    torch.testing.assert_close(torch.stack(found), torch.stack(used))
+    torch.testing.assert_close(torch.stack(recorded.weights), torch.stack(expected))
 
 
 @pytest.fixture
-def trained_run(tmp_path, make_vae, fill_weights):
-    """Weights of a small axial model, held-out images of a study's kind, an autoencoder, and the study."""
+def trained_run(tmp_path, make_vae, fill_weights, tiny_commands):
+    """A small axial model of random weights, with held-out images of a study's kind."""
     random, root = np.random.default_rng(0), tmp_path / "data"
     for part, size in (("val", 128), ("canvas192", 192), ("canvas256", 256)):
         for label in ("5", "7"):
@@ -451,47 +452,48 @@ def trained_run(tmp_path, make_vae, fill_weights):
     }
     path = tmp_path / "run.pt"
     checkpoint.save(path, {"model": weights, "ema": weights, "step": 1, "config": about})
-    measurements.held_out.cache_clear()
-    return path, root, vae, dataclasses.replace(plan.FULL, beyond_grid_images=2, translated_images=2)
+    study = dataclasses.replace(plan.FULL, beyond_grid_images=2, translated_images=2)
+    return measurements.Trained(path, root, study, vae)
 
 
-@pytest.mark.usefixtures("tiny_commands")
 def test_losses_beyond_the_grid_are_those_of_evaluate_loss(trained_run, tmp_path):
-    path, root, *_ = trained_run
-    found = measurements.beyond_grid_losses(*trained_run)
+    found = trained_run.beyond_grid()
     assert len(found) == 1 + 2 * 2 * 2 and len(set(found.values())) == len(found)
     folders = {"enlarged192/extrapolate": "val", "canvas192/interpolate": "canvas192", "trained": "val"}
     for name, folder in folders.items():
-        command = ["--ckpt", path, "--data-path", root / folder, "--out", tmp_path / "loss.json"]
+        command = [
+            "--ckpt",
+            trained_run.ckpt,
+            "--data-path",
+            trained_run.root / folder,
+            "--out",
+            tmp_path / "loss.json",
+        ]
         if name != "trained":
             command += ["--image-size", name[-15:-12], "--rope-extend", name.partition("/")[2]]
         evaluate_loss.main([str(argument) for argument in [*command, "--num-workers", 0, "--precision", "fp32"]])
         assert json.loads((tmp_path / "loss.json").read_text())["loss"] == pytest.approx(found[name], rel=1e-5)
 
 
-@pytest.mark.usefixtures("tiny_commands")
 def test_rolled_content_comes_back_to_its_place(trained_run, monkeypatch):
-    real = measurements.translation(*trained_run)
+    real = trained_run.translation()
     assert real["rolled"] > 1e-4 > 1e-5 > real["moved"]  # axial: what came round the edge is felt, the place is not
     monkeypatch.setattr(DiT, "forward", lambda self, x, t, y: torch.cat([x.sin(), x], dim=1))  # each pixel by itself
-    assert measurements.translation(*trained_run) == {"moved": 0, "rolled": 0}
+    assert trained_run.translation() == {"moved": 0, "rolled": 0}
 
 
-@pytest.mark.usefixtures("tiny_commands")
 def test_attention_maps_are_of_the_named_image(trained_run):
-    found = measurements.attention_maps(*trained_run, "7/a.png")
+    found = trained_run.attention("7/a.png")
     assert found["image"] == "val/7/a.png" and np.shape(found["maps"]) == (3, 64)
     assert np.sum(found["maps"], axis=1) == pytest.approx([1, 1, 1])
-    assert found["maps"] != measurements.attention_maps(*trained_run, "5/a.png")["maps"]
+    assert found["maps"] != trained_run.attention("5/a.png")["maps"]
 
 
 def test_reconstruction_psnr_is_that_of_the_pixels(trained_run, monkeypatch):
-    _, root, vae, _ = trained_run
     monkeypatch.setattr(measurements.VAE, "decode", lambda self, latents: torch.full((1, 128, 128, 3), 100))
-    pixels = [np.asarray(Image.open(path), dtype=float) for path in (root / "val").rglob("*.png")]
-    mean_square = np.mean([np.mean((image - 100) ** 2) for image in pixels])
-    expected = 20 * np.log10(255) - 10 * np.log10(mean_square)
-    assert measurements.reconstruction_psnr(root, vae, 128) == pytest.approx(expected)
+    pixels = [np.asarray(Image.open(path), dtype=float) for path in (trained_run.root / "val").rglob("*.png")]
+    expected = 20 * np.log10(255) - 10 * np.log10(np.square(np.stack(pixels) - 100).mean())
+    assert measurements.reconstruction_psnr(trained_run.root, 128, trained_run.vae) == pytest.approx(expected)
 
 
 def test_a_choice_of_held_out_images_is_evenly_spread_and_keeps_their_labels(tmp_path, vae_folder):
@@ -521,7 +523,7 @@ def test_the_study_runs_from_nothing_to_its_tables_and_repeats_nothing(tmp_path,
     assert printed.count("| digits | Spiral R = 4, exact") > 5 and "photograph" not in printed
     images = sorted(path.name for path in (tmp_path / "quick").glob("*.png"))
     assert images == ["evidence_attention.png", "evidence_curves.png", "evidence_tenths.png"]
-    monkeypatch.setattr(position_encodings, "training_job", lambda *_: pytest.fail("everything was trained"))
+    monkeypatch.setattr(runs, "start", lambda *_: pytest.fail("trained again"))
     position_encodings.main(arguments)
     assert capsys.readouterr().out == printed
 
@@ -529,23 +531,22 @@ def test_the_study_runs_from_nothing_to_its_tables_and_repeats_nothing(tmp_path,
 # Reference curves
 
 
-def test_the_demo_recipe_is_read_by_train():
-    job = reference_curves.training_job(3, "run", "latents")
-    args = train.parse_args([str(argument) for argument in job.command[2:]])
+def test_the_demo_recipe_is_read_by_train(tmp_path):
+    args = parsed(reference_curves.training_options(3, tmp_path), tmp_path / "run")
     assert (args.model, args.max_steps, args.global_seed, args.flip) == ("DiT-XS/2", 2000, 3, False)
     assert (args.grad_clip, args.use_rope, args.val_every, args.val_fraction) == (1, True, 300, 0.1)
 
 
 @pytest.fixture
-def checked(tmp_path, refused, capsys):
-    """Compares a run whose curves are the reference's means times factors, by step and curve, with the reference."""
+def checked(recorded, tmp_path, capsys):
+    """Compares a run whose curves are the reference's means times factors, by step of the loss, with the reference."""
 
     def call(factors: dict[int, float] | None = None, steps: int = 20, shift: int = 0) -> str:
-        bands, records = json.loads(reference_curves.REFERENCE.read_text())["bands"], {}
-        for name, band in bands.items():
-            for step, mean in zip(band["step"][:steps], band["mean"], strict=False):
+        records = {}
+        for name, (at, means, _) in recorded[1].items():
+            for step, mean in zip(at[:steps], means, strict=False):
                 factor = (factors or {}).get(step, 1) if name == "loss" else 1
-                records.setdefault(step + shift, {"step": step + shift})[name] = mean * factor
+                records.setdefault(step + shift, {"step": step + shift})[name] = mean * factor if factor else None
         lines = [json.dumps(record) for _, record in sorted(records.items())]
         (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
         try:
@@ -565,7 +566,8 @@ def test_a_run_may_leave_the_band_at_a_tenth_of_its_points_but_not_at_the_last_s
     assert "31 of 34 points" in checked(few) and failed not in checked(few)
     assert "training loss (MSE of the noise + variational term), step 200: 1." in checked(few)
     assert failed in checked(few | {400: 9.0})
-    assert failed in checked({2000: 9.0}) and failed in checked({2000: float("nan")})
+    for last in (9.0, float("nan"), None):  # None: as a loss is recorded that is not finite
+        assert failed in checked({2000: last})
     assert failed not in checked({100: 9.0}, steps=12)  # stopped half-way
     assert "has no loss at a step of the reference, which has every 100 steps" in checked(shift=1)
 
@@ -578,8 +580,8 @@ def test_a_folder_without_a_run_is_refused(tmp_path, refused):
 
 @pytest.mark.slow
 def test_a_fresh_demo_run_falls_in_the_reference_band(tmp_path, capsys):
-    latents = reference_curves.prepare_latents(tmp_path)
-    job = reference_curves.training_job(reference_curves.SEEDS, tmp_path / "run", latents)  # a seed that it has not
-    runs.run_all([job], 1, lambda job: None)
-    reference_curves.main(["--check", str(job.folder)])
+    reference_curves.prepare(tmp_path)
+    options = reference_curves.training_options(reference_curves.SEEDS, tmp_path)  # a seed that it has not
+    runs.run_all({tmp_path / "run": options}, 1, lambda folder: None)
+    reference_curves.main(["--check", str(tmp_path / "run")])
     assert "of 34 points" in capsys.readouterr().out
