@@ -37,7 +37,7 @@ from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import MutationSpec
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPORTS = ("diffusers", "hypothesis", "matplotlib.pyplot", "scipy.stats", "timm", "torch._dynamo", "torchvision")
+IMPORTS = ("diffusers", "matplotlib.pyplot", "scipy.stats", "timm", "torch._dynamo", "torchvision")
 # Operators whose mutants fail on their own or change nothing: bits of a float, identity of small numbers.
 LEFT_OUT = re.compile(r"BinaryOperator_\w+_(RShift|LShift|BitOr|BitAnd|BitXor)$|Operator_(Eq|NotEq|[LG]tE?)_Is(Not)?$")
 # Tests that start processes: minutes where the others take seconds, so they are run on what the others let pass.
