@@ -318,7 +318,19 @@ def test_folder_references_are_prepared_as_for_training(evaluated, sets, image_f
         assert np.array_equal(pixels[index].permute(1, 2, 0), expected)
 
 
-def test_cached_features_follow_the_contents(evaluated, fake, tmp_path, monkeypatch):
+def test_a_checksum_follows_the_contents(sets, tmp_path):
+    folder, npz = shutil.copytree(sets / "reference", tmp_path / "a"), tmp_path / "reference.npz"
+    shutil.copy(sets / "reference.npz", npz)
+    other = shutil.copytree(folder, tmp_path / "b")  # alike in names, sizes and times, as other images can be
+    before = checksum(folder), checksum(npz)
+    assert len({*before, checksum(other)}) == 3
+    assert before == (checksum(folder), checksum(shutil.move(npz, tmp_path / "moved.npz")))
+    os.utime(folder / "00.png", (0, 0))
+    np.savez(npz, arr_0=make_images(8, 5))
+    assert not {checksum(folder), checksum(npz)} & {*before}
+
+
+def test_cached_features_follow_contents_weights_and_size(evaluated, fake, sets, tmp_path, monkeypatch):
     first, calls = evaluated(), fake.calls
     (path,) = (tmp_path / "cache").iterdir()
     assert path.name.endswith("-pool.safetensors")
@@ -331,18 +343,11 @@ def test_cached_features_follow_the_contents(evaluated, fake, tmp_path, monkeypa
         evaluated(metrics="kid", **changes)
         return len(list((tmp_path / "cache").iterdir()))
 
-    np.savez(tmp_path / "moved.npz", arr_0=make_images(14, 5))
-    assert cached(reference=tmp_path / "moved.npz") == 2
-    monkeypatch.setattr(fake, "weights", "eeeeeeee")
-    assert cached() == 3
-    for name in ("a", "b"):  # folders whose files are alike in names, sizes and times
-        (tmp_path / name).mkdir()
-        for index, image in enumerate(make_images(8, ord(name))):
-            Image.fromarray(image).save(tmp_path / name / f"{index}.bmp")
-            os.utime(tmp_path / name / f"{index}.bmp", (0, 0))
-    assert [cached(reference=tmp_path / name) for name in ("a", "b", "a")] == [4, 5, 5]
+    assert [cached(reference=sets / "reference") for _ in range(2)] == [2, 2]
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((12, 32, 32, 3), np.uint8))
-    assert cached(samples=tmp_path / "large.npz", reference=tmp_path / "a") == 6  # resized otherwise
+    assert cached(samples=tmp_path / "large.npz", reference=sets / "reference") == 3  # resized otherwise
+    monkeypatch.setattr(fake, "weights", "eeeeeeee")
+    assert cached(reference=sets / "reference") == 4
 
 
 def test_cached_features_that_cannot_be_read_or_written(evaluated, tmp_path, monkeypatch):
@@ -376,19 +381,14 @@ def test_what_is_measured_is_not_measured_again(arguments, evaluated, fake, tmp_
     assert fake.calls == calls and results.read_bytes() == written
 
 
-def test_what_has_changed_is_measured_again(arguments, fake, inception_file, sets, tmp_path):
+def test_what_has_changed_is_measured_again(arguments, fake, inception_file, tmp_path):
     def is_measured(**changes) -> bool:
         calls = fake.calls
         evaluate.main(arguments(**changes))
         return fake.calls > calls
 
-    folder = tmp_path / "folder"
-    shutil.copytree(sets / "reference", folder)
     assert is_measured(metrics="kid") and not is_measured(metrics="kid") and is_measured()
     assert is_measured(batch_size=3) and is_measured(kid_subsets=6) and is_measured(inception_weights=inception_file)
-    assert is_measured(reference=folder) and not is_measured(reference=folder)
-    os.utime(folder / "00.png", (0, 0))
-    assert is_measured(reference=folder) and is_measured() and not is_measured()
     for name, count in (("samples", 12), ("reference", 14)):  # other images, but as many, and older than the metrics
         np.savez(tmp_path / f"{name}.npz", arr_0=make_images(count, 5))
         os.utime(tmp_path / f"{name}.npz", (0, 0))
@@ -465,24 +465,23 @@ def test_all_processes_end_when_one_meets_an_unreadable_image(fake, arguments, r
 def test_weights_are_downloaded_once_and_checked(arguments, refused, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
-    asked = []
+    asked, url = [], f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
 
     def unreachable(*_, **__):
         raise urllib.error.URLError("no network")
 
-    def fetch(url, path, hash_prefix):
-        asked.append((url.rsplit("/", 1)[1], hash_prefix))
-        Path(path).write_bytes(b"weights")
+    def fetch(*given, hash_prefix):
+        asked.append((*given, hash_prefix))
+        Path(given[1]).write_bytes(b"weights")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
-    url = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
-    assert refused(evaluate.main, arguments()) == (
-        f"the Inception-v3 weights cannot be downloaded (<urlopen error no network>); fetch {url} where there is a "
-        "network, and pass the file as --inception-weights FILE"
-    )
+    message = refused(evaluate.main, arguments())
+    assert message.startswith("the Inception-v3 weights cannot be downloaded (<urlopen error no network>); fetch ")
+    assert url in message and message.endswith("pass the file as --inception-weights FILE")
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
-    assert inception.download() == inception.download() == tmp_path / "checkpoints" / WEIGHTS
-    assert asked == [(WEIGHTS, "6726825d")]
+    path = tmp_path / "checkpoints" / WEIGHTS
+    assert inception.download() == inception.download() == path
+    assert [(given, str(place), prefix) for given, place, prefix in asked] == [(url, str(path), "6726825d")]
 
 
 class Code:
