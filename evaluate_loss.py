@@ -68,7 +68,7 @@ def held_out_part(images: ImageList, trained: Trained) -> ImageList:
         raise UserError(
             f"--split val: --data-path {str(images.root)!r} holds other files than the training of {name}, so its "
             f"{stored.images:,} held-out images cannot be told; give the training's folder (of an early run, without "
-            "the files that skipped.txt of its latent cache lists)"
+            "the files in skipped.txt of its latent cache)"
         )
     return part
 
@@ -93,11 +93,6 @@ def describe(trained: Trained, images: ImageList, vae: VAE, precision: str, args
         "trained_on": is_trained_on(images, trained),
         "precision": precision,
     }
-
-
-def format_table(tenths: list[float]) -> str:
-    rows = [f"{100 * k:3d} - {100 * k + 99:3d}  {loss:.4f}" for k, loss in enumerate(tenths)]
-    return "\n".join(["timesteps  loss", *rows])
 
 
 def write(path: Path, values: dict) -> None:
@@ -133,8 +128,7 @@ def main(argv: list[str] | None = None) -> None:
             f"the loss of {what} is not finite: checkpoint {args.ckpt!r} overflows in {precision}; use --precision "
             "fp32, or an earlier checkpoint"
         )
-    logger.info(f"loss of {what}: {validation.format_loss(scores['loss'], scores['loss_se'])}")
-    logger.info(format_table(scores["loss_tenths"]))
+    logger.info(f"loss of {what}: {validation.describe_loss(scores)}")
     if args.out is not None:
         distributed.on_main(write, args.out, scores | about)
 

@@ -271,6 +271,12 @@ def format_loss(loss: float | None, error: float | None = None) -> str:
     return f"{loss:.4f}" if error is None else f"{loss:.4f} ± {error:.4f}"
 
 
+def describe_loss(scores: dict, name: str = "loss") -> str:
+    """What summarize gives, in words."""
+    tenths = ", ".join(map(format_loss, scores[f"{name}_tenths"]))
+    return f"{format_loss(scores[name], scores[f'{name}_se'])}; by tenth of the schedule: {tenths}"
+
+
 # In training
 
 
@@ -324,7 +330,6 @@ class Validator:
         scores = {}
         for (key, (weights, _)), found in zip(monitor.VALIDATED.items(), losses, strict=True):
             scores |= summarize(found, key)
-            loss, tenths = format_loss(scores[key], scores[f"{key}_se"]), map(format_loss, scores[f"{key}_tenths"])
-            start = f"step {step:07d}: validation loss of {len(found):,} images, {weights} weights"
-            logger.info(f"{start}: {loss}; by tenth of the schedule: {', '.join(tenths)}")
+            what = f"validation loss of {len(found):,} images, {weights} weights"
+            logger.info(f"step {step:07d}: {what}: {describe_loss(scores, key)}")
         return scores
