@@ -4,7 +4,6 @@ What is decided before the first stage is tested in test_pipeline_plan.py; here 
 """
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -14,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_setup_env import Scripts
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["run_all.sh", "run_tests.sh", "setup_env.sh", ".ci/run"]
@@ -22,7 +22,7 @@ RUN = "results/it's a\n$HOME run"  # a name that has to be quoted
 STAND_IN = """\
 import json, os, pathlib, signal, sys, time
 
-arguments = sys.argv[1:]
+arguments = sys.argv[2:]
 if arguments[0] == "-c":  # the question of setup_env.sh
     sys.exit()
 with open(os.environ["STUB_LOG"], "a") as log:
@@ -61,54 +61,20 @@ elif stage in made:
 """
 
 
-class Repository:
-    """A copy of the scripts in a folder with an awkward name, and a stand-in `python` first on the PATH."""
+class Repository(Scripts):
+    """run_all.sh, with a record of the calls of Python that it makes."""
 
     def __init__(self, folder: Path):
-        self.root = folder / "it's a $HOME copy"
-        self.root.mkdir()
+        super().__init__(folder, STAND_IN, "run_all.sh", "setup_env.sh", "requirements.txt")
         self.log = folder / "calls"
-        for name in ["run_all.sh", "setup_env.sh", "requirements.txt"]:
-            shutil.copy(ROOT / name, self.root / name)
-        (folder / "bin").mkdir()
-        (folder / "stand_in.py").write_text(STAND_IN)
-        self.python = folder / "bin" / "python"
-        self.python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{folder}/stand_in.py" "$@"\n')
-        self.python.chmod(0o755)
-        self.environment = {
-            "PATH": f"{self.python.parent}:/usr/bin:/bin",
-            "HOME": str(folder),
-            "STUB_LOG": str(self.log),
-            "STUB_RUN": RUN,
-            "PIP_NO_INDEX": "1",  # should the stand-in not be taken, nothing is installed
-            "PIP_FIND_LINKS": "",
-            "PIP_CONFIG_FILE": os.devnull,
-        }
+        self.environment |= {"STUB_LOG": str(self.log), "STUB_RUN": RUN}
 
-    def start(self, *arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            ["bash", str(self.root / "run_all.sh"), *arguments],
-            cwd=cwd or self.root,
-            env=self.environment | environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, *arguments: str, status: int = 0, cwd: Path | None = None, **environment: str):
-        """Run run_all.sh, check its status, and return its output, its errors and the calls of Python it made."""
+    def run(self, *arguments: str, **settings) -> tuple[str, str, list[list[str]]]:
         self.log.unlink(missing_ok=True)
-        process = self.start(*arguments, cwd=cwd, **environment)
-        output, errors = process.communicate(timeout=120)
-        assert process.returncode == status, output + errors
-        return output, errors, self.calls()
+        return *super().run(*arguments, **settings), self.calls()
 
     def calls(self) -> list[list[str]]:
         return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
-
-    def files(self) -> list[str]:
-        return sorted(str(path.relative_to(self.root)) for path in self.root.rglob("*"))
 
 
 @pytest.fixture
@@ -123,13 +89,13 @@ def call_of(calls: list[list[str]], script: str) -> list[str]:
 
 
 def test_help_needs_no_environment(repository):
-    repository.python.unlink()
-    before = repository.files()
+    repository.program("python", "exit 1")
+    repository.program("python3", "exit 1")
     output, errors, calls = repository.run("True", "-h")
     assert output == repository.run("--help", "--nonsense")[0] and output.startswith(
         "Usage: bash run_all.sh [USE_ROPE]"
     )
-    assert (errors, calls, repository.files()) == ("", [], before)
+    assert (errors, calls, repository.files()) == ("", [], repository.before)
 
 
 def test_demo_runs_its_stages_in_order_and_says_where_the_results_are(repository, tmp_path):
@@ -241,9 +207,8 @@ def test_a_refused_plan_ends_it(repository):
 
 def test_the_real_plan_is_understood(repository, tmp_path):
     """The whole of run_all.sh but for the stages, in the repository itself."""
-    text = repository.python.read_text()
-    plan = f'case $2 in runtime.pipeline) exec "{sys.executable}" "$@";; esac'
-    repository.python.write_text(text.replace("exec", f"{plan}\nexec", 1))
+    plan = f'if [ "$2" = runtime.pipeline ]; then exec "{sys.executable}" "$@"; fi'
+    repository.program("python", f'{plan}\nexec "{repository.bin}/python3" "$@"')
     repository.root = ROOT
     base = tmp_path / "line\nbreak $HOME"
     run = (

@@ -43,48 +43,62 @@ else:
 """
 
 
-class Installation:
-    """A copy of setup_env.sh, and the stand-in as the only Python on the PATH."""
+class Scripts:
+    """A copy of scripts, of which start and run call the first, and a stand-in as the only Python on the PATH."""
 
-    def __init__(self, folder: Path):
-        self.root = folder / "a repo's $copy"
+    def __init__(self, folder: Path, stand_in: str, *scripts: str):
+        self.root = folder / "it's a $HOME copy"
         self.root.mkdir()
-        shutil.copy(ROOT / "setup_env.sh", self.root)
-        self.require("alpha>=1.0", "beta>=1.0")
+        for name in scripts:
+            shutil.copy(ROOT / name, self.root)
+        self.script = scripts[0]
         self.bin = folder / "bin"
         self.bin.mkdir()
-        (folder / "stand_in.py").write_text(STAND_IN)
+        (folder / "stand_in.py").write_text(stand_in)
         for name in ("python", "python3"):
             self.program(name, f'exec "{sys.executable}" -IS "{folder}/stand_in.py" "$0" "$@"')
-        self.before = self.files()
         self.environment = {"PATH": f"{self.bin}:/usr/bin:/bin", "HOME": str(folder)}
+        self.environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}  # whatever happens, no download
+        self.before = self.files()
 
     def program(self, name: str, text: str) -> None:
         (self.bin / name).write_text(f"#!/bin/sh\n{text}\n")
         (self.bin / name).chmod(0o755)
 
+    def files(self) -> list[str]:
+        return sorted(path.name for path in self.root.iterdir())
+
+    def start(self, *arguments: str, cwd: Path = Path("/"), **environment: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            ["bash", str(self.root / self.script), *arguments],
+            cwd=cwd,
+            env=self.environment | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str, status: int = 0, **settings) -> tuple[str, str]:
+        """Output and errors, after its status was checked."""
+        process = self.start(*arguments, **settings)
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == status, output + errors
+        return output, errors
+
+
+class Installation(Scripts):
+    def __init__(self, folder: Path):
+        super().__init__(folder, STAND_IN, "setup_env.sh", "requirements.txt", "requirements-dev.txt")
+        self.require("alpha>=1.0", "beta>=1.0")
+
     def require(self, requirements: str, development: str = "") -> None:
         (self.root / "requirements.txt").write_text(requirements + "\n")
         (self.root / "requirements-dev.txt").write_text(development + "\n")
 
-    def files(self) -> list[str]:
-        return sorted(path.name for path in self.root.iterdir())
-
-    def start(self, *files: str, **environment: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            ["bash", str(self.root / "setup_env.sh"), *files],
-            env=self.environment | environment,
-            cwd="/",
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def run(self, *files: str, status: int = 0, **environment: str) -> str:
-        process = self.start(*files, **environment)
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == status, output
-        return output
+    def run(self, *files: str, **settings) -> str:
+        output, errors = super().run(*files, **settings)
+        return errors + output
 
     def packages(self) -> list[str]:
         return sorted(path.name.split("-")[0] for path in (self.root / ".venv" / "packages").iterdir())
@@ -131,9 +145,8 @@ def test_venv_and_pip_fill_it(installation, tmp_path):
             wheel.writestr(path, text)
     installation.program("python", f'exec "{BASE}" -I "$@"')
     installation.require("packaging>=1.0,<2  # which\n")
-    configuration = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
-    configuration["PIP_USER"] = "1"  # of no use in an environment, yet in many people's configuration
-    assert installation.run(**configuration).endswith(READY.format(installation.root))
+    installation.environment["PIP_USER"] = "1"  # of no use in an environment, yet in many people's configuration
+    assert installation.run(PIP_FIND_LINKS=str(tmp_path)).endswith(READY.format(installation.root))
     assert list((installation.root / ".venv").glob("lib/python*/site-packages/packaging"))
 
 
@@ -156,8 +169,8 @@ def test_interrupted_installation_leaves_nothing(installation, number):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=120)  # to its end, which is that of pip too
-    assert process.returncode == 130 and output.endswith("setup_env.sh: interrupted\n")
+    _, errors = process.communicate(timeout=120)  # to its end, which is that of pip too
+    assert process.returncode == 130 and errors.endswith("setup_env.sh: interrupted\n")
     assert installation.files() == installation.before
 
 
@@ -169,9 +182,9 @@ def test_two_starts_at_once_make_it_once_also_beside_the_lock_of_a_dead_process(
         host = subprocess.check_output(["bash", "-c", "echo $HOSTNAME"], text=True, env=installation.environment)
         (installation.root / ".venv-lock").symlink_to(f"{host.strip()}:{dead.pid}")
     both = [installation.start(), installation.start()]
-    outputs = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    assert sum("making .venv with" in output for output in outputs) == 1
+    errors = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert sum("making .venv with" in text for text in errors) == 1
     assert installation.files() == sorted([*installation.before, ".venv"])
 
 
