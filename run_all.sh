@@ -82,15 +82,21 @@ on_signal() {
   if [[ -n $CHILD ]]; then kill -TERM "$CHILD" 2>/dev/null || true; fi
 }
 
-say_how_to_go_on() { # STAGE
-  printf '\nrun_all.sh: stopped during %s; run the same command again to go on from there\n' "$1"
-  exit 0
+end_at() { # STAGE STATUS: ends this script and says how to go on; status 0: the stage was told to stop
+  if [[ -n $STOPPED ]] || (($2 == 0)); then
+    printf '\nrun_all.sh: stopped during %s; run the same command again to go on from there\n' "$1"
+    exit 0
+  fi
+  local how="failed with status $2; see its message above"
+  if (($2 > 128)); then how="was ended by signal $(($2 - 128))"; fi
+  printf '\nrun_all.sh: %s %s. Run again, it goes on from there.\n' "$1" "$how" >&2
+  exit "$2"
 }
 
 run_stage() { # STAGE COMMAND...: shows the command and runs it to its end
   local stage=$1 status=0
   shift
-  if [[ -n $STOPPED ]]; then say_how_to_go_on "$stage"; fi
+  if [[ -n $STOPPED ]]; then end_at "$stage" 0; fi
   printf '\n%s\n ' "$stage"
   printf ' %q' "$@"
   printf '\n'
@@ -103,15 +109,7 @@ run_stage() { # STAGE COMMAND...: shows the command and runs it to its end
     wait "$CHILD" || true
   done
   CHILD=''
-  if [[ -n $STOPPED ]] || ((status != 0)); then fail "$stage" "$status"; fi
-}
-
-fail() { # STAGE STATUS
-  if [[ -n $STOPPED ]]; then say_how_to_go_on "$1"; fi
-  local how="failed with status $2; see its message above"
-  if (($2 > 128)); then how="was ended by signal $(($2 - 128))"; fi
-  printf '\nrun_all.sh: %s %s. Run again, it goes on from there.\n' "$1" "$how" >&2
-  exit "$2"
+  if [[ -n $STOPPED ]] || ((status != 0)); then end_at "$stage" "$status"; fi
 }
 
 appears() { # FILE: a shared file system may show another machine's file only after a while
@@ -130,11 +128,11 @@ run_stages() { # sets NPZ; a stage that ends well without its file was itself to
   fi
   if ((${#CACHE[@]} > 0)); then run_stage "Stage 0 (latents)" "${LAUNCH[@]}" cache_latents.py "${CACHE[@]}"; fi
   run_stage "$training" "${LAUNCH[@]}" train.py "${TRAIN[@]}"
-  appears "$RUN_DIR/finished.json" || say_how_to_go_on "$training"
+  appears "$RUN_DIR/finished.json" || end_at "$training" 0
 
-  NPZ=$("$PYTHON" sample_ddp.py "${SAMPLE[@]}" --print-name) || fail "$sampling" $?
+  NPZ=$("$PYTHON" sample_ddp.py "${SAMPLE[@]}" --print-name) || end_at "$sampling" $?
   run_stage "$sampling" "${LAUNCH[@]}" sample_ddp.py "${SAMPLE[@]}"
-  appears "$NPZ" || say_how_to_go_on "$sampling"
+  appears "$NPZ" || end_at "$sampling" 0
 
   if ((NODE_RANK > 0)); then return; fi # machine 0 measures for all
   if [[ -n $DIGITS ]]; then run_stage "$evaluation" "$PYTHON" -m demo.measure --samples "$NPZ"; fi

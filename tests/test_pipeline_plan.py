@@ -86,9 +86,8 @@ def test_folder_names_tell_the_settings_as_those_of_old_runs_do(plan, positions)
     found = plan(positions)
     assert found.shell["RUN_DIR"] == f"results/demo/{FOLDERS[positions]}"
     sample = found.parse("sample")
-    assert (
-        str(found.parse("train").results_dir) == sample.ckpt == str(sample.sample_dir.parent) == found.shell["RUN_DIR"]
-    )
+    run = found.parse("train").results_dir
+    assert str(run) == sample.ckpt == found.shell["RUN_DIR"] and sample.sample_dir == run / "samples"
 
 
 LATENTS = {
@@ -114,16 +113,21 @@ def test_every_position_reaches_train(plan):
 
 
 def test_recipes_are_those_of_the_data(plan):
-    demo, published = plan(), plan(DATA_PATH="docs/images")
+    demo, published = plan("FID_REFERENCE=r"), plan("FID_REFERENCE=r DATA_PATH=docs/images")
     args = demo.parse("train")
     assert (args.max_steps, args.epochs, args.lr, args.warmup_steps) == (2000, None, 0.01, "auto")
     assert demo.shell["DIGITS"] == "results/demo/digits" == str(demo.parse("cache").data_path)
+    args = demo.parse("sample")
+    assert (args.num_fid_samples, args.class_balanced) == (200, True) and Path(args.vae, "config.json").exists()
     args = published.parse("train")
     assert (args.model, args.epochs, args.max_steps, args.lr, args.flip) == ("DiT-B/4", 80, None, 1e-4, True)
     args = published.parse("sample")
     assert (args.num_fid_samples, args.cfg_scale, args.vae, args.global_seed) == (50_000, 1.0, "mse", 100)
+    assert published.parse("cache").flip and not demo.parse("cache").flip
+    metrics = demo.parse("evaluate", "--samples=s").metrics
+    assert published.parse("evaluate", "--samples=s").metrics == [*metrics, "kid"]
     assert published.shell["DIGITS"] == "" and published.shell["RUN_DIR"] == f"results/DiT-B-4/{DEFAULT}"
-    mixed = plan(DATA_PATH="docs/images", RECIPE="demo")
+    mixed = plan("DATA_PATH=docs/images RECIPE=demo")
     assert mixed.parse("train").lr == 0.01 and mixed.parse("cache").data_path == Path("docs/images")
 
 
