@@ -12,16 +12,11 @@ usage() {
 Usage: bash run_all.sh [USE_ROPE] [ROTATE] [THETA] [FREQS_FOR] [MAX_FREQ] [TRUNCATE_PERCENTAGE]
                        [MAX_FREQ_LANG] [MIN_FREQ_LANG] [SAME_THETA] [SEED] [MODEL]
 
-Trains a class-conditional diffusion transformer (stage 1) on latents encoded once beforehand (stage 0), then
-samples from its newest checkpoint (stage 2). With DATA_PATH=/path/to/ImageNet/train it runs the published
-recipe; without, a demo on handwritten digits, of which a classifier measures the samples at the end (stage 3).
-With FID_REFERENCE=/path/to/VIRTUAL_imagenet256_labeled.npz stage 3 measures FID and the like.
-Everything is checked before the first stage starts. The same command goes on after an interruption; stages that
-are finished say so.
+Trains a class-conditional diffusion transformer on latents that are encoded beforehand, and samples from it. With
+DATA_PATH=/path/to/ImageNet/train it runs the published recipe; without, a demo on handwritten digits, of which a
+classifier measures the samples. Everything is checked before it starts; the same command goes on after an interruption.
 
-Arguments; - or nothing keeps a default:
-
-      argument             default   meaning
+      argument             default   meaning; - or nothing keeps the default
    1  USE_ROPE             True      True: rotary position encoding; False: fixed sin-cos, as in DiT
    2  ROTATE               0         Spiral RoPE with K = 2*ROTATE directions; 0: axial RoPE
    3  THETA                10000     base of the geometric frequencies
@@ -34,33 +29,16 @@ Arguments; - or nothing keeps a default:
   10  SEED                 0         of weights, data order and noise
   11  MODEL                DiT-B/4   DiT- XL, L, B, S or XS, / patch size 2, 4 or 8 (the demo: DiT-XS/2)
 
-Examples:
-  bash run_all.sh                                     axial RoPE
-  bash run_all.sh False                               no RoPE: the DiT baseline
-  bash run_all.sh True 2                              Spiral RoPE, K = 4 directions
-  bash run_all.sh - 4                                 Spiral RoPE, K = 8 directions
-  bash run_all.sh - 3 - - - - - - - - DiT-XL/2        Spiral RoPE, K = 6 directions, the largest model
-  bash run_all.sh - - - - - - - - - 123               another seed
-  DATA_PATH=/path/to/ImageNet/train bash run_all.sh - 4 - - - - - - - - DiT-B/2
-  EPOCHS=160 NPROC_PER_NODE=4 DATA_PATH=/path/to/ImageNet/train bash run_all.sh - 4 - - - - - - - - DiT-B/2
+  bash run_all.sh False                      the DiT baseline
+  bash run_all.sh - - - - - - - - - 123      another seed
+  EPOCHS=160 DATA_PATH=/path/to/ImageNet/train bash run_all.sh - 4 - - - - - - - - DiT-B/2
 
-Environment variables:
-  DATA_PATH            folder with one sub-folder of images per class; without it: the demo
-  RECIPE               folder in recipes/ whose argument files the stages read: imagenet; without DATA_PATH: demo
-  RESULTS_BASE         where the folders of runs and latents go: results; the demo: results/demo
-  LATENTS_DIR          where to keep the encoded images: under RESULTS_BASE/latents
-  CACHE_LATENTS        False: encode every image at every step instead of once
-  NPROC_PER_NODE       processes on this machine: one per GPU, or 1 without a GPU
-  NNODES NODE_RANK MASTER_ADDR MASTER_PORT
-                       number of machines and, from 0, of this one; address and a free port of machine 0. Run the
-                       same command on each, on a file system they share
-  FID_REFERENCE        reference file of ADM, .npz of images, or image folder; FID_METRICS, INCEPTION_WEIGHTS
-  EPOCHS, LR, CFG_SCALE, NUM_FID_SAMPLES ...
-                       every option of train.py and sample_ddp.py: EPOCHS=160 is --epochs 160, COMPILE=True is
-                       --compile; for sampling alone SAMPLE_SEED, SAMPLE_VAE, SAMPLING_STEPS
-  CACHE_ARGS, TRAIN_ARGS, SAMPLE_ARGS, EVALUATE_ARGS
-                       more arguments of these stages: TRAIN_ARGS="--val-fraction 0.01 --use-wandb"
-Relative paths are taken from the folder in which you run the command. Arguments win over variables, *_ARGS over both.
+Every option of train.py and sample_ddp.py (--help lists them) is an environment variable too: EPOCHS=160 is --epochs
+160, COMPILE=True is --compile. TRAIN_ARGS="--val-fraction 0.01 --use-wandb", CACHE_ARGS, SAMPLE_ARGS and EVALUATE_ARGS
+reach any option of their stage, and win. Besides there are, as docs/training.md explains, DATA_PATH, RECIPE,
+RESULTS_BASE, LATENTS_DIR, CACHE_LATENTS, SAMPLE_SEED, SAMPLE_VAE, SAMPLING_STEPS, NPROC_PER_NODE; NNODES, NODE_RANK,
+MASTER_ADDR and MASTER_PORT for several machines; FID_REFERENCE, FID_METRICS and INCEPTION_WEIGHTS, which measure FID.
+Relative paths are taken from the folder in which you run the command.
 USAGE
 }
 
@@ -83,15 +61,15 @@ make_plan() { # ARGUMENT...: asks runtime/pipeline.py; sets what it names, and t
 }
 
 choose_launchers() { # sets LAUNCH for all machines, and LAUNCH_HERE for this one alone
-  local torchrun=(-m torch.distributed.run --nproc_per_node "$NPROC_PER_NODE")
   # The workers get time to write a checkpoint before torchrun, told to stop, ends them.
-  torchrun+=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout 600)
+  local torchrun=("$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC_PER_NODE"
+    --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout 600)
   LAUNCH_HERE=("$PYTHON")
-  if ((NPROC_PER_NODE > 1)); then LAUNCH_HERE+=("${torchrun[@]}" --standalone --local-addr 127.0.0.1); fi
+  if ((NPROC_PER_NODE > 1)); then LAUNCH_HERE=("${torchrun[@]}" --standalone --local-addr 127.0.0.1); fi
   LAUNCH=("${LAUNCH_HERE[@]}")
   if ((NNODES > 1)); then
-    LAUNCH=("$PYTHON" "${torchrun[@]}" --nnodes "$NNODES" --node_rank "$NODE_RANK")
-    LAUNCH+=(--master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
+    LAUNCH=("${torchrun[@]}" --nnodes "$NNODES" --node_rank "$NODE_RANK"
+      --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
   fi
 }
 
@@ -104,15 +82,21 @@ on_signal() {
   if [[ -n $CHILD ]]; then kill -TERM "$CHILD" 2>/dev/null || true; fi
 }
 
-say_how_to_go_on() { # STAGE
-  printf '\nrun_all.sh: stopped during %s; run the same command again to go on from there\n' "$1"
-  exit 0
+end_at() { # STAGE STATUS: ends this script and says how to go on; status 0: the stage was told to stop
+  if [[ -n $STOPPED ]] || (($2 == 0)); then
+    printf '\nrun_all.sh: stopped during %s; run the same command again to go on from there\n' "$1"
+    exit 0
+  fi
+  local how="failed with status $2; see its message above"
+  if (($2 > 128)); then how="was ended by signal $(($2 - 128))"; fi
+  printf '\nrun_all.sh: %s %s. Run again, it goes on from there.\n' "$1" "$how" >&2
+  exit "$2"
 }
 
 run_stage() { # STAGE COMMAND...: shows the command and runs it to its end
   local stage=$1 status=0
   shift
-  if [[ -n $STOPPED ]]; then say_how_to_go_on "$stage"; fi
+  if [[ -n $STOPPED ]]; then end_at "$stage" 0; fi
   printf '\n%s\n ' "$stage"
   printf ' %q' "$@"
   printf '\n'
@@ -125,15 +109,7 @@ run_stage() { # STAGE COMMAND...: shows the command and runs it to its end
     wait "$CHILD" || true
   done
   CHILD=''
-  if [[ -n $STOPPED ]] || ((status != 0)); then fail "$stage" "$status"; fi
-}
-
-fail() { # STAGE STATUS
-  if [[ -n $STOPPED ]]; then say_how_to_go_on "$1"; fi
-  local how="failed with status $2; see its message above"
-  if (($2 > 128)); then how="was ended by signal $(($2 - 128))"; fi
-  printf '\nrun_all.sh: %s %s. Run again, it goes on from there.\n' "$1" "$how" >&2
-  exit "$2"
+  if [[ -n $STOPPED ]] || ((status != 0)); then end_at "$stage" "$status"; fi
 }
 
 appears() { # FILE: a shared file system may show another machine's file only after a while
@@ -152,12 +128,11 @@ run_stages() { # sets NPZ; a stage that ends well without its file was itself to
   fi
   if ((${#CACHE[@]} > 0)); then run_stage "Stage 0 (latents)" "${LAUNCH[@]}" cache_latents.py "${CACHE[@]}"; fi
   run_stage "$training" "${LAUNCH[@]}" train.py "${TRAIN[@]}"
-  appears "$RUN_DIR/finished.json" || say_how_to_go_on "$training"
+  appears "$RUN_DIR/finished.json" || end_at "$training" 0
 
-  NPZ=$("$PYTHON" sample_ddp.py "${SAMPLE[@]}" --print-name) || fail "$sampling" $?
-  NPZ=$SAMPLE_DIR/${NPZ##*/} # whatever was printed before it, and line breaks in the folder's name
+  NPZ=$("$PYTHON" sample_ddp.py "${SAMPLE[@]}" --print-name) || end_at "$sampling" $?
   run_stage "$sampling" "${LAUNCH[@]}" sample_ddp.py "${SAMPLE[@]}"
-  appears "$NPZ" || say_how_to_go_on "$sampling"
+  appears "$NPZ" || end_at "$sampling" 0
 
   if ((NODE_RANK > 0)); then return; fi # machine 0 measures for all
   if [[ -n $DIGITS ]]; then run_stage "$evaluation" "$PYTHON" -m demo.measure --samples "$NPZ"; fi
@@ -170,24 +145,17 @@ run_stages() { # sets NPZ; a stage that ends well without its file was itself to
 print_results() { # the folder once, then what lies in it
   local file
   printf '\nFinished. Results in %s:\n' "$RUN_DIR"
-  for file in checkpoints loss.png report.html "${NPZ#"$RUN_DIR"/}"; do
-    if [[ -e $RUN_DIR/$file || -e $file ]]; then printf '  %s\n' "$file"; fi
-  done
-  for file in "${NPZ%.npz}".png "${NPZ%.npz}".*metrics.json; do
+  for file in "$RUN_DIR"/{checkpoints,loss.png,report.html} "${NPZ%.npz}"{.npz,.png,.*metrics.json}; do
     if [[ -e $file ]]; then printf '  %s\n' "${file#"$RUN_DIR"/}"; fi
   done
 }
 
 main() {
-  local argument
-  for argument in "$@"; do
-    case $argument in
-      -h | --help)
-        usage
-        exit 0
-        ;;
-    esac
-  done
+  case " $* " in *" -h "* | *" --help "*)
+    usage
+    return
+    ;;
+  esac
   cd "$ROOT"
   # shellcheck source=setup_env.sh
   source "$ROOT/setup_env.sh"

@@ -50,6 +50,7 @@ _env_run() { # COMMAND...: in the background, since bash would hold back a signa
 
 _env_make() { # FILE...: makes .venv, or adds to it
   local file files=() base create=(uv venv --no-project --python '>=3.11') install=(uv pip install --python "$ENV_DIR")
+  [[ -f $ENV_DIR/.complete ]] || rm -rf "$ENV_DIR"
   if ! command -v uv >/dev/null; then
     for base in python python3 python3.14 python3.13 python3.12 python3.11 ''; do
       "$base" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
@@ -57,9 +58,9 @@ _env_make() { # FILE...: makes .venv, or adds to it
     [[ -n $base ]] || _env_end 2 "error: needs uv, or Python >= 3.11 with its venv (apt install python3-venv)"
     create=("$base" -m venv) install=(env PIP_USER=0 "$ENV_DIR/bin/python" -m pip --require-virtualenv install)
   fi
-  if [[ ! -f $ENV_DIR/.complete ]]; then
+  if [[ ! -d $ENV_DIR ]]; then
     _env_say "making .venv with ${create[0]}, once: about 3 GB to download and 6 GB on disk; Ctrl-C stops it"
-    rm -rf "$ENV_DIR" && _env_run "${create[@]}" "$ENV_DIR"
+    _env_run "${create[@]}" "$ENV_DIR"
   fi
   mkdir "$ENV_DIR/.tmp" # pip, when it is ended, leaves the gigabytes that it was unpacking
   for file in "$@"; do files+=(-r "$ENV_ROOT/$file"); done

@@ -7,7 +7,6 @@ the shell and its value. What is for people goes to stderr.
 
 import argparse
 import contextlib
-import dataclasses
 import difflib
 import importlib
 import io
@@ -50,8 +49,10 @@ OTHER_NAMES = {  # those that are not named like their option, most because trai
     "INCEPTION_WEIGHTS": ("evaluate", "--inception-weights"),
 }
 SAMPLE_TOO = ("--precision", "--tf32")  # what else train.py and sample_ddp.py share, the checkpoint tells
-NO_VARIABLE = ("--help", "--dry-run", "--planned", "--print-name", "--ckpt")
-OF_OTHERS = tuple("WANDB_PROJECT WANDB_ENTITY COMPILER COMPILERS MODELS NODES RECIPES SAMPLE SAMPLES".split())
+# Options without a variable, the last two since wandb reads theirs itself.
+NO_VARIABLE = ("--help", "--dry-run", "--planned", "--print-name", "--ckpt", "--wandb-project", "--wandb-entity")
+OF_OTHERS = ("COMPILER", "COMPILERS", "MODELS", "NODES", "RECIPES", "SAMPLE", "SAMPLES")  # close to ours
+MANY = 99_999  # machines, or processes on one
 SIMILAR = 0.88  # from 0 to 1, to a known name: taken for a slip of the pen
 
 
@@ -74,7 +75,7 @@ class Stage:
         """An option; True or False for a switch. Raises UserError."""
         if self.actions[flag].nargs != 0:
             self.given.append((f"{flag}={self.resolve(flag, text)}", origin))
-        elif read(boolean, text, origin):
+        elif boolean(text, origin):
             self.given.append((flag, origin))
         elif (opposite := f"--no-{flag.removeprefix('--')}") in self.actions:
             self.given.append((opposite, origin))
@@ -83,8 +84,12 @@ class Stage:
 
     def give_words(self, text: str, origin: str) -> None:
         """Arguments as a shell would divide them. Raises UserError."""
+        try:
+            words = shlex.split(text)
+        except ValueError as error:
+            raise UserError(f"{origin}: {text!r} cannot be divided into arguments ({error})") from error
         flag = ""
-        for word in read(divide, text, origin):
+        for word in words:
             if word.startswith("@"):
                 word = f"@{locate(word[1:], self.start)}"
             elif "=" in word:
@@ -113,18 +118,19 @@ class Stage:
         self.ask(self.command.main.__wrapped__, [*needed, *self.arguments, "--dry-run", "--planned", str(processes)])
 
     def ask(self, call: Callable, arguments: list[str]):
-        """call(arguments). A UserError then names the variable or the position that set the option it speaks of."""
+        """call(arguments). A UserError then names what set the option, or argument file, that it speaks of first."""
         try:
             return call(arguments)
         except UserError as error:
             mentioned = []
             for index, (argument, origin) in enumerate(self.given):
-                flag = argument.split("=")[0]
-                if flag.startswith("-") and (match := re.search(rf"{flag}(?![\w-])", str(error))):
+                flag = argument.split("=")[0].removeprefix("@")
+                match = re.search(rf"{re.escape(flag)}(?![\w-])", str(error))
+                if match and argument.startswith(("-", "@")):
                     mentioned.append((match.start(), -index, flag, origin))
             if not mentioned:
                 raise
-            _, _, flag, origin = min(mentioned)  # the first that it mentions, as set the last time
+            _, _, flag, origin = min(mentioned)  # as set the last time
             remedy = "; - keeps the default" if origin.startswith("argument ") else ""
             message = str(error).removeprefix(f"argument {flag}: ")
             raise UserError(f"{origin}: {message}{remedy}") from error
@@ -135,27 +141,19 @@ def locate(path: str, start: str) -> str:
     return os.path.join(start, path).removeprefix(f"{os.getcwd()}/")
 
 
-def read(kind: Callable, text: str, origin: str):
-    """kind(text). Raises UserError, naming the variable or position, where it does not fit."""
+def whole_number(text: str, low: int, high: int, origin: str) -> int:
+    """Raises UserError, naming the variable, where it is none, or not between low and high."""
     try:
-        return kind(text)
-    except (ValueError, argparse.ArgumentTypeError) as error:
+        return options.number(int, low, high)(text)
+    except argparse.ArgumentTypeError as error:
         raise UserError(f"{origin}: {error}") from error
 
 
-def divide(text: str) -> list[str]:
-    """The words of a shell's command line. Raises ValueError."""
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise ValueError(f"{text!r} cannot be divided into arguments ({error})") from error
-
-
-def boolean(text: str) -> bool:
-    """True or False in the usual spellings. Raises ValueError."""
+def boolean(text: str, origin: str) -> bool:
+    """True or False in the usual spellings. Raises UserError, naming the variable or position."""
     values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if text.lower() not in values:
-        raise ValueError(f"{text!r} is not True or False")
+        raise UserError(f"{origin}: {text!r} is not True or False")
     return values[text.lower()]
 
 
@@ -165,12 +163,9 @@ def variables(stages: dict[str, Stage]) -> dict[str, list[tuple[str, str]]]:
     train, sample = stages["train"].actions, stages["sample"].actions
     for flag in {**train, **sample}:
         name = flag.removeprefix("--").replace("-", "_").upper()
-        if not flag.startswith("--") or flag.startswith("--no-") or flag in NO_VARIABLE or name in SETTINGS + OF_OTHERS:
-            continue
-        names = [stage for stage in COMMANDS if flag in stages[stage].actions]
-        if flag in train and flag not in SAMPLE_TOO and "sample" in names:
-            names.remove("sample")
-        found[name] = [(stage, flag) for stage in names]
+        if flag.startswith("--") and not flag.startswith("--no-") and flag not in NO_VARIABLE and name not in SETTINGS:
+            told = ["sample"] if flag in train and flag not in SAMPLE_TOO else []
+            found[name] = [(stage, flag) for stage in COMMANDS if flag in stages[stage].actions and stage not in told]
     return found
 
 
@@ -186,30 +181,19 @@ def check_names(environment: Mapping[str, str], known: list[str]) -> None:
             )
 
 
-def choose_recipe(environment: Mapping[str, str]) -> str:
-    """The folder in recipes/. Raises UserError."""
-    recipe = environment.get("RECIPE", "imagenet" if "DATA_PATH" in environment else "demo")
-    known = sorted(path.name for path in Path("recipes").iterdir() if path.is_dir())
-    if recipe not in known:
-        raise UserError(f"RECIPE: {recipe!r} is no folder in recipes/, which has {', '.join(known)}")
-    if recipe != "demo" and "DATA_PATH" not in environment:
-        raise UserError(f"RECIPE: {recipe!r} needs data; set DATA_PATH to a folder with a sub-folder for each class")
-    return recipe
-
-
 def give_variables(stages: dict[str, Stage], environment: Mapping[str, str]) -> None:
     """What environment variables say. Raises UserError."""
     known = variables(stages)
     check_names(environment, [*known, *SETTINGS])
-    for name in (name for name in known if name in environment):
+    given = {name: environment[name] for name in known if name in environment}
+    for name, text in given.items():
         for stage, flag in known[name]:
-            stages[stage].give(flag, environment[name], name)
-    if "VAE" in environment and "SAMPLE_VAE" not in environment:  # of the two published ones, mse decodes better
-        vae = environment["VAE"]
-        stages["sample"].give("--vae", "mse" if vae == "ema" else vae, "VAE")
-    for name, other, flag in [("EPOCHS", "MAX_STEPS", "--max-steps"), ("MAX_STEPS", "EPOCHS", "--epochs")]:
-        if name in environment and other not in environment:  # it takes the place of the recipe's
-            stages["train"].give(flag, "none", name)
+            stages[stage].give(flag, text, name)
+    if "VAE" in given and "SAMPLE_VAE" not in given:  # of the two published ones, mse decodes better
+        stages["sample"].give("--vae", "mse" if given["VAE"] == "ema" else given["VAE"], "VAE")
+    if len(given.keys() & {"EPOCHS", "MAX_STEPS"}) == 1:  # it takes the place of the recipe's
+        name, flag = ("EPOCHS", "--max-steps") if "EPOCHS" in given else ("MAX_STEPS", "--epochs")
+        stages["train"].give(flag, "none", name)
 
 
 def give_positions(train: Stage, positions: list[str], use_rope: str) -> None:
@@ -219,21 +203,18 @@ def give_positions(train: Stage, positions: list[str], use_rope: str) -> None:
             raise UserError(f"unknown option {text!r}, expected positions; bash run_all.sh -h lists them")
     if len(positions) > len(POSITIONS):
         raise UserError(f"{len(positions)} arguments, expected at most {len(POSITIONS)}; bash run_all.sh -h lists them")
-    given = dict(zip(POSITIONS, [use_rope, *positions[1:]], strict=False))
-    if positions and positions[0] not in ("", "-"):
-        given["USE_ROPE"] = positions[0]
-    given = {name: text for name, text in given.items() if text not in ("", "-")}
+    given = {name: text for name, text in zip(POSITIONS, positions, strict=False) if text not in ("", "-")}
+    given = {"USE_ROPE": use_rope} | given
     origins = {name: f"argument {number}, {name}" for number, name in enumerate(POSITIONS, 1)}
     for name, text in given.items():
         train.give(POSITIONS[name], text, origins[name])
-    if boolean(given["USE_ROPE"]):
+    if boolean(given["USE_ROPE"], origins["USE_ROPE"]):
         return
     # Without RoPE its positions may only say what is the default, and its variables have no effect.
-    args = train.parse("--use-rope", "--latents-dir=unnamed")
-    default = {f"rope_{field.name}": field.default for field in dataclasses.fields(RopeConfig)}
+    rope, default = options.rope_from_args(train.parse("--use-rope", "--latents-dir=unnamed")), RopeConfig()
     for name, text in given.items():
-        field = train.actions[POSITIONS[name]].dest
-        if field in default and getattr(args, field, default[field]) != default[field]:
+        field = train.actions[POSITIONS[name]].dest.removeprefix("rope_")
+        if getattr(rope, field, None) != getattr(default, field, None):
             raise UserError(
                 f"{origins[name]}: {text!r} is for RoPE, but USE_ROPE is False; give - for {name}, or True for USE_ROPE"
             )
@@ -278,23 +259,22 @@ def give_folders(stages: dict[str, Stage], environment: Mapping[str, str], start
 
     Raises UserError.
     """
-    given = ("DATA_PATH", "RESULTS_BASE", "LATENTS_DIR", "FID_REFERENCE")
-    folders = {name: locate(environment[name], start) for name in given if name in environment}
-    if not os.path.exists(folders.get("DATA_PATH", ".")):
-        raise UserError(
-            f"DATA_PATH: {folders['DATA_PATH']!r} does not exist; expected a folder with a sub-folder for each class"
-        )
-    base = folders.get("RESULTS_BASE", "results" if "DATA_PATH" in folders else "results/demo")
-    digits = "" if "DATA_PATH" in folders else f"{base}/digits"
+    names = ("DATA_PATH", "RESULTS_BASE", "LATENTS_DIR", "FID_REFERENCE")
+    paths = {name: locate(environment[name], start) for name in names if name in environment}
+    images = paths.get("DATA_PATH")
+    if images is not None and not os.path.exists(images):
+        raise UserError(f"DATA_PATH: {images!r} does not exist; expected a folder with a sub-folder for each class")
+    base = paths.get("RESULTS_BASE", "results/demo" if images is None else "results")
+    digits = f"{base}/digits" if images is None else ""
     cache, train, sample, evaluate = stages.values()
-    data = ("--data-path", folders.get("DATA_PATH", digits), "DATA_PATH")
+    data = ("--data-path", images or digits, "DATA_PATH")
     cache.give_first(*data)
-    latents = latents_name(folders.get("DATA_PATH"), cache.parse("--latents-dir=unnamed"))
-    latents = ("--latents-dir", f"{base}/latents/{latents}", "RESULTS_BASE")
-    if "LATENTS_DIR" in folders:
-        latents = ("--latents-dir", folders["LATENTS_DIR"], "LATENTS_DIR")
+    latents = f"{base}/latents/{latents_name(images, cache.parse('--latents-dir=unnamed'))}"
+    latents = ("--latents-dir", latents, "RESULTS_BASE")
+    if "LATENTS_DIR" in paths:
+        latents = ("--latents-dir", paths["LATENTS_DIR"], "LATENTS_DIR")
     cache.give_first(*latents)
-    is_cached = read(boolean, environment.get("CACHE_LATENTS", "True"), "CACHE_LATENTS")
+    is_cached = boolean(environment.get("CACHE_LATENTS", "True"), "CACHE_LATENTS")
     train.give_first(*(latents if is_cached else data))
     if not is_cached:
         del stages["cache"]
@@ -304,21 +284,20 @@ def give_folders(stages: dict[str, Stage], environment: Mapping[str, str], start
     results = str(train.parse().results_dir)
     sample.give_first("--ckpt", results, "RESULTS_BASE")
     sample.give_first("--sample-dir", f"{results}/samples", "RESULTS_BASE")
-    args = sample.parse()
-    if "FID_REFERENCE" in folders:
-        evaluate.give_first("--reference", folders["FID_REFERENCE"], "FID_REFERENCE")
-        evaluate.give_first("--samples-expected", str(args.num_fid_samples), "NUM_FID_SAMPLES")
+    if "FID_REFERENCE" in paths:
+        evaluate.give_first("--reference", paths["FID_REFERENCE"], "FID_REFERENCE")
+        evaluate.give_first("--samples-expected", str(sample.parse().num_fid_samples), "NUM_FID_SAMPLES")
     else:
         del stages["evaluate"]
-    return {"RUN_DIR": results, "SAMPLE_DIR": str(args.sample_dir), "DIGITS": digits}
+    return {"RUN_DIR": results, "DIGITS": digits}
 
 
 def machines(environment: Mapping[str, str]) -> dict[str, str]:
     """How many there are, and which this is. Raises UserError."""
-    limits = {"NNODES": (1, 99_999), "NODE_RANK": (0, 99_999), "MASTER_PORT": (1, 65_535)}
     texts = {"NNODES": "1", "NODE_RANK": "0", "MASTER_PORT": "29500", "MASTER_ADDR": ""}
     texts = {name: environment.get(name, default) for name, default in texts.items()}
-    values = {name: read(options.number(int, *limits[name]), texts[name], name) for name in limits}
+    limits = {"NNODES": (1, MANY), "NODE_RANK": (0, MANY), "MASTER_PORT": (1, 65_535)}
+    values = {name: whole_number(texts[name], *limits[name], name) for name in limits}
     if values["NODE_RANK"] >= values["NNODES"]:
         raise UserError(f"NODE_RANK: {values['NODE_RANK']} is not less than NNODES, which is {values['NNODES']}")
     if values["NNODES"] > 1 and not texts["MASTER_ADDR"]:
@@ -333,7 +312,7 @@ def has_nvidia_driver() -> bool:
 def count_processes(environment: Mapping[str, str]) -> int:
     """On this machine: one for each GPU that PyTorch sees. Raises UserError where it should see one and does not."""
     if environment.get("NPROC_PER_NODE"):
-        return read(options.number(int, 1, 99_999), environment["NPROC_PER_NODE"], "NPROC_PER_NODE")
+        return whole_number(environment["NPROC_PER_NODE"], 1, MANY, "NPROC_PER_NODE")
     import torch
 
     gpus = torch.cuda.device_count()
@@ -365,10 +344,11 @@ def describe(stages: dict[str, Stage], folders: dict[str, str]) -> str:
 def make_plan(start: str, positions: list[str], environment: Mapping[str, str]) -> list[tuple[str, str]]:
     """The fields that run_all.sh reads. Raises UserError."""
     processes = count_processes(environment)
-    environment = {name: value for name, value in environment.items() if value or name == "GRAD_CLIP"}
-    if environment.get("GRAD_CLIP") == "":  # no limit, where other empty variables say nothing
-        environment["GRAD_CLIP"] = "none"
-    recipe = choose_recipe(environment)
+    # An empty variable says nothing, but for that of GRAD_CLIP: no limit.
+    environment = {name: value or "none" for name, value in environment.items() if value or name == "GRAD_CLIP"}
+    recipe = environment.get("RECIPE", "imagenet" if "DATA_PATH" in environment else "demo")
+    if recipe != "demo" and "DATA_PATH" not in environment:
+        raise UserError(f"RECIPE: {recipe!r} needs data; set DATA_PATH to a folder with a sub-folder for each class")
     stages = {name: Stage(name, start, recipe) for name in COMMANDS}
     shell = machines(environment)
     give_variables(stages, environment)
@@ -377,9 +357,9 @@ def make_plan(start: str, positions: list[str], environment: Mapping[str, str]) 
         stage.give_words(environment.get(f"{name.upper()}_ARGS", ""), f"{name.upper()}_ARGS")
     shell |= give_folders(stages, environment, start) | {"NPROC_PER_NODE": str(processes)}
     with contextlib.redirect_stdout(io.StringIO()):  # each stage says it again when it starts
+        samples = stages["sample"].parse().sample_dir / "planned.npz"
         for name, stage in stages.items():
-            samples = [f"--samples={shell['SAMPLE_DIR']}/planned.npz"] if name == "evaluate" else []
-            stage.dry_run(samples, processes * int(shell["NNODES"]))
+            stage.dry_run([f"--samples={samples}"] if name == "evaluate" else [], processes * int(shell["NNODES"]))
     print(describe(stages, shell), file=sys.stderr)
     return [*shell.items(), *((name, argument) for name, stage in stages.items() for argument in stage.arguments)]
 

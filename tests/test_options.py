@@ -1,4 +1,4 @@
-"""Options that commands share: one for each field of RopeConfig, and what belongs together."""
+"""Options that commands share: one for each field of RopeConfig, what belongs together, and argument files."""
 
 from dataclasses import dataclass
 
@@ -53,3 +53,42 @@ def test_planned_belongs_to_a_dry_run(arguments, refused):
         "--planned 2 given without --dry-run; add --dry-run, or leave it out"
     )
     assert refused(export.main, ["--ckpt", "a", "--out", "b", "--planned", "2"]).startswith("unrecognized arguments: ")
+
+
+@pytest.fixture
+def small_parser():
+    parser = options.Parser()
+    parser.add_argument("--lr", type=options.positive, default=0.1)
+    parser.add_argument("--epochs", type=options.count, default=None)
+    parser.add_argument("--name", default="")
+    return parser
+
+
+def test_argument_files_are_read_in_their_place(small_parser, tmp_path):
+    (tmp_path / "inner.args").write_text("--epochs 3\n")
+    (tmp_path / "some.args").write_text(f"# why\n\n--lr 0.2  # this\n--name 'a b#c'\n\"@{tmp_path}/inner.args\"\n")
+    file = f"@{tmp_path}/some.args"
+    args = small_parser.parse_args([file])
+    assert (args.lr, args.name, args.epochs) == (0.2, "a b#c", 3)
+    assert small_parser.parse_args([file, "--lr", "0.3"]).lr == 0.3
+    assert small_parser.parse_args(["--lr", "0.3", file]).lr == 0.2
+    assert small_parser.parse_args([file, "--epochs", "none"]).epochs is None
+    assert small_parser.parse_args(["--name=@home"]).name == "@home"
+
+
+@pytest.mark.parametrize(
+    "contents, message",
+    [
+        (None, "argument file '.*some.args' cannot be read (No such file or directory); give one such as recipes/demo"),
+        (b"--name \xff", "argument file '.*some.args' cannot be read (it is not UTF-8); give one"),
+        (b"--name 'a", 'line "--name \'a" of an argument file cannot be read (No closing quotation); quote it'),
+        (b"--lr 0", "argument --lr: '0' is not a number > 0"),
+        (b"--lr none", "argument --lr: 'none' is not a number > 0"),
+    ],
+)
+def test_unusable_argument_files_are_refused(small_parser, tmp_path, contents, message):
+    if contents is not None:
+        (tmp_path / "some.args").write_bytes(contents)
+    with pytest.raises(UserError) as error:
+        small_parser.parse_args([f"@{tmp_path}/some.args"])
+    assert str(error.value).startswith(message.replace(".*", f"{tmp_path}/"))

@@ -4,7 +4,6 @@ What is decided before the first stage is tested in test_pipeline_plan.py; here 
 """
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -14,8 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from runtime import pipeline
+from test_setup_env import Scripts
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["run_all.sh", "run_tests.sh", "setup_env.sh", ".ci/run"]
@@ -24,107 +22,59 @@ RUN = "results/it's a\n$HOME run"  # a name that has to be quoted
 STAND_IN = """\
 import json, os, pathlib, signal, sys, time
 
-arguments = sys.argv[1:]
+arguments = sys.argv[2:]
 if arguments[0] == "-c":  # the question of setup_env.sh
     sys.exit()
 with open(os.environ["STUB_LOG"], "a") as log:
     log.write(json.dumps(arguments) + "\\n")
 
-def value(flag):
-    (text,) = [a.removeprefix(flag + "=") for a in arguments if a.startswith(flag + "=")]
-    return pathlib.Path(text)
-
-modules = ("runtime.pipeline", "demo.digits", "demo.measure", "runtime.report")
-stage = next(a for a in arguments if a.endswith(".py") or a in modules)
+run = pathlib.Path(os.environ["STUB_RUN"])
+npz = run / "samples" / "step 3000.npz"
+made = {  # by stage
+    "demo.digits": [pathlib.Path(arguments[-1]) / "0.png"],
+    "train.py": [run / "checkpoints/1.pt", run / "loss.png", run / "finished.json"],
+    "sample_ddp.py": [npz.with_suffix(".png"), npz],
+    "demo.measure": [npz.with_suffix(".digits.metrics.json")],
+    "evaluate.py": [npz.with_suffix(".metrics.json")],
+}
+stage = next(a for a in arguments if a.endswith(".py") or a in ("runtime.pipeline", "runtime.report", *made))
 if stage == os.environ.get("STUB_WAIT") and "--print-name" not in arguments:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(os.environ.get("STUB_WAIT_STATUS", 0))))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(os.environ.get("STUB_STATUS", 0))))
     pathlib.Path(os.environ["STUB_LOG"] + ".ready").touch()
     time.sleep(600)
 if stage == os.environ.get("STUB_FAIL"):
     sys.exit(int(os.environ["STUB_STATUS"]))
 if stage == "runtime.pipeline":
-    run = os.environ["STUB_RUN"]
     shell = {"NPROC_PER_NODE": "1", "NNODES": "1", "NODE_RANK": "0", "MASTER_ADDR": "", "MASTER_PORT": "29500"}
     shell = {name: os.environ.get(name, default) for name, default in shell.items()}
-    shell |= {"RUN_DIR": run, "SAMPLE_DIR": run + "/samples", "DIGITS": os.environ.get("STUB_DIGITS", "digits")}
-    fields = [*shell.items(), ("train", f"--results-dir={run}"), ("train", "--lr=`touch x`")]
-    fields += [("sample", "@a b"), ("sample", f"--sample-dir={run}/samples")]
+    shell |= {"RUN_DIR": str(run), "DIGITS": os.environ.get("STUB_DIGITS", "digits")}
+    fields = [*shell.items(), ("train", "--results-dir"), ("train", "`touch x`"), ("sample", "@a b"), ("sample", "c")]
     fields += [("cache", "--no-flip")] if "STUB_CACHE" in os.environ else []
     fields += [("evaluate", "--reference=r")] if "STUB_REFERENCE" in os.environ else []
     sys.stdout.write("".join(f"{name}\\0{text}\\0" for name, text in fields))
-elif stage == "demo.digits":
-    pathlib.Path(arguments[-1]).mkdir(parents=True)
-elif stage == "train.py":
-    folder = value("--results-dir")
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (folder / "loss.png").touch()
-    if "STUB_PREEMPTED" not in os.environ:
-        (folder / "finished.json").touch()
-elif stage == "sample_ddp.py":
-    npz = value("--sample-dir") / "step 3000.npz"
-    if "--print-name" in arguments:
-        print("a line before it")
-        print(npz)
-        sys.exit()
-    npz.parent.mkdir(parents=True, exist_ok=True)
-    if "STUB_PREEMPTED_SAMPLING" not in os.environ:
-        npz.touch()
-    npz.with_suffix(".png").touch()
-elif stage == "demo.measure":
-    pathlib.Path(arguments[-1]).with_suffix(".digits.metrics.json").touch()
-elif stage == "evaluate.py":
-    pathlib.Path(arguments[-1]).with_suffix(".metrics.json").touch()
+elif "--print-name" in arguments:
+    print(npz)
+elif stage in made:
+    for path in made[stage][: -1 if stage == os.environ.get("STUB_STOPS") else None]:  # the last tells that it is done
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
 """
 
 
-class Repository:
-    """A copy of the scripts in a folder with an awkward name, and a stand-in `python` first on the PATH."""
+class Repository(Scripts):
+    """run_all.sh, with a record of the calls of Python that it makes."""
 
     def __init__(self, folder: Path):
-        self.root = folder / "it's a $HOME copy"
-        self.root.mkdir()
+        super().__init__(folder, STAND_IN, "run_all.sh", "setup_env.sh", "requirements.txt")
         self.log = folder / "calls"
-        for name in ["run_all.sh", "setup_env.sh", "requirements.txt"]:
-            shutil.copy(ROOT / name, self.root / name)
-        (folder / "bin").mkdir()
-        (folder / "stand_in.py").write_text(STAND_IN)
-        self.python = folder / "bin" / "python"
-        self.python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{folder}/stand_in.py" "$@"\n')
-        self.python.chmod(0o755)
-        self.environment = {
-            "PATH": f"{self.python.parent}:/usr/bin:/bin",
-            "HOME": str(folder),
-            "STUB_LOG": str(self.log),
-            "STUB_RUN": RUN,
-            "PIP_NO_INDEX": "1",  # should the stand-in not be taken, nothing is installed
-            "PIP_FIND_LINKS": "",
-            "PIP_CONFIG_FILE": os.devnull,
-        }
+        self.environment |= {"STUB_LOG": str(self.log), "STUB_RUN": RUN}
 
-    def start(self, *arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            ["bash", str(self.root / "run_all.sh"), *arguments],
-            cwd=cwd or self.root,
-            env=self.environment | environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, *arguments: str, status: int = 0, cwd: Path | None = None, **environment: str):
-        """Run run_all.sh, check its status, and return its output, its errors and the calls of Python it made."""
+    def run(self, *arguments: str, **settings) -> tuple[str, str, list[list[str]]]:
         self.log.unlink(missing_ok=True)
-        process = self.start(*arguments, cwd=cwd, **environment)
-        output, errors = process.communicate(timeout=120)
-        assert process.returncode == status, output + errors
-        return output, errors, self.calls()
+        return *super().run(*arguments, **settings), self.calls()
 
     def calls(self) -> list[list[str]]:
         return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
-
-    def files(self) -> list[str]:
-        return sorted(str(path.relative_to(self.root)) for path in self.root.rglob("*"))
 
 
 @pytest.fixture
@@ -139,35 +89,33 @@ def call_of(calls: list[list[str]], script: str) -> list[str]:
 
 
 def test_help_needs_no_environment(repository):
-    repository.python.unlink()
-    before = repository.files()
+    repository.program("python", "exit 1")
+    repository.program("python3", "exit 1")
     output, errors, calls = repository.run("True", "-h")
-    assert output == repository.run("--help", "--nonsense")[0]
-    assert (errors, calls, repository.files()) == ("", [], before)
-    for name in [*pipeline.POSITIONS, *pipeline.SETTINGS, *pipeline.OTHER_NAMES]:
-        assert name in output or name == "DEFAULT_MODEL"
-    assert "bash run_all.sh False " in output and "bash run_all.sh - - - - - - - - - 123 " in output
+    assert output == repository.run("--help", "--nonsense")[0] and output.startswith(
+        "Usage: bash run_all.sh [USE_ROPE]"
+    )
+    assert (errors, calls, repository.files()) == ("", [], repository.before)
 
 
-def test_demo_runs_its_stages_in_order_and_says_where_the_results_are(repository):
-    output, errors, calls = repository.run("True", "2", STUB_CACHE="1")
+def test_demo_runs_its_stages_in_order_and_says_where_the_results_are(repository, tmp_path):
+    output, errors, calls = repository.run("True", "2", cwd=tmp_path, STUB_CACHE="1")
     assert errors == ""
     npz = f"{RUN}/samples/step 3000.npz"
-    train, sample = [f"--results-dir={RUN}", "--lr=`touch x`"], ["@a b", f"--sample-dir={RUN}/samples"]
     assert calls == [
-        ["-m", "runtime.pipeline", str(repository.root), "True", "2"],
+        ["-m", "runtime.pipeline", str(tmp_path), "True", "2"],
         ["-m", "demo.digits", "digits"],
         ["cache_latents.py", "--no-flip"],
-        ["train.py", *train],
-        ["sample_ddp.py", *sample, "--print-name"],
-        ["sample_ddp.py", *sample],
+        ["train.py", "--results-dir", "`touch x`"],
+        ["sample_ddp.py", "@a b", "c", "--print-name"],
+        ["sample_ddp.py", "@a b", "c"],
         ["-m", "demo.measure", "--samples", npz],
         ["-m", "runtime.report", RUN],
     ]
     names = ["checkpoints", "loss.png", "samples/step 3000.npz", "samples/step 3000.png"]
-    listed = "".join(f"  {name}\n" for name in [*names, "samples/step 3000.digits.metrics.json"])
-    assert output.endswith(f"\nFinished. Results in {RUN}:\n{listed}")
-    assert all((repository.root / RUN / name).exists() for name in names)
+    names.append("samples/step 3000.digits.metrics.json")
+    assert output.endswith(f"\nFinished. Results in {RUN}:\n" + "".join(f"  {name}\n" for name in names))
+    assert all((repository.root / RUN / name).exists() for name in names)  # not where the command was run
     _, _, calls = repository.run(STUB_CACHE="1")  # the digits are there; whether the rest is, each stage knows
     assert len(calls) == 7 and not any("demo.digits" in call for call in calls)
 
@@ -176,18 +124,8 @@ def test_data_of_ones_own_is_sampled_and_compared_where_there_is_a_reference(rep
     _, _, calls = repository.run(STUB_DIGITS="")
     assert [call[0] for call in calls] == ["-m", "train.py", "sample_ddp.py", "sample_ddp.py", "-m"]
     _, _, calls = repository.run(STUB_DIGITS="", STUB_REFERENCE="1")
-    assert call_of(calls, "evaluate.py") == [
-        "evaluate.py",
-        "--reference=r",
-        "--samples",
-        f"{RUN}/samples/step 3000.npz",
-    ]
-
-
-def test_the_repository_is_the_working_folder(repository, tmp_path):
-    _, _, calls = repository.run("-", cwd=tmp_path)
-    assert calls[0] == ["-m", "runtime.pipeline", str(tmp_path), "-"]
-    assert (repository.root / RUN).exists()
+    npz = f"{RUN}/samples/step 3000.npz"
+    assert call_of(calls, "evaluate.py") == ["evaluate.py", "--reference=r", "--samples", npz]
 
 
 def test_several_processes_and_machines_use_torchrun(repository):
@@ -211,9 +149,9 @@ def test_several_processes_and_machines_use_torchrun(repository):
     assert "sample_ddp.py" in calls[-1]
 
 
-@pytest.mark.parametrize("what, stage", [("", "1 (training)"), ("_SAMPLING", "2 (sampling)")])
-def test_a_stage_that_stopped_itself_is_gone_on_with(repository, what, stage):
-    output, errors, _ = repository.run(**{f"STUB_PREEMPTED{what}": "1"})
+@pytest.mark.parametrize("script, stage", [("train.py", "1 (training)"), ("sample_ddp.py", "2 (sampling)")])
+def test_a_stage_that_stopped_itself_is_gone_on_with(repository, script, stage):
+    output, errors, _ = repository.run(STUB_STOPS=script)
     assert errors == "" and output.endswith(
         f"\nrun_all.sh: stopped during Stage {stage}; run the same command again to go on from there\n"
     )
@@ -232,7 +170,7 @@ def test_a_stage_that_stopped_itself_is_gone_on_with(repository, what, stage):
     ],
 )
 def test_signals_reach_the_stage_and_end_the_script_cleanly(repository, script, number, status):
-    process = repository.start(STUB_WAIT=script, STUB_WAIT_STATUS=str(status), NPROC_PER_NODE="2", STUB_CACHE="1")
+    process = repository.start(STUB_WAIT=script, STUB_STATUS=str(status), NPROC_PER_NODE="2", STUB_CACHE="1")
     ready = Path(f"{repository.log}.ready")
     while not ready.exists():
         assert process.poll() is None
@@ -267,42 +205,28 @@ def test_a_refused_plan_ends_it(repository):
     assert (output, errors, len(calls)) == ("", "", 1)
 
 
-def test_the_real_plan_is_understood(repository):
+def test_the_real_plan_is_understood(repository, tmp_path):
     """The whole of run_all.sh but for the stages, in the repository itself."""
-    stages = f'exec "{sys.executable}" -IS "{repository.python.parent.parent}/stand_in.py" "$@"'
-    plan = f'exec "{sys.executable}" "$@"'
-    repository.python.write_text(f"#!/bin/sh\ncase $2 in runtime.pipeline) {plan};; esac\n{stages}\n")
-    base = repository.root / "line\nbreak $HOME"
+    plan = f'if [ "$2" = runtime.pipeline ]; then exec "{sys.executable}" "$@"; fi'
+    repository.program("python", f'{plan}\nexec "{repository.bin}/python3" "$@"')
     repository.root = ROOT
-    settings = {"RESULTS_BASE": str(base), "TRAIN_ARGS": "--wandb-project 'a b' --use-wandb", "NPROC_PER_NODE": "1"}
-    output, errors, calls = repository.run("-", "4", MAX_STEPS="60", CFG_SCALE="2.5", **settings)
+    base = tmp_path / "line\nbreak $HOME"
     run = (
-        base
-        / "DiT-XS-2"
-        / "RoPE_rotate4_theta10000_freqslang_maxfreqlang1.5_minfreqlang0.0_trunc0.0_samethetaFalse_seed0"
+        f"{base}/DiT-XS-2/RoPE_rotate4_theta10000_freqslang_maxfreqlang1.5_minfreqlang0.0_trunc0.0_samethetaFalse_seed0"
     )
+    settings = {"RESULTS_BASE": str(base), "TRAIN_ARGS": "--wandb-project 'a b' --use-wandb", "NPROC_PER_NODE": "1"}
+    settings |= {"MAX_STEPS": "60", "CFG_SCALE": "2.5", "STUB_RUN": run, "STUB_DIGITS": f"{base}/digits"}
+    output, errors, calls = repository.run("-", "4", **settings)
     assert errors.startswith("DATA_PATH is not set: this is the built-in demo")
-    train, sample = call_of(calls, "train.py"), call_of(calls, "sample_ddp.py")
-    recipe = ["@recipes/demo/train.args", "--max-steps=60", "--epochs=none", "--use-rope", "--rope-rotate=4"]
-    assert train[1:] == [
+    assert call_of(calls, "train.py")[1:] == [
         f"--results-dir={run}",
         f"--latents-dir={base}/latents/digits-64-vae-demo_vae-noflip",
-        *recipe,
+        *["@recipes/demo/train.args", "--max-steps=60", "--epochs=none", "--use-rope", "--rope-rotate=4"],
         *["--wandb-project", "a b", "--use-wandb"],
     ]
-    assert sample[1:] == [
-        f"--sample-dir={run}/samples",
-        f"--ckpt={run}",
-        "@recipes/demo/sample.args",
-        "--cfg-scale=2.5",
-    ]
+    sample = [f"--sample-dir={run}/samples", f"--ckpt={run}", "@recipes/demo/sample.args", "--cfg-scale=2.5"]
+    assert call_of(calls, "sample_ddp.py")[1:] == sample
     assert f"\nFinished. Results in {run}:\n" in output
-    output, errors, calls = repository.run("True", "5", status=2)
-    assert output == "" and calls == []
-    assert (
-        errors.startswith("run_all.sh: error: argument 2, ROTATE: --rope-rotate 5 does not fit")
-        and errors.count("\n") == 1
-    )
 
 
 def test_the_scripts_pass_shellcheck():

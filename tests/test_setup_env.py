@@ -1,4 +1,4 @@
-"""setup_env.sh with two tiny packages in a folder in place of an index, and the requirement files."""
+"""setup_env.sh, mostly with a stand-in for Python that makes environments and installs in no time; the requirements."""
 
 import os
 import re
@@ -16,170 +16,181 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = getattr(sys, "_base_executable", sys.executable)
+READY = "{}/.venv/bin/python has everything\n"
+
+# `-m venv` makes an environment whose Python is the stand-in too, and `-m pip install -r` notes what is in it.
+STAND_IN = """\
+import os, pathlib, shutil, sys, time
+
+program, *arguments = sys.argv[1:]
+packages = pathlib.Path(program).parent.parent / "packages"
+if arguments[:2] == ["-m", "venv"]:
+    (folder := pathlib.Path(arguments[2]) / "bin").mkdir(parents=True)
+    shutil.copy(program, folder / "python")
+elif "install" in arguments:
+    files = [path for flag, path in zip(arguments, arguments[1:]) if flag == "-r"]
+    for line in " ".join(pathlib.Path(path).read_text() for path in files).split():
+        name = line.split(">=")[0]
+        if name == "slow":
+            time.sleep(600)
+        if name == "nowhere":
+            sys.exit("no such package")
+        (packages / f"{name}-1.0.dist-info").mkdir(parents=True, exist_ok=True)
+        (packages / f"{name}-1.0.dist-info" / "METADATA").write_text(f"Name: {name}\\nVersion: 1.0\\n")
+else:
+    os.environ["PYTHONPATH"] = str(packages)
+    os.execv(sys.executable, [sys.executable, *arguments])
+"""
 
 
-def publish(folder: Path, name: str, files: dict[str, str]) -> None:
-    """A wheel of version 1.0."""
-    info = f"{name}-1.0.dist-info"
-    files = files | {
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        f"{info}/RECORD": "",
-    }
-    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
-        for path, text in files.items():
-            wheel.writestr(path, text)
+class Scripts:
+    """A copy of scripts, of which start and run call the first, and a stand-in as the only Python on the PATH."""
 
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """A folder with the packages, and an empty environment to be copied, since making one takes seconds."""
-    folder = tmp_path_factory.mktemp("prepared")
-    subprocess.run([BASE, "-m", "venv", folder / "venv"], check=True)
-    publish(folder, "alpha", {"alpha.py": ""})
-    publish(folder, "beta", {"beta.py": ""})
-    modules = Path(packaging.__file__).parent.glob("*.py")
-    publish(folder, "packaging", {f"packaging/{path.name}": path.read_text() for path in modules})
-    return folder
-
-
-class Installation:
-    """A copy of setup_env.sh where `python3 -m venv` copies the empty environment."""
-
-    def __init__(self, folder: Path, prepared: Path):
-        self.root = folder / "a repo's $copy"
+    def __init__(self, folder: Path, stand_in: str, *scripts: str):
+        self.root = folder / "it's a $HOME copy"
         self.root.mkdir()
-        shutil.copy(ROOT / "setup_env.sh", self.root)
-        self.require("alpha>=1.0  # which\n\npackaging", "beta>=1.0")
+        for name in scripts:
+            shutil.copy(ROOT / name, self.root)
+        self.script = scripts[0]
         self.bin = folder / "bin"
         self.bin.mkdir()
-        copy = f'[ "$1 $2" = "-m venv" ] && exec cp -R "{prepared}/venv" "$3"'
-        self.program("python3", f'{copy}\nexec "{BASE}" "$@"')
+        (folder / "stand_in.py").write_text(stand_in)
+        for name in ("python", "python3"):
+            self.program(name, f'exec "{sys.executable}" -IS "{folder}/stand_in.py" "$0" "$@"')
+        self.environment = {"PATH": f"{self.bin}:/usr/bin:/bin", "HOME": str(folder)}
+        self.environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}  # whatever happens, no download
         self.before = self.files()
-        self.environment = {
-            "PATH": f"{self.bin}:/usr/bin:/bin",
-            "HOME": str(folder),
-            "PIP_CONFIG_FILE": os.devnull,
-            "PIP_NO_INDEX": "1",
-            "PIP_USER": "1",  # of no use in an environment, yet in many people's configuration
-            "PIP_FIND_LINKS": str(prepared),
-            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-        }
 
     def program(self, name: str, text: str) -> None:
         (self.bin / name).write_text(f"#!/bin/sh\n{text}\n")
         (self.bin / name).chmod(0o755)
 
-    def require(self, requirements: str, development: str) -> None:
-        (self.root / "requirements.txt").write_text(requirements + "\n")
-        (self.root / "requirements-dev.txt").write_text(development + "\n")
-
     def files(self) -> list[str]:
         return sorted(path.name for path in self.root.iterdir())
 
-    def start(self, *files: str, **environment: str) -> subprocess.Popen:
+    def start(self, *arguments: str, cwd: Path = Path("/"), **environment: str) -> subprocess.Popen:
         return subprocess.Popen(
-            ["bash", str(self.root / "setup_env.sh"), *files],
+            ["bash", str(self.root / self.script), *arguments],
+            cwd=cwd,
             env=self.environment | environment,
-            cwd="/",
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.PIPE,
             text=True,
         )
 
-    def run(self, *files: str, status: int = 0, **environment: str) -> str:
-        process = self.start(*files, **environment)
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == status, output
-        return output
+    def run(self, *arguments: str, status: int = 0, **settings) -> tuple[str, str]:
+        """Output and errors, after its status was checked."""
+        process = self.start(*arguments, **settings)
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == status, output + errors
+        return output, errors
 
-    def has(self, name: str) -> bool:
-        return bool(list((self.root / ".venv").glob(f"lib/python*/site-packages/{name}.py")))
+
+class Installation(Scripts):
+    def __init__(self, folder: Path):
+        super().__init__(folder, STAND_IN, "setup_env.sh", "requirements.txt", "requirements-dev.txt")
+        self.require("alpha>=1.0", "beta>=1.0")
+
+    def require(self, requirements: str, development: str = "") -> None:
+        (self.root / "requirements.txt").write_text(requirements + "\n")
+        (self.root / "requirements-dev.txt").write_text(development + "\n")
+
+    def run(self, *files: str, **settings) -> str:
+        output, errors = super().run(*files, **settings)
+        return errors + output
+
+    def packages(self) -> list[str]:
+        return sorted(path.name.split("-")[0] for path in (self.root / ".venv" / "packages").iterdir())
 
 
 @pytest.fixture
-def installation(tmp_path, prepared):
-    return Installation(tmp_path, prepared)
+def installation(tmp_path):
+    return Installation(tmp_path)
 
 
 def test_environment_is_made_once_extended_and_remade(installation):
+    installation.program("sleep", "")  # nobody else is waited for
     output = installation.run()
-    assert re.search(r"^setup_env.sh: making .venv with python3, once: about .* GB to download", output, re.MULTILINE)
-    assert installation.has("alpha") and not installation.has("beta")
+    assert re.search(r"^setup_env.sh: making .venv with python, once: about .* GB to download", output, re.MULTILINE)
+    assert installation.packages() == ["alpha"]
     assert installation.files() == sorted([*installation.before, ".venv"])
     assert not (installation.root / ".venv" / ".tmp").exists()
-    assert installation.run() == f"{installation.root}/.venv/bin/python has everything\n"
+    assert installation.run() == READY.format(installation.root)
 
-    keep = installation.root / ".venv" / "keep"
-    keep.touch()
     installation.run("requirements.txt", "requirements-dev.txt")
-    assert installation.has("beta") and keep.exists()
+    assert installation.packages() == ["alpha", "beta"]
 
     # What can't be added leaves the environment as it was.
     installation.require("alpha>=1.0", "nowhere>=1.0")
     output = installation.run("requirements.txt", "requirements-dev.txt", status=1)
     assert output.endswith("setup_env.sh: error: that failed, see above; the same command tries again\n")
-    installation.run()
-    assert keep.exists()
+    assert installation.packages() == ["alpha", "beta"] and installation.run() == READY.format(installation.root)
 
-    installation.require("beta>=1.0\npackaging", "")
-    (installation.root / ".venv" / ".complete").unlink()  # as an interruption by SIGKILL leaves it
-    assert "making .venv" in installation.run()
-    assert installation.has("beta") and not installation.has("alpha") and not keep.exists()
+    # An environment as SIGKILL leaves it is made anew, also when it is the active one.
+    (installation.root / ".venv" / ".complete").unlink()
+    assert "making .venv" in installation.run(PATH=f"{installation.root}/.venv/bin:{installation.environment['PATH']}")
+    assert installation.packages() == ["alpha"]
 
 
-def test_failed_installation_leaves_nothing(installation):
-    installation.require("nowhere>=1.0", "")
-    assert "see above; the same command tries again\n" in installation.run(status=1)
-    assert installation.files() == installation.before
+def test_venv_and_pip_fill_it(installation, tmp_path):
+    """With the real ones, from a folder in place of an index."""
+    modules = Path(packaging.__file__).parent.glob("*.py")
+    files = {f"packaging/{path.name}": path.read_text() for path in modules}
+    files["packaging-1.0.dist-info/METADATA"] = "Metadata-Version: 2.1\nName: packaging\nVersion: 1.0\n"
+    files["packaging-1.0.dist-info/WHEEL"] = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files["packaging-1.0.dist-info/RECORD"] = ""
+    with zipfile.ZipFile(tmp_path / "packaging-1.0-py3-none-any.whl", "w") as wheel:
+        for path, text in files.items():
+            wheel.writestr(path, text)
+    installation.program("python", f'exec "{BASE}" -I "$@"')
+    installation.require("packaging>=1.0,<2  # which\n")
+    installation.environment["PIP_USER"] = "1"  # of no use in an environment, yet in many people's configuration
+    assert installation.run(PIP_FIND_LINKS=str(tmp_path)).endswith(READY.format(installation.root))
+    assert list((installation.root / ".venv").glob("lib/python*/site-packages/packaging"))
 
 
 def test_uv_is_used_where_it_is_installed(installation):
-    """With a stand-in that has the two commands of uv."""
-    pip = f'shift 3; python=$1/bin/python; shift; exec "{BASE}" -m pip --python "$python" install "$@"'
-    make = f'for last; do :; done; exec "{installation.bin}/python3" -m venv "$last"'
-    installation.program("uv", f'echo "uv $1 $2" >&2\nif [ "$1" = venv ]; then {make}; fi\n{pip}')
-    output = installation.run(PIP_USER="0")
-    assert "making .venv with uv" in output and "uv venv" in output and "uv pip" in output
-    assert installation.has("alpha")
-    assert installation.run() == f"{installation.root}/.venv/bin/python has everything\n"
+    """With a stand-in that has the two commands of uv: venv OPTION... FOLDER, pip install --python FOLDER OPTION..."""
+    make = f'for last; do :; done; exec "{installation.bin}/python" -m venv "$last"'
+    install = 'python=$4/bin/python; shift 4; exec "$python" -m pip install "$@"'
+    installation.program("uv", f'echo "uv $1 $2" >&2\nif [ "$1" = venv ]; then {make}; fi\n{install}')
+    output = installation.run()
+    assert "making .venv with uv" in output and "uv venv" in output and "uv pip install" in output
+    assert installation.packages() == ["alpha"]
+    assert installation.run() == READY.format(installation.root)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_installation_leaves_nothing_and_starts_again(installation, number):
+def test_interrupted_installation_leaves_nothing(installation, number):
+    installation.require("slow")
     process = installation.start()
     while not (installation.root / ".venv" / ".tmp").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130 and output.endswith("setup_env.sh: interrupted\n")
+    _, errors = process.communicate(timeout=120)  # to its end, which is that of pip too
+    assert process.returncode == 130 and errors.endswith("setup_env.sh: interrupted\n")
     assert installation.files() == installation.before
-    installation.run()
-    assert installation.has("alpha")
 
 
-def test_two_starts_at_once_make_it_once(installation):
+@pytest.mark.parametrize("is_locked", [False, True])
+def test_two_starts_at_once_make_it_once_also_beside_the_lock_of_a_dead_process(installation, is_locked):
+    if is_locked:
+        dead = subprocess.Popen(["true"])
+        dead.wait()
+        host = subprocess.check_output(["bash", "-c", "echo $HOSTNAME"], text=True, env=installation.environment)
+        (installation.root / ".venv-lock").symlink_to(f"{host.strip()}:{dead.pid}")
     both = [installation.start(), installation.start()]
-    outputs = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert sum("making .venv with" in output for output in outputs) == 1
+    errors = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert sum("making .venv with" in text for text in errors) == 1
     assert installation.files() == sorted([*installation.before, ".venv"])
 
 
-def test_lock_of_a_dead_process_does_not_block(installation):
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    host = subprocess.check_output(["bash", "-c", "echo $HOSTNAME"], text=True, env=installation.environment).strip()
-    (installation.root / ".venv-lock").symlink_to(f"{host}:{dead.pid}")
-    both = [installation.start(), installation.start()]
-    outputs = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    assert sum("making .venv with" in output for output in outputs) == 1
-
-
 def test_old_python_is_not_enough(installation):
-    installation.program("python3", "exit 1")
+    for name in ("python", "python3"):
+        installation.program(name, "exit 1")
     for tool in ["bash", "dirname", "mkdir", "rm", "ln", "readlink", "sleep"]:
         (installation.bin / tool).symlink_to(shutil.which(tool))
     output = installation.run(status=2, PATH=str(installation.bin))
@@ -187,22 +198,28 @@ def test_old_python_is_not_enough(installation):
     assert installation.files() == installation.before
 
 
+def test_active_python_is_taken_as_it_is_if_it_has_everything(installation):
+    installation.require("PyTest>=1.10  # as numbers\n\npackaging")
+    assert installation.run() == "python has everything\n"
+    assert installation.files() == installation.before
+    installation.program("python", "exit 1")
+    assert installation.run() == "python3 has everything\n"
+
+
 @pytest.mark.parametrize(
     "requirement, missing",
     [
-        ("PyTest>=1.10  # as numbers", None),
         ("pytest>=999", "pytest>=999 is needed, it has "),
-        ("no-such-package>=1", "No package metadata was found for no-such-package"),
+        ("nowhere>=1", "No package metadata was found for nowhere"),
     ],
 )
-def test_active_python_is_taken_as_it_is_if_it_has_everything(installation, requirement, missing):
-    installation.program("python", f'exec "{sys.executable}" "$@"')
-    installation.require(requirement, "")
-    output = installation.run(status=1 if missing else 0)
-    if missing is None:
-        assert output == "python has everything\n"
-    else:
-        assert re.match(rf"setup_env.sh: the active Python is not used: .*{re.escape(missing)}", output)
+def test_what_the_active_python_lacks_is_said_and_a_failed_installation_leaves_nothing(
+    installation, requirement, missing
+):
+    installation.require(f"{requirement}\nnowhere")
+    output = installation.run(status=1)
+    assert re.match(rf"setup_env.sh: the active Python is not used: .*{re.escape(missing)}", output)
+    assert output.endswith("setup_env.sh: error: that failed, see above; the same command tries again\n")
     assert installation.files() == installation.before
 
 
