@@ -16,7 +16,7 @@ from runtime import data, distributed, files, monitor, options
 from runtime.config import VAEConfig
 from runtime.latents import CacheWriter, LatentCache
 from runtime.options import UserError, check_image_size
-from runtime.vae import VAE, check_source, is_surely
+from runtime.vae import VAE, check_unloaded, is_surely
 
 
 def build_parser() -> options.Parser:
@@ -80,11 +80,13 @@ def encode_chunk(writer: CacheWriter, rows: range, images: data.ImageList, vae: 
     bad = []
     with data.open_loader(Rows(images, args.image_size), batches, workers, torch.device("cpu"), list) as loader:
         for batch in loader:
-            readable = [(row, image) for row, image in batch if not isinstance(image, data.Unreadable)]
+            readable = []
             for row, image in batch:
                 if isinstance(image, data.Unreadable):
                     bad.append(image)
                     writer.write(row, -1, None)
+                else:
+                    readable.append((row, image))
             if readable:
                 encode_batch(writer, readable, images.labels, vae, args.flip)
     return bad
@@ -126,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device, logger = distributed.setup(), monitor.make_logger()
     if args.planned and not args.data_path.exists():
-        check_source(args.vae)
+        check_unloaded(args.vae, args.image_size)
         files.check_folder(args.latents_dir, "--latents-dir")
         return logger.info(f"dry run: {args.data_path} is not there yet; nothing about its images was checked")
     done = f"nothing to do: {args.latents_dir} is a finished cache of this data set"

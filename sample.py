@@ -83,21 +83,14 @@ def sample_states(
     trained: Trained, config: SamplingConfig, labels: list[int], kept: list[int], args, device: torch.device
 ) -> tuple[list[int | None], Tensor]:
     """Timesteps of the kept states, and latents (n, len(kept), C, h, w) on device."""
-    precision = distributed.resolve_precision(args.precision, device)
+    precision, objective = distributed.resolve_precision(args.precision, device), trained.config.objective
     model, indices, batches = trained.model.to(device), noise_indices(labels), []
     starts = range(0, len(labels), args.batch_size)
     with monitor.progress_bar(len(starts) * config.steps, description="sampling") as bar:
         for first in starts:
             part = slice(first, first + args.batch_size)
             states = sampling.sample_progressive(
-                model,
-                config,
-                indices[part],
-                labels[part],
-                trained.latent_shape,
-                device,
-                precision,
-                trained.config.objective,
+                model, config, indices[part], labels[part], trained.latent_shape, device, precision, objective
             )
             found = []
             for number, state in enumerate(states):

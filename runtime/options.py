@@ -253,22 +253,17 @@ def add_num_workers(parser: Parser, what: str) -> None:
     parser.add_argument("--num-workers", type=non_negative_int, default=4, help=what)
 
 
-def add_dry_run(parser: Parser, planned: bool = False) -> None:
-    """Add --dry-run, and with planned --planned, for commands whose inputs an earlier command makes."""
-    help = "make all checks, print what would be done, write nothing"
-    parser.add_argument("--dry-run", action="store_true", help=help)
+def add_dry_run(parser: Parser, planned: bool = False, steps: bool = False) -> None:
+    """Add --dry-run, with steps a number of them to take, and with planned --planned."""
+    help, kind = "make all checks, print what would be done, write nothing", dict(action="store_true")
+    if steps:
+        kind = dict(nargs="?", type=count, const=0, default=None, metavar="STEPS")
+        help += "; with STEPS (10 are enough) also take so many steps on made-up data and print time, memory and disk "
+        help += "of the whole run"
+    parser.add_argument("--dry-run", help=help, **kind)
     if planned:
-        add_planned(parser)
-
-
-def add_planned(parser: Parser) -> None:
-    parser.add_argument(
-        "--planned",
-        type=count,
-        default=None,
-        metavar="PROCESSES",
-        help="with --dry-run: of so many processes, and what an earlier command makes may be missing yet",
-    )
+        help = "with --dry-run: of so many processes, and what an earlier command makes may be missing yet"
+        parser.add_argument("--planned", type=count, default=None, metavar="PROCESSES", help=help)
 
 
 def add_rope_extend(parser: Parser) -> None:
