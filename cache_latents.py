@@ -16,7 +16,7 @@ from runtime import data, distributed, files, monitor, options
 from runtime.config import VAEConfig
 from runtime.latents import CacheWriter, LatentCache
 from runtime.options import UserError, check_image_size
-from runtime.vae import VAE, check_unloaded, is_surely
+from runtime.vae import VAE, check_source, is_surely
 
 
 def build_parser() -> options.Parser:
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device, logger = distributed.setup(), monitor.make_logger()
     if args.planned and not args.data_path.exists():
-        check_unloaded(args.vae, args.image_size)
+        check_source(args.vae)
         files.check_folder(args.latents_dir, "--latents-dir")
         return logger.info(f"dry run: {args.data_path} is not there yet; nothing about its images was checked")
     done = f"nothing to do: {args.latents_dir} is a finished cache of this data set"

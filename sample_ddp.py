@@ -20,7 +20,7 @@ from runtime.config import VAEConfig
 from runtime.options import UserError
 from runtime.pretrained import Description, Trained
 from runtime.sampling import SamplingConfig
-from runtime.vae import VAE, check_source, is_surely, load_vae
+from runtime.vae import VAE, check_unloaded, is_surely, load_vae
 
 GRID_SAMPLES = 100
 WHERE = ("checkpoint", "vae")  # settings that tell where something was found; hashes tell what it is
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def dry_run_without_checkpoint(args: argparse.Namespace) -> None:
     """What can be checked before there is a model, or while it is still trained. Raises UserError."""
-    check_source(args.vae or "ema")
+    check_unloaded(args.vae or "ema", args.image_size, patch_size=2)  # the smallest, of which others are multiples
     files.check_folder(args.sample_dir, "--sample-dir")
     print(f"dry run: would make {args.num_fid_samples:,} samples in {args.sample_dir}; {args.ckpt} was not looked at")
 

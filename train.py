@@ -87,14 +87,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"exactly one of --data-path and --latents-dir is needed, {both} given; see --help")
     validation.check_options(args)
     check_rope(options.rope_from_args(args), ModelConfig(model=args.model).head_dim, args.model)
-    check_batch(args)
     if args.max_steps is not None:
         total_steps(args, args.max_steps)
-    return args
-
-
-def check_batch(args: argparse.Namespace) -> None:
-    """Raise UserError when the global batch does not split evenly."""
     processes = args.planned or distributed.expected_processes()
     parts = processes * args.grad_accum_steps
     if args.global_batch_size % parts:
@@ -102,6 +96,7 @@ def check_batch(args: argparse.Namespace) -> None:
             f"--global-batch-size {args.global_batch_size} is not divisible by {processes} processes x "
             f"{args.grad_accum_steps} micro-batches; use a multiple of {parts}"
         )
+    return args
 
 
 @dataclass

@@ -266,16 +266,6 @@ def add_dry_run(parser: Parser, planned: bool = False, steps: bool = False) -> N
         parser.add_argument("--planned", type=count, default=None, metavar="PROCESSES", help=help)
 
 
-def add_rope_extend(parser: Parser) -> None:
-    """Add --rope-extend, for commands that run a trained model at other image sizes."""
-    parser.add_argument(
-        "--rope-extend",
-        choices=["extrapolate", "interpolate"],
-        default=None,
-        help="at another --image-size than the trained one: let positions go on, or squeeze them (None: not allowed)",
-    )
-
-
 def add_checkpoint_options(parser: Parser, none: str | None = None) -> None:
     """Add --ckpt, --weights and what describes the model; none says what leaving --ckpt out means, if one may."""
     parser.add_argument(  # text and not a Path, which would make hf:/user of hf://user; load_trained resolves it
@@ -291,7 +281,8 @@ def add_checkpoint_options(parser: Parser, none: str | None = None) -> None:
     group.add_argument("--image-size", type=image_size, default=None, help="pixels, as in 256 or 256x384")
     group.add_argument("--num-classes", type=count, default=None, help="classes of the label table")
     add_rope_options(parser)
-    add_rope_extend(parser)
+    help = "at another --image-size than the trained one: let positions go on, or squeeze them (None: not allowed)"
+    parser.add_argument("--rope-extend", choices=["extrapolate", "interpolate"], default=None, help=help)
 
 
 def given_model(args: argparse.Namespace) -> dict:

@@ -36,6 +36,26 @@ def check(args: argparse.Namespace) -> None:
             from wandb import init  # noqa: F401  a folder ./wandb alone imports, and lacks it
     except ImportError as error:
         raise UserError(f"{flag} needs the package {package} ({error}); run: pip install {package}") from error
+    if args.use_wandb and args.dry_run is not None:  # a run logs in when it starts
+        check_login()
+
+
+def check_login() -> None:
+    """Raise UserError where W&B would not start."""
+    import wandb
+
+    try:
+        is_ready = wandb.setup().settings.mode in ("offline", "disabled") or wandb.login(prompt=False)
+    except Exception as error:  # of W&B, of the network, of the libraries between
+        raise not_started(str(error)) from error
+    if not is_ready:
+        raise not_started("no API key")
+
+
+def not_started(reason: str) -> UserError:
+    return UserError(
+        f"--use-wandb: W&B does not start ({reason}); log in with `wandb login`, or set WANDB_MODE=offline"
+    )
 
 
 def open_trackers(
@@ -114,9 +134,7 @@ class WeightsAndBiases:
                 settings=wandb.Settings(console="off"),  # the terminal is in log.txt
             )
         except Exception as error:  # of W&B, of the network, of the libraries between
-            raise UserError(
-                f"--use-wandb: W&B does not start ({error}); log in with `wandb login`, or set WANDB_MODE=offline"
-            ) from error
+            raise not_started(str(error)) from error
         self.first = self.run.step  # 0 for a new run, else the first step that W&B does not have
 
     def write(self, record: dict) -> None:

@@ -99,14 +99,14 @@ def check_source(source: str) -> None:
         raise UserError(f"--vae folder {source!r} has no config.json; expected one that save_pretrained wrote")
 
 
-def check_unloaded(source: str, image_size: tuple[int, int], patch_size: int = 1) -> None:
+def check_unloaded(source: str, image_size: tuple[int, int] | None, patch_size: int) -> None:
     """Raise UserError for no autoencoder, or a size that does not fit, as far as that shows without loading it."""
     check_source(source)
     downsampling = VAEConfig.downsampling if source in SHORT_NAMES else None
     if Path(source).is_dir():
         channels = files.read_json(Path(source) / "config.json").get("block_out_channels")
         downsampling = 2 ** (len(channels) - 1) if isinstance(channels, list) else None
-    if downsampling is not None:
+    if image_size is not None and downsampling is not None:
         check_image_size(image_size, downsampling, patch_size)
 
 
