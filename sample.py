@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from runtime import classes, distributed, files, hub, monitor, options, pictures, sampling
@@ -124,11 +123,6 @@ def describe(trained: Trained, config: SamplingConfig) -> str:
     return ", ".join(parts)
 
 
-def save(picture: Image.Image, path: Path) -> None:
-    with files.cannot_write(f"--out {str(path)!r}"):
-        pictures.save_png(picture, path)
-
-
 @options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
@@ -149,14 +143,16 @@ def main(argv: list[str] | None = None) -> None:
     frames = decode(vae, latents, args.batch_size)
     names, title = [classes.describe(label, trained.classes) for label in labels], describe(trained, config)
     grid = pictures.draw_grid([row[-1] for row in frames], names, columns_of(labels, args.per_class), title)
-    save(grid, args.out)
-    logger = monitor.make_logger()
-    logger.info(f"grid: {args.out}")
+    made = [("grid", args.out, grid)]
     if args.progress_strip:
         captions = ["result" if t is None else f"t = {t:g}" for t in timesteps]
-        path = args.out.with_suffix(".progress.png")
-        save(pictures.draw_strips(frames, names, captions, f"{title}: latents at timestep t, decoded"), path)
-        logger.info(f"progress: {path}")
+        strips = pictures.draw_strips(frames, names, captions, f"{title}: latents at timestep t, decoded")
+        made.append(("progress", args.out.with_suffix(".progress.png"), strips))
+    logger = monitor.make_logger()
+    for name, path, picture in made:
+        with files.cannot_write(f"--out {str(path)!r}"):
+            pictures.save_png(picture, path)
+        logger.info(f"{name}: {path}")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ DEFAULT_EPOCHS = 1400
 def build_parser() -> options.Parser:
     parser = options.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data-path", type=Path, default=None, help="folder with a sub-folder of images for each class")
-    add("--latents-dir", type=Path, default=None, help="latent cache made by cache_latents.py, instead of --data-path")
+    source = parser.add_mutually_exclusive_group(required=True).add_argument
+    source("--data-path", type=Path, help="folder with a sub-folder of images for each class")
+    source("--latents-dir", type=Path, help="latent cache made by cache_latents.py, instead of --data-path")
     add("--results-dir", type=Path, default=Path("results"), help="the run's folder; its newest checkpoint is resumed")
     add("--model", type=options.model_name, default="DiT-XL/2", help="size and patch, as in DiT-B/4")
     add("--image-size", type=options.image_size, default=(256, 256), help="pixels, as in 256 or 256x384")
@@ -82,9 +83,6 @@ def warmup_steps(text: str) -> int | str:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
     trackers.check(args)
-    if (args.data_path is None) == (args.latents_dir is None):
-        both = "both were" if args.data_path is not None else "neither was"
-        raise UserError(f"exactly one of --data-path and --latents-dir is needed, {both} given; see --help")
     validation.check_options(args)
     check_rope(options.rope_from_args(args), ModelConfig(model=args.model).head_dim, args.model)
     if args.max_steps is not None:

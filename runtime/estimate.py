@@ -24,11 +24,6 @@ WARM_UP = 2  # steps before those that count
 BYTES_PER_VALUE = 4  # everything in a checkpoint is float32
 
 
-def parameters_of(config: ModelConfig) -> int:
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in config.build().parameters())
-
-
 def checkpoint_bytes(config: ModelConfig) -> int:
     """Of one checkpoint: weights, their average, and two moments of the optimizer."""
     with torch.device("meta"):
@@ -39,6 +34,8 @@ def checkpoint_bytes(config: ModelConfig) -> int:
 def describe(job) -> list[str]:
     """What a run is, a line each; job is what train.plan returns."""
     args, config = job.args, job.config
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in config.model.build().parameters())
     position = f"RoPE {config.to_dict()['model']['rope']}" if config.model.rope else "sin-cos positions"
     source = "cached latents" if job.vae is None else "encoded online"
     precision = distributed.resolve_precision(args.precision, job.device)
@@ -46,7 +43,7 @@ def describe(job) -> list[str]:
     kept = min(saves, args.keep_checkpoints or saves)
     disk = f"disk for {kept} checkpoints: {files.format_bytes(size * kept)} ({files.format_bytes(size)} each)"
     lines = [
-        f"model: {args.model}, {parameters_of(config.model):,} parameters, {position}",
+        f"model: {args.model}, {parameters:,} parameters, {position}",
         f"data: {config.data.images:,} images in {len(config.data.classes)} classes, {source}, "
         f"{job.steps_per_epoch:,} steps an epoch",
         f"run: {job.total_steps:,} steps of batch {args.global_batch_size} on {job.processes} x "

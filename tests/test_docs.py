@@ -47,6 +47,7 @@ def python_command(words: list[str]) -> tuple[str, list[str]] | None:
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_of_the_documentation_are_accepted(page, image_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")  # nobody has logged in here
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     for line in commands(page):
