@@ -4,9 +4,7 @@ A part yields its variants: calls to measure, of which a training step is that o
 one process, one measurement of each a round, so that a slower minute of the machine meets all of them alike.
 """
 
-import os
 import re
-import shutil
 import statistics
 import tempfile
 import time
@@ -82,9 +80,8 @@ def prepare(args: Namespace) -> None:
         raise UserError("--device cuda: this PyTorch sees no GPU; leave --device out")
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
     args.device = torch.device("cpu") if on_cpu else distributed.setup(args.tf32)
-    compiler = os.environ.get("CXX", "g++")
-    if "precision" in args.parts and args.compile and on_cpu and not shutil.which(compiler):
-        raise UserError(f"compiling on the CPU needs the C++ compiler {compiler!r}; install it, or pass --no-compile")
+    if "precision" in args.parts and args.compile:
+        distributed.check_compiler(args.device, "pass --no-compile")
     native = distributed.resolve_precision("auto", args.device)
     args.precisions = args.precisions or list(dict.fromkeys(["fp32", native]))
     args.precision = args.precisions[-1]

@@ -80,11 +80,13 @@ def encode_chunk(writer: CacheWriter, rows: range, images: data.ImageList, vae: 
     bad = []
     with data.open_loader(Rows(images, args.image_size), batches, workers, torch.device("cpu"), list) as loader:
         for batch in loader:
-            readable = [(row, image) for row, image in batch if not isinstance(image, data.Unreadable)]
+            readable = []
             for row, image in batch:
                 if isinstance(image, data.Unreadable):
                     bad.append(image)
                     writer.write(row, -1, None)
+                else:
+                    readable.append((row, image))
             if readable:
                 encode_batch(writer, readable, images.labels, vae, args.flip)
     return bad

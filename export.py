@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import safetensors.torch
@@ -53,16 +52,11 @@ def describe(trained: Trained, tensors: dict[str, Tensor], weights: str) -> dict
     }
 
 
-def cannot_write(path: Path) -> AbstractContextManager:
-    return files.cannot_write(f"--out {str(path)!r}", "free some space, or choose another")
-
-
 def write(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
-    """Write the file whole or not at all. Raises UserError."""
+    """Write the file whole or not at all. Raises OSError."""
     metadata = {"format": "pt", checkpoint.METADATA: json.dumps(about)}
-    with cannot_write(path):
-        with files.whole_file(path, checkpoint.tensor_bytes(tensors)) as file:
-            file.write(safetensors.torch.save(tensors, metadata))  # its own save_file would keep others from reading
+    with files.whole_file(path) as file:
+        file.write(safetensors.torch.save(tensors, metadata))  # its own save_file would keep others from reading
 
 
 @options.command
@@ -71,14 +65,14 @@ def main(argv: list[str] | None = None) -> None:
     trained = load_trained(args.ckpt, args.weights, options.given_model(args))
     tensors = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
     tensors = halve(tensors) if args.half else tensors
-    about = describe(trained, tensors, args.weights)
+    about, size = describe(trained, tensors, args.weights), checkpoint.tensor_bytes(tensors)
+    with files.cannot_write(f"--out {str(args.out)!r}", "free some space, or choose another"):
+        files.check_space(args.out.parent, size)
+        if not args.dry_run:
+            write(args.out, tensors, about)
     if args.dry_run:
-        size = checkpoint.tensor_bytes(tensors)
-        with cannot_write(args.out):
-            files.check_space(args.out.parent, size)
         size = files.format_bytes(size)
         return print(f"dry run: would export the {args.weights} weights of {trained.path}, {size}, to {args.out}")
-    write(args.out, tensors, about)
     size, source_size = (path.stat().st_size for path in (args.out, trained.path))
     print(
         f"exported: {args.out}, {args.weights} weights, {size / 1e6:,.1f} MB ({size / source_size:.0%} of "

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from runtime import classes, distributed, files, hub, monitor, options, pictures, sampling
@@ -83,21 +82,14 @@ def sample_states(
     trained: Trained, config: SamplingConfig, labels: list[int], kept: list[int], args, device: torch.device
 ) -> tuple[list[int | None], Tensor]:
     """Timesteps of the kept states, and latents (n, len(kept), C, h, w) on device."""
-    precision = distributed.resolve_precision(args.precision, device)
+    precision, objective = distributed.resolve_precision(args.precision, device), trained.config.objective
     model, indices, batches = trained.model.to(device), noise_indices(labels), []
     starts = range(0, len(labels), args.batch_size)
     with monitor.progress_bar(len(starts) * config.steps, description="sampling") as bar:
         for first in starts:
             part = slice(first, first + args.batch_size)
             states = sampling.sample_progressive(
-                model,
-                config,
-                indices[part],
-                labels[part],
-                trained.latent_shape,
-                device,
-                precision,
-                trained.config.objective,
+                model, config, indices[part], labels[part], trained.latent_shape, device, precision, objective
             )
             found = []
             for number, state in enumerate(states):
@@ -131,11 +123,6 @@ def describe(trained: Trained, config: SamplingConfig) -> str:
     return ", ".join(parts)
 
 
-def save(picture: Image.Image, path: Path) -> None:
-    with files.cannot_write(f"--out {str(path)!r}"):
-        pictures.save_png(picture, path)
-
-
 @options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
@@ -156,14 +143,16 @@ def main(argv: list[str] | None = None) -> None:
     frames = decode(vae, latents, args.batch_size)
     names, title = [classes.describe(label, trained.classes) for label in labels], describe(trained, config)
     grid = pictures.draw_grid([row[-1] for row in frames], names, columns_of(labels, args.per_class), title)
-    save(grid, args.out)
-    logger = monitor.make_logger()
-    logger.info(f"grid: {args.out}")
+    made = [("grid", args.out, grid)]
     if args.progress_strip:
         captions = ["result" if t is None else f"t = {t:g}" for t in timesteps]
-        path = args.out.with_suffix(".progress.png")
-        save(pictures.draw_strips(frames, names, captions, f"{title}: latents at timestep t, decoded"), path)
-        logger.info(f"progress: {path}")
+        strips = pictures.draw_strips(frames, names, captions, f"{title}: latents at timestep t, decoded")
+        made.append(("progress", args.out.with_suffix(".progress.png"), strips))
+    logger = monitor.make_logger()
+    for name, path, picture in made:
+        with files.cannot_write(f"--out {str(path)!r}"):
+            pictures.save_png(picture, path)
+        logger.info(f"{name}: {path}")
 
 
 if __name__ == "__main__":

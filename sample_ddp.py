@@ -20,7 +20,7 @@ from runtime.config import VAEConfig
 from runtime.options import UserError
 from runtime.pretrained import Description, Trained
 from runtime.sampling import SamplingConfig
-from runtime.vae import VAE, check_source, is_surely, load_vae
+from runtime.vae import VAE, check_unloaded, is_surely, load_vae
 
 GRID_SAMPLES = 100
 WHERE = ("checkpoint", "vae")  # settings that tell where something was found; hashes tell what it is
@@ -68,7 +68,7 @@ class SampleFolder:
         self.settings, self.npz, self.grid = (root / f"{name}{suffix}" for suffix in (".json", ".npz", ".png"))
 
     def check(self, settings: dict) -> None:
-        """Raise UserError when it was begun with other settings, or cannot be written."""
+        """Raise UserError when it was begun with other settings."""
         if self.settings.exists():
             listed = options.differences(files.read_json(self.settings), settings, ignored=WHERE)
             if listed:
@@ -76,11 +76,9 @@ class SampleFolder:
                     f"{str(self.images)!r} was begun with other settings: {listed}; repeat them, or use another "
                     "--sample-dir"
                 )
-        files.check_folder(self.root, "--sample-dir")
 
     def open(self, settings: dict) -> None:
-        """Create it, or go on with it where it was begun with the same settings. Raises UserError."""
-        self.check(settings)
+        """Create it, or go on with it. Raises UserError."""
         with files.cannot_write(f"--sample-dir {str(self.root)!r}"):
             self.images.mkdir(parents=True, exist_ok=True)
             files.write_json(self.settings, settings)
@@ -105,7 +103,7 @@ class SampleFolder:
         return [index for index, done in enumerate(complete) if not done]
 
     def check_space(self, missing: int, total: int, size: tuple[int, int]) -> None:
-        """Raise UserError when the disk cannot hold the missing images, each at half its raw size, and the .npz."""
+        """Raise UserError unless the missing images, each at half its raw size, and the .npz can be written."""
         packed = self.npz.stat().st_size if self.npz.exists() else 0
         needed = size[0] * size[1] * 3 * (missing // 2 + total) - packed
         files.check_folder(self.root, "--sample-dir", max(needed, 0))
@@ -151,10 +149,10 @@ class BackgroundWriter:
         self.encoders.shutdown()
 
 
-def sample_missing(trained: Trained, vae: VAE, folder: SampleFolder, args, device: torch.device) -> bool:
+def sample_missing(
+    trained: Trained, vae: VAE, folder: SampleFolder, missing: list[int], args, device: torch.device
+) -> bool:
     """Make this process's share of the missing images. Returns whether all of them were made, or a signal came."""
-    missing = distributed.on_main(folder.missing, args.num_fid_samples)
-    distributed.on_main(folder.check_space, len(missing), args.num_fid_samples, trained.image_size)
     if missing and distributed.is_main():
         folder.npz.unlink(missing_ok=True)  # whoever finds one may take it for complete
     mine = missing[distributed.rank() :: distributed.world_size()]
@@ -249,10 +247,16 @@ def main(argv: list[str] | None = None) -> None:
     trained = pretrained.load_trained(args.ckpt, args.weights, options.given_model(args))
     vae = load_vae(vae_source, trained, device, args.vae_precision)
     settings = settings_of(trained, trained.sha256, vae_source, vae.config.sha256, args, device)
+    distributed.on_main(folder.check, settings)
+    missing = distributed.on_main(folder.missing, args.num_fid_samples)
+    distributed.on_main(folder.check_space, len(missing), args.num_fid_samples, trained.image_size)
     if args.dry_run:
-        return dry_run(trained, folder, settings, args, logger)
+        return logger.info(
+            f"dry run: would make {len(missing):,} of {args.num_fid_samples:,} samples, {args.sampling.steps} steps of "
+            f"{args.sampling.sampler} each, and pack them into {folder.npz}; nothing was written"
+        )
     distributed.on_main(folder.open, settings)
-    if not sample_missing(trained, vae, folder, args, device):
+    if not sample_missing(trained, vae, folder, missing, args, device):
         return logger.info("stopped on request; repeat the same command to go on")
     if distributed.on_main(folder.is_packed, args.num_fid_samples):
         logger.info(done)
@@ -265,20 +269,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def dry_run_without_checkpoint(args: argparse.Namespace) -> None:
     """What can be checked before there is a model, or while it is still trained. Raises UserError."""
-    check_source(args.vae or "ema")
+    check_unloaded(args.vae or "ema", args.image_size, patch_size=2)  # the smallest, of which others are multiples
     files.check_folder(args.sample_dir, "--sample-dir")
     print(f"dry run: would make {args.num_fid_samples:,} samples in {args.sample_dir}; {args.ckpt} was not looked at")
-
-
-def dry_run(trained: Trained, folder: SampleFolder, settings: dict, args, logger) -> None:
-    """Check the folder, and say what would be done. Raises UserError."""
-    distributed.on_main(folder.check, settings)
-    missing = distributed.on_main(folder.missing, args.num_fid_samples)
-    distributed.on_main(folder.check_space, len(missing), args.num_fid_samples, trained.image_size)
-    logger.info(
-        f"dry run: would make {len(missing):,} of {args.num_fid_samples:,} samples, {args.sampling.steps} steps of "
-        f"{args.sampling.sampler} each, and pack them into {folder.npz}; nothing was written"
-    )
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@ or under torchrun, on one node or several.
 """
 
 import argparse
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from logging import Logger
 from pathlib import Path
 
@@ -16,12 +15,12 @@ from torch.utils.data import Dataset
 from diffusion.objectives import OBJECTIVES
 from models import ModelConfig
 from runtime import checkpoint, data, distributed, estimate, files, monitor, options, trackers, validation
-from runtime.config import DEFAULT_OBJECTIVE, DataConfig, Recipe, RunConfig, recipe_names
+from runtime.config import DEFAULT_OBJECTIVE, DataConfig, Recipe, RunConfig
 from runtime.latents import LatentCache, LatentData
 from runtime.options import UserError, check_image_size, check_rope
 from runtime.run import RunFolder, is_finished, steps_done
 from runtime.training import Trainer, initial_model
-from runtime.vae import VAE, downsampling_of, is_given_otherwise, latents_from, load_same
+from runtime.vae import VAE, check_unloaded, latents_from, load_same
 
 DEFAULT_EPOCHS = 1400
 
@@ -29,8 +28,9 @@ DEFAULT_EPOCHS = 1400
 def build_parser() -> options.Parser:
     parser = options.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data-path", type=Path, default=None, help="folder with a sub-folder of images for each class")
-    add("--latents-dir", type=Path, default=None, help="latent cache made by cache_latents.py, instead of --data-path")
+    source = parser.add_mutually_exclusive_group(required=True).add_argument
+    source("--data-path", type=Path, help="folder with a sub-folder of images for each class")
+    source("--latents-dir", type=Path, help="latent cache made by cache_latents.py, instead of --data-path")
     add("--results-dir", type=Path, default=Path("results"), help="the run's folder; its newest checkpoint is resumed")
     add("--model", type=options.model_name, default="DiT-XL/2", help="size and patch, as in DiT-B/4")
     add("--image-size", type=options.image_size, default=(256, 256), help="pixels, as in 256 or 256x384")
@@ -58,7 +58,7 @@ def build_parser() -> options.Parser:
     validation.add_options(parser)
     trackers.add_options(parser)
     options.add_rope_options(parser)
-    estimate.add_options(parser)
+    options.add_dry_run(parser, planned=True, steps=True)
     return parser
 
 
@@ -83,19 +83,10 @@ def warmup_steps(text: str) -> int | str:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
     trackers.check(args)
-    if (args.data_path is None) == (args.latents_dir is None):
-        both = "both were" if args.data_path is not None else "neither was"
-        raise UserError(f"exactly one of --data-path and --latents-dir is needed, {both} given; see --help")
     validation.check_options(args)
     check_rope(options.rope_from_args(args), ModelConfig(model=args.model).head_dim, args.model)
-    check_batch(args)
     if args.max_steps is not None:
         total_steps(args, args.max_steps)
-    return args
-
-
-def check_batch(args: argparse.Namespace) -> None:
-    """Raise UserError when the global batch does not split evenly."""
     processes = args.planned or distributed.expected_processes()
     parts = processes * args.grad_accum_steps
     if args.global_batch_size % parts:
@@ -103,6 +94,7 @@ def check_batch(args: argparse.Namespace) -> None:
             f"--global-batch-size {args.global_batch_size} is not divisible by {processes} processes x "
             f"{args.grad_accum_steps} micro-batches; use a multiple of {parts}"
         )
+    return args
 
 
 @dataclass
@@ -137,14 +129,7 @@ class Job:
         latents = latents_from(self.config.vae, self.vae)
         precision = distributed.resolve_precision(args.precision, self.device)
         return Trainer(
-            model,
-            self.config.recipe,
-            self.total_steps,
-            latents,
-            self.device,
-            precision,
-            args.objective,
-            compile_model=args.compile,
+            model, self.config.recipe, self.total_steps, latents, self.device, precision, args.objective, args.compile
         )
 
 
@@ -187,12 +172,11 @@ def plan(args: argparse.Namespace, device: torch.device) -> Job:
         validation=held_out and held_out.config,
         objective=args.objective,
     )
-    files.check_folder(args.results_dir, "--results-dir")
     return Job(args, device, dataset, vae, held_out, config, total, steps_per_epoch)
 
 
 def recipe_of(args: argparse.Namespace, total: int) -> Recipe:
-    recipe = Recipe(**{name: getattr(args, name) for name in recipe_names()})
+    recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
     return replace(recipe, warmup_steps=min(100, total // 10)) if recipe.warmup_steps == "auto" else recipe
 
 
@@ -204,27 +188,20 @@ def check_cache(cache: LatentCache, args: argparse.Namespace, device: torch.devi
         raise UserError(f"{name} was made at image size {stored}, the command says {asked}; pass --image-size {stored}")
     if args.flip and cache.moments.shape[1] == 1:
         raise UserError(f"{name} has no flipped latents; pass --no-flip, or make the cache with --flip")
-    if is_given_otherwise(args.vae, cache.vae):
-        distributed.on_main(lambda: load_same(args.vae, cache.vae, device, name) and None)
+    if args.vae not in (None, cache.vae.source):  # another place: its weights have to tell
+        distributed.only_on_main(load_same, args.vae, cache.vae, device, name)
 
 
 def open_decoder(job: Job) -> VAE | None:
     """The VAE for samples during training, if there are to be any; of a cache on rank 0 alone. Raises UserError."""
-    loaded = []
-
-    def load() -> None:
-        name = f"--latents-dir {str(job.args.latents_dir)!r}"
-        try:
-            loaded.append(load_same(job.args.vae, job.config.vae, job.device, name))
-        except UserError as error:
-            raise UserError(f"{error}; --sample-every 0 trains without samples, which alone need it") from error
-
-    encoder = job.held_out.vae if job.held_out is not None else None
-    if job.vae is None and encoder is not None:
+    encoder = job.vae or (job.held_out and job.held_out.vae)
+    if encoder is not None or job.args.sample_every == 0:
         return encoder
-    if job.vae is None and job.args.sample_every != 0:
-        distributed.on_main(load)
-    return loaded[0] if loaded else job.vae
+    name = f"--latents-dir {str(job.args.latents_dir)!r}"
+    try:
+        return distributed.only_on_main(load_same, job.args.vae, job.config.vae, job.device, name)
+    except UserError as error:
+        raise UserError(f"{error}; --sample-every 0 trains without samples, which alone need it") from error
 
 
 def total_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
@@ -270,29 +247,16 @@ def end_early(status: int, batches: list, trainer: Trainer, folder: RunFolder, s
     folder.logger.info(f"stopped on request at step {trainer.step:,}; repeat the same command to go on")
 
 
-def log(job: Job, trainer: Trainer, metrics: monitor.Metrics, pace: monitor.Pace, logger: Logger, scores: dict) -> None:
-    """One line in the log and in metrics.jsonl, there with the scores of a validation at this step."""
-    record = {"step": trainer.step, "epoch": trainer.step // job.steps_per_epoch, **trainer.log_record()}
-    record |= pace.measure(job.args.global_batch_size, job.total_steps - trainer.step)
-    metrics.write(record | scores)
+def log(job: Job, trainer: Trainer, pace: monitor.Pace, logger: Logger) -> dict:
+    """A line in the log; what it says, for metrics.jsonl."""
+    record = trainer.log_record() | pace.measure(job.args.global_batch_size, job.total_steps - trainer.step)
     loss, norm = (f"{value:.4f}" if value is not None else "none" for value in (record["loss"], record["grad_norm"]))
     skipped = f", skipped {record['skipped']} non-finite steps" if record["skipped"] else ""
     logger.info(
         f"step {trainer.step:07d}: loss {loss}, gradient norm {norm}, {record['images_per_second']:.1f} images/s, "
         f"learning rate {record['lr']:.3g}, ETA {monitor.format_seconds(record['eta_seconds'])}{skipped}"
     )
-
-
-def validate(
-    validator: validation.Validator | None, trainer: Trainer, pace: monitor.Pace, logger: Logger, last: bool
-) -> dict:
-    """What a validation adds to the record of this step; empty where none is due."""
-    if validator is None or not validator.is_due(trainer.step, last):
-        return {}
-    began = time.perf_counter()
-    scores = validator.measure(trainer.model, trainer.ema, trainer.step, logger)
-    pace.paused(began)
-    return scores
+    return record
 
 
 def train(job: Job, trainer: Trainer, folder: RunFolder, decoder: VAE | None) -> None:
@@ -320,30 +284,31 @@ def train(job: Job, trainer: Trainer, folder: RunFolder, decoder: VAE | None) ->
             trainer.train_step(micro_batches)
             pace.steps += 1
             bar.update()
-            last = trainer.step == job.total_steps
-            scores = validate(validator, trainer, pace, logger, last)
+            last, record, scores = trainer.step == job.total_steps, {}, {}
+            if validator is not None and validator.is_due(trainer.step, last):
+                with pace.paused():
+                    scores = validator.measure(trainer.model, trainer.ema, trainer.step, logger)
             if trainer.step % args.log_every == 0 or last:
-                log(job, trainer, metrics, pace, logger, scores)
-            elif scores:
+                record = log(job, trainer, pace, logger)
+            if record or scores:
                 epoch = trainer.step // job.steps_per_epoch
-                metrics.write({"step": trainer.step, "epoch": epoch, **scores})
-            began = time.perf_counter()
-            if job.checkpoint_due(trainer.step):
-                saved = trainer.step if folder.save(trainer, required=last) else saved
-            if job.samples_due(trainer.step):
-                folder.draw_samples(trainer, decoder, metrics)
-            if job.checkpoint_due(trainer.step) and not last:
-                folder.write_report()
-            pace.paused(began)
+                metrics.write({"step": trainer.step, "epoch": epoch, **record, **scores})
+            with pace.paused():
+                if job.checkpoint_due(trainer.step):
+                    saved = trainer.step if folder.save(trainer, required=last) else saved
+                if job.samples_due(trainer.step):
+                    folder.draw_samples(trainer, decoder, metrics)
+                if job.checkpoint_due(trainer.step) and not last:
+                    folder.write_report()
     folder.finish(trainer.step)
     folder.write_report()
 
 
 def dry_run_without_data(args: argparse.Namespace) -> None:
     """Check what can be checked before an earlier command has made the data. Raises UserError."""
-    downsampling = downsampling_of(args.vae or "ema")
-    if downsampling is not None:
-        check_image_size(args.image_size, downsampling, ModelConfig(model=args.model).patch_size)
+    check_unloaded(args.vae or "ema", args.image_size, ModelConfig(model=args.model).patch_size)
+    if args.val_data_path is not None:
+        data.ImageList(args.val_data_path, "--val-data-path")
     files.check_folder(args.results_dir, "--results-dir")
     missing = args.latents_dir or args.data_path
     text = f"dry run: would train {args.model} in {args.results_dir}; {missing} is not there yet"
@@ -354,6 +319,8 @@ def dry_run_without_data(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = distributed.setup(args.tf32)
+    if args.compile:
+        distributed.check_compiler(device, "leave --compile out")
     source = args.data_path or args.latents_dir / "meta.json"
     if args.planned and not source.exists():
         return dry_run_without_data(args)
@@ -361,6 +328,7 @@ def main(argv: list[str] | None = None) -> None:
     if distributed.on_main(is_finished, args.results_dir, job.config, job.total_steps):
         logger = monitor.make_logger()
         return logger.info(f"nothing to do: {args.results_dir} has all of its {job.total_steps:,} steps")
+    files.check_folder(args.results_dir, "--results-dir", estimate.checkpoint_bytes(job.config.model))
     decoder = open_decoder(job)
     if args.dry_run is not None:
         done = distributed.on_main(steps_done, args.results_dir, job.config, monitor.make_logger().info)
@@ -372,7 +340,11 @@ def main(argv: list[str] | None = None) -> None:
         if trainer.step >= job.total_steps:
             folder.logger.info(f"nothing to do: the run has {trainer.step:,} of {job.total_steps:,} steps")
             return folder.finish(trainer.step)
-        if before and args.lr_schedule == "linear" and any(before.get(k) != getattr(args, k) for k in LENGTH):
+        changed = before is not None and (before.get("max_steps"), before.get("epochs")) != (
+            args.max_steps,
+            args.epochs,
+        )
+        if changed and args.lr_schedule == "linear":
             folder.logger.info("warning: the length of the run changed, so its linear learning rate jumps here")
         folder.begin(device)
         for line in estimate.describe(job):
@@ -380,9 +352,6 @@ def main(argv: list[str] | None = None) -> None:
         train(job, trainer, folder, decoder)
     finally:
         folder.close()
-
-
-LENGTH = ("max_steps", "epochs")  # options that decide how long a run is
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Stored settings are completed by the defaults that stand here, in rope.py and in
 with a default leaves old runs as they are.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 from models import ModelConfig
 
@@ -57,7 +57,7 @@ class HeldOutConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Options that decide the weights. A resumed run has to repeat them."""
+    """Options of train.py, by their names, that decide the weights. A resumed run has to repeat them."""
 
     global_batch_size: int = 256  # images a step, over all processes
     global_seed: int = 0
@@ -116,11 +116,6 @@ class RunConfig:
             validation=None if validation is None else HeldOutConfig.from_dict(validation),
             objective=str(values.get("objective", DEFAULT_OBJECTIVE)),
         )
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipe's settings, which are those of train.py's options."""
-    return [field.name for field in fields(Recipe)]
 
 
 def flatten(nested: dict, separator: str = ".") -> dict:

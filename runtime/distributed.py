@@ -6,6 +6,7 @@ One process without torchrun takes the same lines as many: collectives over one 
 import atexit
 import datetime
 import os
+import shutil
 import signal
 import zlib
 from collections.abc import Callable, Iterator
@@ -39,7 +40,7 @@ def world_size() -> int:
 
 def expected_processes() -> int:
     """Processes that torchrun says there are, before they have met."""
-    return world_size() if dist.is_initialized() else max(1, _environment("WORLD_SIZE", 1))
+    return max(world_size(), _environment("WORLD_SIZE", 1))
 
 
 def is_main() -> bool:
@@ -139,6 +140,13 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if fast else "fp32"
 
 
+def check_compiler(device: torch.device, remedy: str) -> None:
+    """Raise UserError where a model cannot be compiled for this device, which else its first step would find out."""
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and not shutil.which(compiler):
+        raise UserError(f"compiling on the CPU needs the C++ compiler {compiler!r}; install it, or {remedy}")
+
+
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """The model with gradients averaged over processes."""
     if world_size() == 1:
@@ -150,11 +158,6 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
 def no_sync(model: nn.Module, last: bool):
     """Context in which gradients only accumulate, for all micro-batches but the last."""
     return nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
-
-
-def barrier() -> None:
-    """Wait for all processes. On CPU, so that no GPU has to finish its queue."""
-    all_reduce(torch.zeros(1))
 
 
 def all_reduce(values: Tensor, op: str = "sum") -> Tensor:
@@ -186,6 +189,13 @@ def on_main(function: Callable, *args):
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+def only_on_main(function: Callable, *args):
+    """As on_main, for a result that cannot be sent: it stays on rank 0, and the other ranks get None."""
+    kept = []
+    on_main(lambda: kept.append(function(*args)))
+    return kept[0] if kept else None
 
 
 @contextmanager

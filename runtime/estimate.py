@@ -1,7 +1,7 @@
 """What a run will take: time, memory and disk, from its settings and from a few steps on made-up data."""
 
-import io
 import math
+import os
 import re
 import resource
 import statistics
@@ -15,34 +15,13 @@ import torch
 from torch import Tensor
 
 from models import ModelConfig
-from runtime import distributed, files, monitor, options, pictures, validation
+from runtime import distributed, files, monitor, pictures, validation
 from runtime.latents import LatentData
 from runtime.training import Trainer
 from runtime.vae import VAE
 
 WARM_UP = 2  # steps before those that count
 BYTES_PER_VALUE = 4  # everything in a checkpoint is float32
-
-
-def add_options(parser: options.Parser) -> None:
-    """Add --dry-run, here with a number of steps, and --planned."""
-    group = parser.add_argument_group("before a run")
-    group.add_argument(
-        "--dry-run",
-        nargs="?",
-        type=options.count,
-        const=0,
-        default=None,
-        metavar="STEPS",
-        help="make all checks, print what would be done, write nothing; with STEPS (10 are enough) also take so many "
-        "steps on made-up data and print time, memory and disk of the whole run",
-    )
-    options.add_planned(group)
-
-
-def parameters_of(config: ModelConfig) -> int:
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in config.build().parameters())
 
 
 def checkpoint_bytes(config: ModelConfig) -> int:
@@ -52,21 +31,19 @@ def checkpoint_bytes(config: ModelConfig) -> int:
     return 4 * BYTES_PER_VALUE * sum(tensor.numel() for tensor in state.values())
 
 
-def checkpoint_disk(config: ModelConfig, total_steps: int, ckpt_every: int, keep: int | None) -> str:
-    size, saves = checkpoint_bytes(config), math.ceil(total_steps / ckpt_every)
-    kept = min(saves, keep or saves)
-    return f"disk for {kept} checkpoints: {files.format_bytes(size * kept)} ({files.format_bytes(size)} each)"
-
-
 def describe(job) -> list[str]:
     """What a run is, a line each; job is what train.plan returns."""
     args, config = job.args, job.config
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in config.model.build().parameters())
     position = f"RoPE {config.to_dict()['model']['rope']}" if config.model.rope else "sin-cos positions"
     source = "cached latents" if job.vae is None else "encoded online"
     precision = distributed.resolve_precision(args.precision, job.device)
-    disk = checkpoint_disk(config.model, job.total_steps, args.ckpt_every, args.keep_checkpoints)
+    size, saves = checkpoint_bytes(config.model), math.ceil(job.total_steps / args.ckpt_every)
+    kept = min(saves, args.keep_checkpoints or saves)
+    disk = f"disk for {kept} checkpoints: {files.format_bytes(size * kept)} ({files.format_bytes(size)} each)"
     lines = [
-        f"model: {args.model}, {parameters_of(config.model):,} parameters, {position}",
+        f"model: {args.model}, {parameters:,} parameters, {position}",
         f"data: {config.data.images:,} images in {len(config.data.classes)} classes, {source}, "
         f"{job.steps_per_epoch:,} steps an epoch",
         f"run: {job.total_steps:,} steps of batch {args.global_batch_size} on {job.processes} x "
@@ -95,7 +72,9 @@ def measure(job, decoder: VAE | None, done: int) -> list[str]:
     """
     args, started = job.args, time.time() - psutil.Process().create_time()
     trainer = job.trainer()
-    batches = made_up_batches(job)
+    image_size = None if job.vae is None else job.config.image_size
+    count = args.global_batch_size // job.processes // args.grad_accum_steps
+    batches = [made_up_batch(count, job.config.model, image_size) for _ in range(args.grad_accum_steps)]
     seconds = [timed(lambda: trainer.train_step(batches), job.device) for _ in range(WARM_UP + args.dry_run)]
     step, counted = statistics.median(seconds[WARM_UP:]), sorted(seconds[WARM_UP:])
     left = job.total_steps - done
@@ -112,13 +91,6 @@ def measure(job, decoder: VAE | None, done: int) -> list[str]:
         f"memory: {memory(job.device, args.num_workers)}",
         f"disk: {cache_disk(job)}",
     ]
-
-
-def made_up_batches(job) -> list[tuple[Tensor, Tensor]]:
-    """This process's micro-batches of a step, of the shapes that its data set gives."""
-    args, image_size = job.args, None if job.vae is None else job.config.image_size
-    count = args.global_batch_size // job.processes // args.grad_accum_steps
-    return [made_up_batch(count, job.config.model, image_size) for _ in range(args.grad_accum_steps)]
 
 
 def made_up_batch(count: int, model: ModelConfig, image_size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
@@ -162,19 +134,10 @@ def interruptions(job, trainer: Trainer, decoder: VAE | None, step: float, done:
     return parts
 
 
-class _Nowhere(io.RawIOBase):
-    """A file that keeps nothing."""
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, contents) -> int:
-        return len(contents)
-
-
 def save_nowhere(trainer: Trainer) -> None:
     """What a checkpoint takes apart from the disk: its bytes, and the plot that is drawn with it."""
-    torch.save({"ema": trainer.ema.state_dict(), "opt": trainer.optimizer.state_dict()}, _Nowhere())
+    with open(os.devnull, "wb") as file:
+        torch.save({"ema": trainer.ema.state_dict(), "opt": trainer.optimizer.state_dict()}, file)
     monitor.draw_nowhere()
 
 

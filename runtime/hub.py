@@ -2,9 +2,8 @@
 
 import difflib
 import os
-import shutil
-import sys
-import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,6 +11,7 @@ from urllib.parse import urlsplit
 import torch
 
 from rope import RopeConfig
+from runtime import files
 from runtime.checkpoint import training_checkpoints
 from runtime.options import UserError, format_size, root_cause
 
@@ -108,7 +108,6 @@ def find(name: str | Path) -> Source:
 def _from_hub(url: str) -> tuple[Path, str]:
     """Path in the cache of huggingface_hub of hf://user/repo[@revision]/file, and the same without the revision."""
     from huggingface_hub import errors, hf_hub_download, hf_hub_url, parse_hf_uri
-    from huggingface_hub.utils import logging
 
     try:
         uri = parse_hf_uri(url)
@@ -120,61 +119,44 @@ def _from_hub(url: str) -> tuple[Path, str]:
     if uri.is_bucket or not uri.path_in_repo:
         raise UserError(f"checkpoint {url!r} names no file of a repository; expected hf://user/repo/file")
     file = {"repo_id": uri.id, "filename": uri.path_in_repo, "repo_type": uri.type, "revision": uri.revision}
-    logging.set_verbosity_error()  # its retries take lines; what went wrong is said below, once
-    try:
-        path = hf_hub_download(**file)
-    except errors.GatedRepoError as error:
-        reason = "it is gated: accept its conditions on the hub, then log in with `hf auth login` or set HF_TOKEN"
-        raise _failed(url, reason, hf_hub_url(**file)) from error
-    except errors.RepositoryNotFoundError as error:
-        reason = f"the hub has no {uri.type} {uri.id}, or it is private: check the name, or log in with `hf auth login`"
-        raise _failed(url, reason, hf_hub_url(**file)) from error
-    except errors.RevisionNotFoundError as error:
-        raise _failed(url, f"{uri.id} has no revision {uri.revision}", hf_hub_url(**file)) from error
-    except errors.RemoteEntryNotFoundError as error:
-        raise _failed(url, f"{uri.id} has no file {uri.path_in_repo}", hf_hub_url(**file)) from error
-    except Exception as error:  # whatever a network, a disk or a server makes the library raise
-        raise _failed(url, root_cause(error), hf_hub_url(**file)) from error
-    return Path(path), f"hf://{uri.id}/{uri.path_in_repo}"
+    reasons = {  # the library's own take several lines
+        errors.GatedRepoError: "it is gated: accept its conditions on the hub, then log in with `hf auth login` or set "
+        "HF_TOKEN",
+        errors.RepositoryNotFoundError: f"the hub has no {uri.type} {uri.id}, or it is private: check the name, or log "
+        "in with `hf auth login`",
+        errors.RevisionNotFoundError: f"{uri.id} has no revision {uri.revision}",
+        errors.RemoteEntryNotFoundError: f"{uri.id} has no file {uri.path_in_repo}",
+    }
+    with _fetching(url, hf_hub_url(**file), reasons):
+        return Path(hf_hub_download(**file)), f"hf://{uri.id}/{uri.path_in_repo}"
 
 
 def _from_url(url: str) -> tuple[Path, str]:
     """Path of a downloaded file in the cache of torch.hub, and its url."""
+    from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import WeakFileLock
 
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / Path(urlsplit(url).path).name
-    partial = path.with_name(path.name + ".incomplete")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name
+    with _fetching(url, url, {}):
+        path.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(path.with_name(path.name + ".lock")):
             if not path.exists():
-                _download(url, partial)
-                os.replace(partial, path)
-    except Exception as error:  # whatever a network, a disk or a server makes the library raise
-        raise _failed(url, root_cause(error), url) from error
+                with files.whole_file(path) as file:
+                    http_get(url, file)
     return path, url
 
 
-def _download(url: str, path: Path) -> None:
-    """torch.hub's download, which by itself takes a connection that ended early for the end of the file."""
-    with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=60) as response:
-        length = response.headers["Content-Length"]
-    if length is None:
-        raise OSError("the server does not tell the size of the file")
-    size = int(length)
-    free = shutil.disk_usage(path.parent).free
-    if free < size:
-        raise OSError(f"it needs {size} bytes and {free} are free in {str(path.parent)!r}")
-    torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-    received = path.stat().st_size
-    if received != size:
-        path.unlink()
-        raise OSError(f"the connection ended after {received} of {size} bytes")
+@contextmanager
+def _fetching(name: str, url: str, reasons: dict[type, str]) -> Iterator[None]:
+    """Context of a download, whose errors become a UserError: with these reasons, or with the error's own."""
+    from huggingface_hub.utils import logging
 
-
-def _failed(name: str, reason: str, url: str) -> UserError:
-    reason = reason.rstrip(".")
-    return UserError(
-        f"checkpoint {name!r} cannot be fetched: {reason}; otherwise download {url} by hand and pass its path"
-    )
+    logging.set_verbosity_error()  # its retries take lines; what went wrong is said below, once
+    try:
+        yield
+    except Exception as error:  # whatever a network, a disk or a server makes the library raise
+        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), root_cause(error))
+        raise UserError(
+            f"checkpoint {name!r} cannot be fetched: {reason.rstrip('.')}; otherwise download {url} by hand and pass "
+            "its path"
+        ) from error

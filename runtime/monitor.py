@@ -10,7 +10,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import BinaryIO
@@ -87,13 +88,17 @@ def make_logger(folder: Path | None = None) -> logging.Logger:
 
 
 class Pace:
-    """Images per second and remaining time, checkpoints not counted."""
+    """Images per second and remaining time."""
 
     def __init__(self):
         self.start, self.steps = time.perf_counter(), 0
 
-    def paused(self, since: float) -> None:
-        self.start += time.perf_counter() - since
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Context whose time does not count."""
+        began = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - began
 
     def measure(self, batch: int, remaining: int) -> dict:
         seconds = max(time.perf_counter() - self.start, 1e-9) / max(self.steps, 1)

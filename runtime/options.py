@@ -253,32 +253,17 @@ def add_num_workers(parser: Parser, what: str) -> None:
     parser.add_argument("--num-workers", type=non_negative_int, default=4, help=what)
 
 
-def add_dry_run(parser: Parser, planned: bool = False) -> None:
-    """Add --dry-run, and with planned --planned, for commands whose inputs an earlier command makes."""
-    help = "make all checks, print what would be done, write nothing"
-    parser.add_argument("--dry-run", action="store_true", help=help)
+def add_dry_run(parser: Parser, planned: bool = False, steps: bool = False) -> None:
+    """Add --dry-run, with steps a number of them to take, and with planned --planned."""
+    help, kind = "make all checks, print what would be done, write nothing", dict(action="store_true")
+    if steps:
+        kind = dict(nargs="?", type=count, const=0, default=None, metavar="STEPS")
+        help += "; with STEPS (10 are enough) also take so many steps on made-up data and print time, memory and disk "
+        help += "of the whole run"
+    parser.add_argument("--dry-run", help=help, **kind)
     if planned:
-        add_planned(parser)
-
-
-def add_planned(parser: Parser) -> None:
-    parser.add_argument(
-        "--planned",
-        type=count,
-        default=None,
-        metavar="PROCESSES",
-        help="with --dry-run: of so many processes, and what an earlier command makes may be missing yet",
-    )
-
-
-def add_rope_extend(parser: Parser) -> None:
-    """Add --rope-extend, for commands that run a trained model at other image sizes."""
-    parser.add_argument(
-        "--rope-extend",
-        choices=["extrapolate", "interpolate"],
-        default=None,
-        help="at another --image-size than the trained one: let positions go on, or squeeze them (None: not allowed)",
-    )
+        help = "with --dry-run: of so many processes, and what an earlier command makes may be missing yet"
+        parser.add_argument("--planned", type=count, default=None, metavar="PROCESSES", help=help)
 
 
 def add_checkpoint_options(parser: Parser, none: str | None = None) -> None:
@@ -296,7 +281,8 @@ def add_checkpoint_options(parser: Parser, none: str | None = None) -> None:
     group.add_argument("--image-size", type=image_size, default=None, help="pixels, as in 256 or 256x384")
     group.add_argument("--num-classes", type=count, default=None, help="classes of the label table")
     add_rope_options(parser)
-    add_rope_extend(parser)
+    help = "at another --image-size than the trained one: let positions go on, or squeeze them (None: not allowed)"
+    parser.add_argument("--rope-extend", choices=["extrapolate", "interpolate"], default=None, help=help)
 
 
 def given_model(args: argparse.Namespace) -> dict:

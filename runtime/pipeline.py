@@ -254,6 +254,15 @@ def latents_name(data: str | None, args: argparse.Namespace) -> str:
     return f"{name}-{options.format_size(args.image_size)}-vae-{vae}{'' if args.flip else '-noflip'}"
 
 
+def check_latents(cache: argparse.Namespace, train: argparse.Namespace) -> None:
+    """Raise UserError where training would refuse the latents that the stage before it makes, after hours of work."""
+    if cache.image_size != train.image_size:
+        made, asked = (options.format_size(args.image_size) for args in (cache, train))
+        raise UserError(f"stage 0 makes latents of --image-size {made}, stage 1 takes {asked}; set IMAGE_SIZE for both")
+    if train.flip and not cache.flip:
+        raise UserError("stage 0 makes no flipped latents, which --flip of stage 1 takes; set FLIP for both")
+
+
 def give_folders(stages: dict[str, Stage], environment: Mapping[str, str], start: str) -> dict[str, str]:
     """What follows from where things lie; the folders that run_all.sh needs. Takes out stages that have nothing to do.
 
@@ -276,9 +285,11 @@ def give_folders(stages: dict[str, Stage], environment: Mapping[str, str], start
     cache.give_first(*latents)
     is_cached = boolean(environment.get("CACHE_LATENTS", "True"), "CACHE_LATENTS")
     train.give_first(*(latents if is_cached else data))
-    if not is_cached:
-        del stages["cache"]
     args = train.parse()
+    if is_cached:
+        check_latents(cache.parse(), args)
+    else:
+        del stages["cache"]
     run = run_name(args.model, options.rope_from_args(args), args.global_seed)
     train.give_first("--results-dir", f"{base}/{run}", "RESULTS_BASE")
     results = str(train.parse().results_dir)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from logging import Logger
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -19,6 +20,7 @@ from runtime.options import UserError
 from runtime.training import NonFiniteWatch, Trainer
 from runtime.vae import VAE
 
+LOCK = ".lock"
 NOT_STORED = ("dry_run", "planned")  # arguments that a run never has
 
 
@@ -82,12 +84,34 @@ def is_finished(folder: Path, config: RunConfig, total_steps: int) -> bool:
 
 
 def steps_done(folder: Path, config: RunConfig, report: Callable[[str], None]) -> int:
-    """Step from which a run would go on in this folder, 0 for a fresh start; nothing is locked.
+    """Step from which a run would go on in this folder, 0 for a fresh start; nothing is left locked.
 
-    Raises UserError as RunFolder.resume does; checkpoints that do not verify are reported.
+    Raises UserError as RunFolder and its resume do; checkpoints that do not verify are reported.
     """
+    if (folder / LOCK).exists():
+        with files.cannot_write(f"--results-dir {str(folder)!r}"), open(folder / LOCK, "r+") as file:
+            take_lock(file, folder)
     path = checkpoint.latest(folder / "checkpoints", report)
-    return 0 if path is None else step_of(checkpoint.load(path), config, path)
+    if path is None:
+        return 0
+    state = checkpoint.load(path)
+    step = step_of(state, config, path)
+    with torch.device("meta"):
+        model = config.model.build()
+    with going_on_from(path):
+        checkpoint.check_training_state(state, model, path)
+    return step
+
+
+def take_lock(file: TextIO, folder: Path) -> None:
+    """Lock a run's folder by its open file LOCK, until that is closed. Raises UserError when another process did."""
+    try:
+        # lockf and not flock: a record lock dies with this process even when a data worker outlives it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(
+            f"--results-dir {str(folder)!r} is in use by another run; wait for it or choose another"
+        ) from error
 
 
 class RunFolder:
@@ -107,15 +131,10 @@ class RunFolder:
         self.logger: Logger = monitor.make_logger(path)
 
     def _take(self) -> None:
-        name = f"--results-dir {str(self.path)!r}"
-        with files.cannot_write(name):
+        with files.cannot_write(f"--results-dir {str(self.path)!r}"):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")
-        try:
-            # lockf and not flock: a record lock dies with this process even when a data worker outlives it.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{name} is in use by another run; wait for it or choose another") from error
+            self._lock = open(self.path / LOCK, "w")
+        take_lock(self._lock, self.path)
         files.remove_partial(self.checkpoints)
 
     def close(self) -> None:
@@ -151,14 +170,9 @@ class RunFolder:
 
     def open_metrics(self, args: argparse.Namespace, step: int) -> monitor.Metrics:
         """metrics.jsonl and the trackers, at a step. Raises UserError on all ranks."""
-        found = []
-
-        def open_trackers() -> None:
-            found.extend(trackers.open_trackers(args, self.config, self.path, step))
-
         with distributed.agreed_failure(f"--results-dir {str(self.path)!r}"):
-            distributed.on_main(open_trackers)
-            return monitor.Metrics(self.path, step, self.logger, found)
+            found = distributed.only_on_main(trackers.open_trackers, args, self.config, self.path, step)
+            return monitor.Metrics(self.path, step, self.logger, found or ())
 
     def save(self, trainer: Trainer, required: bool) -> bool:
         """Write a checkpoint and return whether it is there. A failure is a warning, unless the run ends with it."""

@@ -2,6 +2,8 @@
 
 import argparse
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,28 @@ def check(args: argparse.Namespace) -> None:
             from wandb import init  # noqa: F401  a folder ./wandb alone imports, and lacks it
     except ImportError as error:
         raise UserError(f"{flag} needs the package {package} ({error}); run: pip install {package}") from error
+    if args.use_wandb and args.dry_run is not None:  # a run logs in when it starts
+        check_login()
+
+
+def check_login() -> None:
+    """Raise UserError where W&B would not start."""
+    import wandb
+
+    with starting_wandb():
+        if wandb.setup().settings.mode not in ("offline", "disabled") and not wandb.login(prompt=False):
+            raise wandb.Error("no API key")
+
+
+@contextmanager
+def starting_wandb() -> Iterator[None]:
+    """Context in which whatever W&B, the network or the libraries between raise becomes a UserError."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"--use-wandb: W&B does not start ({error}); log in with `wandb login`, or set WANDB_MODE=offline"
+        ) from error
 
 
 def open_trackers(
@@ -101,7 +125,7 @@ class WeightsAndBiases:
         stored = folder / "wandb.json"
         if not stored.exists():
             files.write_json(stored, {"id": uuid.uuid4().hex[:12]})
-        try:
+        with starting_wandb():
             self.run = wandb.init(
                 project=project,
                 entity=entity,
@@ -113,10 +137,6 @@ class WeightsAndBiases:
                 config=config.to_dict(),
                 settings=wandb.Settings(console="off"),  # the terminal is in log.txt
             )
-        except Exception as error:  # of W&B, of the network, of the libraries between
-            raise UserError(
-                f"--use-wandb: W&B does not start ({error}); log in with `wandb login`, or set WANDB_MODE=offline"
-            ) from error
         self.first = self.run.step  # 0 for a new run, else the first step that W&B does not have
 
     def write(self, record: dict) -> None:

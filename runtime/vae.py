@@ -15,7 +15,7 @@ from runtime import files
 from runtime.checkpoint import tensor_hash
 from runtime.config import VAEConfig
 from runtime.distributed import autocast
-from runtime.options import UserError, first_line, root_cause
+from runtime.options import UserError, check_image_size, first_line, root_cause
 from runtime.pretrained import Description
 
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -87,11 +87,6 @@ def load_same(source: str | None, config: VAEConfig, device: torch.device, what:
     return vae
 
 
-def is_given_otherwise(source: str | None, config: VAEConfig) -> bool:
-    """Whether a command names another place than the one where config was found: then the weights have to tell."""
-    return source is not None and source != config.source
-
-
 def check_source(source: str) -> None:
     """Raise UserError for what is neither a folder with an autoencoder nor the form of a hub id."""
     local = Path(source).is_dir()
@@ -104,15 +99,15 @@ def check_source(source: str) -> None:
         raise UserError(f"--vae folder {source!r} has no config.json; expected one that save_pretrained wrote")
 
 
-def downsampling_of(source: str) -> int | None:
-    """Pixels to a latent, where that can be told without loading the autoencoder. Raises UserError."""
+def check_unloaded(source: str, image_size: tuple[int, int] | None, patch_size: int) -> None:
+    """Raise UserError for no autoencoder, or a size that does not fit, as far as that shows without loading it."""
     check_source(source)
-    if source in SHORT_NAMES:
-        return VAEConfig.downsampling
-    if not Path(source).is_dir():
-        return None
-    channels = files.read_json(Path(source) / "config.json").get("block_out_channels")
-    return 2 ** (len(channels) - 1) if isinstance(channels, list) else None
+    downsampling = VAEConfig.downsampling if source in SHORT_NAMES else None
+    if Path(source).is_dir():
+        channels = files.read_json(Path(source) / "config.json").get("block_out_channels")
+        downsampling = 2 ** (len(channels) - 1) if isinstance(channels, list) else None
+    if image_size is not None and downsampling is not None:
+        check_image_size(image_size, downsampling, patch_size)
 
 
 def is_surely(source: str, config: VAEConfig) -> bool:

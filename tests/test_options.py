@@ -47,8 +47,8 @@ def test_every_entry_of_the_table_is_a_field():
 
 @pytest.mark.parametrize("arguments", [["--dry-run", "--planned", "2"], ["--planned", "2", "--dry-run"]])
 def test_planned_belongs_to_a_dry_run(arguments, refused):
-    for parse in (train.build_parser().parse_args, sample_ddp.build_parser().parse_args):
-        assert parse(arguments).planned == 2
+    assert train.build_parser().parse_args(["--data-path", "a", *arguments]).planned == 2
+    assert sample_ddp.build_parser().parse_args(arguments).planned == 2
     assert refused(sample_ddp.main, ["--planned", "2"]) == (
         "--planned 2 given without --dry-run; add --dry-run, or leave it out"
     )

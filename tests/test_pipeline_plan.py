@@ -251,6 +251,10 @@ WRONG = {
     "GLOBAL_BATCH_SIZE=6 NPROC_PER_NODE=2 NNODES=2 MASTER_ADDR=a": "GLOBAL_BATCH_SIZE: --global-batch-size 6 is not "
     "divisible by 4 processes",
     "IMAGE_SIZE=100": "IMAGE_SIZE: --image-size 100 is not divisible by 16",
+    "TRAIN_ARGS='--image-size 32'": "stage 0 makes latents of --image-size 64, stage 1 takes 32; set IMAGE_SIZE",
+    "TRAIN_ARGS=--flip": "stage 0 makes no flipped latents, which --flip of stage 1 takes; set FLIP for both",
+    "TRAIN_ARGS='--val-data-path no/such'": "TRAIN_ARGS: --val-data-path 'no/such' is not a folder",
+    "SAMPLE_ARGS='--image-size 100'": "SAMPLE_ARGS: --image-size 100 is not divisible by 16",
     "SAMPLING_STEPS=1001": f"SAMPLING_STEPS: '1001' {WHOLE}",
     "FLIP=sometimes": "FLIP: 'sometimes' is not True or False",
     "CACHE_LATENTS=on": "CACHE_LATENTS: 'on' is not True or False",

@@ -117,6 +117,9 @@ def test_wandb_that_does_not_start_is_refused(train_arguments, refused, tmp_path
     message = refused(train.main, train_arguments(tmp_path / "run", use_wandb=True), has_begun=True)
     assert message.startswith("--use-wandb: W&B does not start (no API key); ") and "WANDB_MODE=offline" in message
     assert not list(tmp_path.rglob("*.pt"))
+    monkeypatch.setattr(wandb, "login", lambda prompt: prompt)
+    message = refused(train.main, [*train_arguments(tmp_path / "run", use_wandb=True), "--dry-run"])
+    assert message.startswith("--use-wandb: W&B does not start (no API key); log in with `wandb login`")
 
 
 def test_options_that_cannot_be_followed_are_refused(train_arguments, refused, tmp_path, monkeypatch):

@@ -417,8 +417,11 @@ def test_a_second_run_in_the_same_folder_is_refused(run, train_arguments, refuse
     holder = subprocess.Popen([sys.executable, "-c", hold, results / ".lock"], **pipes)
     assert holder.stdout.readline() == "locked\n"
     arguments = train_arguments(results, **OF_RUN, max_steps=8)
-    assert refused(train.main, arguments) == (
-        f"--results-dir {str(results)!r} is in use by another run; wait for it or choose another"
+    message = refused(train.main, arguments)
+    assert (
+        refused(train.main, [*arguments, "--dry-run"])
+        == message
+        == (f"--results-dir {str(results)!r} is in use by another run; wait for it or choose another")
     )
     holder.communicate("", timeout=30)
     train.main(arguments)
@@ -586,6 +589,32 @@ def test_a_dry_run_checks_everything_and_writes_nothing(train_arguments, stopped
     assert "nothing to do: the run has 5 of 3 steps" in capsys.readouterr().out
     assert contents(tmp_path) == before
     assert "recipe.lr 0.001 (now 0.5)" in refused(train.main, [*arguments, "--lr=0.5"])
+
+
+def test_a_dry_run_refuses_what_the_run_would(train_arguments, stopped, refused, tmp_path, monkeypatch):
+    """With the same words, for what else a user would learn from its start or from its first checkpoint."""
+    results = stopped(5)
+    arguments, path = train_arguments(results), checkpoint.step_path(results / "checkpoints", 5)
+    state = checkpoint.load(path)
+    moments = {key: values for key, values in state["opt"]["state"].items() if key > 0}
+
+    def refusals(*more, has_begun: bool = False) -> str:
+        messages = {refused(train.main, [*arguments, *more, "--dry-run"])}
+        messages.add(refused(train.main, [*arguments, *more], has_begun))
+        (message,) = messages
+        return message
+
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", "none")
+        assert refusals("--compile") == (
+            "compiling on the CPU needs the C++ compiler 'none'; install it, or leave --compile out"
+        )
+    with monkeypatch.context() as patch:
+        usage = shutil.disk_usage(tmp_path)
+        patch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
+        assert "cannot be written (it needs 2.91 MB and 1 kB are free" in refusals()
+    checkpoint.save(path, dict(state) | {"opt": dict(state["opt"]) | {"state": moments}})
+    assert "has optimizer states of" in refusals(has_begun=True)
 
 
 def test_a_dry_run_of_what_an_earlier_command_makes(train_arguments, refused, tmp_path, capsys):

@@ -94,7 +94,7 @@ MISTAKES = {
     "expected one of 0, 1, 2, 4",
     "--use-rope --rope-rotate=4 --model=DiT-XL/2": "--rope-rotate 4 does not fit DiT-XL/2; expected one of 0, 1, 2, 3, "
     "6, 9, 18",
-    "--latents-dir=x": "exactly one of --data-path and --latents-dir is needed, both were given; see --help",
+    "--latents-dir=x": "argument --latents-dir: not allowed with argument --data-path",
     "--batch-size=3": "unrecognized arguments: --batch-size=3; did you mean --global-batch-size?",
     "--max-step=3": "unrecognized arguments: --max-step=3; did you mean --max-steps?",  # no abbreviations
     "--zebra=3": "unrecognized arguments: --zebra=3; see --help",

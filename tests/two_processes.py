@@ -134,7 +134,7 @@ def unreadable(results: Path, images: Path, vae: str) -> dict:
     if distributed.is_main():
         shutil.copytree(images, damaged)
         (damaged / "bee" / "07.png").write_bytes(b"damaged")
-    distributed.barrier()
+    distributed.gather(None)  # wait for it
     try:
         train.main.__wrapped__(arguments(results, damaged, vae))
     except UserError as error:
