@@ -21,10 +21,10 @@ pytestmark = pytest.mark.usefixtures("tiny_commands")
 DAMAGED = "; it is truncated or not a checkpoint: copy it again"
 
 
-def build(**options):
+def build(name: str = "DiT-XS/2", **options):
     """A model of 32 x 32 images with weights that are not zero."""
     torch.manual_seed(0)
-    model = DiT_models["DiT-XS/2"](**({"input_size": 4} | options))
+    model = DiT_models[name](**({"input_size": 4} | options))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)

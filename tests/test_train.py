@@ -24,6 +24,7 @@ from kill import assert_same_bits, assert_same_run, newest, read_metrics
 import evaluate_loss
 import train
 from diffusion.gaussian_diffusion import GaussianDiffusion
+from models import DiT
 from runtime import checkpoint, data, distributed, estimate, monitor, vae
 from runtime.run import RunFolder
 from runtime.training import Trainer, learning_rate
@@ -154,11 +155,16 @@ def test_a_finished_run_leaves_what_it_promises(run):
 
 
 def test_logged_values_are_means_since_the_last_line(train_arguments, tmp_path, monkeypatch):
-    losses, step = [], Trainer.train_step
-    monkeypatch.setattr(
-        Trainer, "train_step", lambda self, batches: (step(self, batches), losses.append(float(self.loss)))
-    )
+    losses, rates, step = [], [], Trainer.train_step
+
+    def watched(self, batches):
+        step(self, batches)
+        losses.append(float(self.loss))
+        rates.extend(group["lr"] for group in self.optimizer.param_groups)
+
+    monkeypatch.setattr(Trainer, "train_step", watched)
     train.main(train_arguments(tmp_path / "run", lr_schedule="linear", warmup_steps=2, epochs=2))  # 6 steps
+    assert rates == pytest.approx([0.0005, 0.001, 0.00075, 0.0005, 0.00025, 0])  # what the optimizer steps with
     first, second = read_metrics(tmp_path / "run")
     assert first["loss"] == pytest.approx(sum(losses[:3]) / 3, rel=1e-6)
     assert second["loss"] == pytest.approx(sum(losses[3:]) / 3, rel=1e-6)
@@ -208,6 +214,14 @@ def make_job(train_arguments, tmp_path):
         return train.plan(train.parse_args(train_arguments(tmp_path / "run", **changes)), torch.device("cpu"))
 
     return make
+
+
+def test_the_model_is_compiled_on_request_alone(make_job, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(DiT, "compile", lambda model: compiled.append(model))
+    for changes in ({}, dict(compile=True)):
+        trainer = make_job(**changes).trainer()
+        assert compiled == ([trainer.model] if changes else [])
 
 
 def test_the_average_follows_the_weights(make_job):
