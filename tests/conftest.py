@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import zlib
 from contextlib import contextmanager
@@ -28,8 +27,6 @@ TINY_RUN = {
     "lr": 0.001,
     "precision": "fp32",
 }
-ADDRESS = "--local-addr=127.0.0.1"  # the name of this machine need not resolve
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", ADDRESS, "--nproc_per_node=2"]
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
 TINY_XS = {"depth": 2, "hidden_size": 64}  # head dimension 32; a checkpoint of 3 MB in place of 30
 SLOW = "evaluate validation sample_grid demo benchmark experiments cache_latents train pipeline reliability"
@@ -270,15 +267,18 @@ def two(tmp_path_factory, image_folder, vae_folder):
 
     Each scenario has a folder of its name in two.folder; two.output and two.errors are what was printed.
     """
+    import kill
+    import two_processes
+
     folder = tmp_path_factory.mktemp("two")
-    command = [*TORCHRUN, "--max-restarts=1", TESTS / "two_processes.py", folder, image_folder, vae_folder]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
-    assert process.returncode == 0, process.stdout + process.stderr
+    process = kill.start(two_processes.torchrun, folder, image_folder, vae_folder)
+    status, printed = kill.ended_by(process), [(folder / name).read_text() for name in ("output", "errors")]
+    assert status == 0, "".join(printed)
 
     def read(scenario: str) -> list[dict]:
         return [torch.load(folder / f"{scenario}-{rank}.pt") for rank in range(2)]
 
-    read.folder, read.output, read.errors = folder, process.stdout, process.stderr
+    read.folder, (read.output, read.errors) = folder, printed
     return read
 
 

@@ -64,7 +64,7 @@ FORKS = multiprocessing.get_context("forkserver")
 
 def start(function: Callable, *arguments):
     """Start a process that calls a function of a module, with small checkpoints and on one thread."""
-    FORKS.set_forkserver_preload(["kill", "diffusers.models.autoencoders.autoencoder_kl"])
+    FORKS.set_forkserver_preload(["kill", "two_processes", "diffusers.models.autoencoders.autoencoder_kl"])
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))  # for the server that forks
     process = FORKS.Process(target=call, args=(function, arguments, dict(os.environ)))
     process.start()

@@ -1,4 +1,4 @@
-"""What two processes of one run do together, for the tests: torchrun --max-restarts=1 two_processes.py FOLDER DATA VAE.
+"""What two processes of one run do together, for the tests.
 
 Every rank writes what it saw to FOLDER/<scenario>-<rank>.pt. The processes are started once for all scenarios; the
 last one kills rank 0, and torchrun starts both again.
@@ -12,15 +12,15 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import TINY_RUN, TINY_XS, command_line
+import torch.distributed.run
+from conftest import TINY_RUN, command_line
 from test_evaluate import MEASURED, FakeInception
 
 import cache_latents
 import evaluate
-import models
 import sample_ddp
 import train
-from runtime import data, distributed, latents, monitor, report
+from runtime import data, distributed, latents
 from runtime.options import UserError
 from runtime.run import RunFolder
 from runtime.training import Trainer
@@ -210,9 +210,15 @@ SCENARIOS = [gradients, stopped, non_finite, unreadable, refused, estimated]
 SCENARIOS += [cached, validated, trained, sampled, measured]
 
 
+def torchrun(folder: Path, images: Path, vae: Path) -> None:
+    """Run this file as torchrun does, with processes that are forks: nothing has to be imported again."""
+    for stream, name in ((1, "output"), (2, "errors")):
+        os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    options = "--standalone --local-addr=127.0.0.1 --nproc-per-node=2 --max-restarts=1 --start-method=fork --run-path"
+    torch.distributed.run.main([*options.split(), __file__, *map(str, (folder, images, vae))])
+
+
 def main() -> None:
-    monitor.plot_loss = report.write = lambda _: None
-    models.SIZES["XS"].update(TINY_XS)
     folder, images, vae = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     first_start = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     for scenario in [*(SCENARIOS if first_start else ()), restarted]:
