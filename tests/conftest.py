@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +40,15 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 def pytest_collection_modifyitems(items):
     """Files that take long come last, the longest at the end: most mistakes show within seconds."""
     items.sort(key=lambda item: SLOW_FILES.index(item.path.name) if item.path.name in SLOW_FILES else -1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def early_imports(request):
+    """What processes import is imported beside the tests that come before those which start them."""
+    if any("two" in item.fixturenames or item.path.name == "test_reliability.py" for item in request.session.items):
+        import kill
+
+        kill.start_server()
 
 
 @pytest.fixture
@@ -136,7 +144,7 @@ def image_folder(tmp_path_factory):
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def train_arguments(image_folder, vae_folder):
     """Command line of a tiny run: train_arguments(results_dir, lr=0.01, no_flip=True, vae=None to leave it out)."""
 
@@ -147,7 +155,7 @@ def train_arguments(image_folder, vae_folder):
     return build
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cache_arguments(image_folder, vae_folder):
     """Command line that caches the images: cache_arguments(latents_dir, no_flip=True)."""
 
@@ -199,16 +207,15 @@ def command_line(options: dict) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def make_run(tmp_path_factory, image_folder, vae_folder):
+def make_run(tmp_path_factory, train_arguments):
     """Trains what tests share, and do not go on with: make_run(lr=0.01) -> the run's folder."""
 
     def make(plots: bool = False, **changes) -> Path:
         import train
 
         results = tmp_path_factory.mktemp("run") / "results"
-        options = TINY_RUN | {"data_path": image_folder, "vae": vae_folder, "results_dir": results}
         with pytest.MonkeyPatch.context() as patch, tiny(patch, plots):
-            train.main(command_line(options | changes))
+            train.main(train_arguments(results, **changes))
         return results
 
     return make
@@ -227,14 +234,13 @@ def whole(make_run):
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory, image_folder, vae_folder):
+def cache(tmp_path_factory, cache_arguments):
     """Folder of a latent cache of the images."""
     import cache_latents
 
     folder = tmp_path_factory.mktemp("cache") / "latents"
-    options = {"data_path": image_folder, "latents_dir": folder, "vae": vae_folder, "image_size": 32}
     with pytest.MonkeyPatch.context() as patch, tiny(patch):
-        cache_latents.main(command_line(options | {"num_workers": 0, "batch_size": 5}))
+        cache_latents.main(cache_arguments(folder))
     return folder
 
 

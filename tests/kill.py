@@ -32,6 +32,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -62,10 +63,16 @@ SAMPLING_MOMENTS = ("random", "half an image", "half the .npz")
 FORKS = multiprocessing.get_context("forkserver")
 
 
+def start_server() -> None:
+    """Begin to import what the processes need, in the one that forks; which takes longer than most tests."""
+    FORKS.set_forkserver_preload(["kill", "two_processes", "diffusers.models.autoencoders.autoencoder_kl"])
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    forkserver.ensure_running()
+
+
 def start(function: Callable, *arguments):
     """Start a process that calls a function of a module, with small checkpoints and on one thread."""
-    FORKS.set_forkserver_preload(["kill", "two_processes", "diffusers.models.autoencoders.autoencoder_kl"])
-    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))  # for the server that forks
+    start_server()
     process = FORKS.Process(target=call, args=(function, arguments, dict(os.environ)))
     process.start()
     return process

@@ -183,6 +183,8 @@ def test_a_small_file_cannot_claim_much_memory(tmp_path):
             packed.writestr(entry.filename, archive.read(entry))
     assert rejection(tmp_path / "b.pt").startswith("checkpoint FILE is refused: entry ")
     tensor = torch.zeros(4).expand(2**40, 4)  # strides of 0: 16 TB for who would copy it
-    assert rejection(write(tmp_path / "c.pt", {"x_embedder.proj.weight": tensor})) == (
-        "checkpoint FILE: x_embedder.proj.weight claims 17592186044416 bytes, more than the file holds of it"
-    )
+    claims = "claims 17592186044416 bytes, more than the file holds of it"
+    path = write(tmp_path / "c.pt", {"x_embedder.proj.weight": tensor})
+    assert rejection(path) == f"checkpoint FILE: x_embedder.proj.weight {claims}"
+    with pytest.raises(UserError, match=f": opt.state.1.exp_avg {claims}"):
+        checkpoint.load(write(tmp_path / "d.pt", {"opt": {"state": {1: {"exp_avg": tensor}}}}))

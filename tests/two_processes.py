@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed.run
@@ -33,27 +34,14 @@ def arguments(results: Path, data_path: Path, vae: str, **changes) -> list[str]:
     return command_line(TINY_RUN | options | changes)
 
 
-class SharedNoise:
-    """Stands in for torch.randn_like, rand and randint: this process's rows of what one process would draw."""
-
-    def __init__(self):
-        self.generator = torch.Generator().manual_seed(0)
-
-    def rows(self, values: torch.Tensor) -> torch.Tensor:
-        return values.chunk(distributed.world_size())[distributed.rank()]
-
-    def shape(self, shape) -> tuple:
-        return (shape[0] * distributed.world_size(), *shape[1:])
-
-    def randn_like(self, like):
-        return self.rows(torch.randn(self.shape(like.shape), generator=self.generator))
-
-    def rand(self, shape, device=None):
-        return self.rows(torch.empty(self.shape(shape)).uniform_(generator=self.generator))
-
-    def randint(self, high, shape, device=None):
-        values = torch.empty(self.shape(shape), dtype=torch.long)
-        return self.rows(values.random_(0, high, generator=self.generator))
+def constant_noise():
+    """Context in which every image has the same noise and timestep, and keeps its label, whatever batch it is in."""
+    return patch.multiple(
+        torch,
+        randn_like=lambda x: torch.full_like(x, 0.3),
+        randint=lambda high, shape, device: torch.full(shape, high // 2),
+        rand=lambda shape, device: torch.full(shape, 0.5),
+    )
 
 
 def gradients(results: Path, images: Path, vae: str) -> dict:
@@ -67,27 +55,13 @@ def gradients(results: Path, images: Path, vae: str) -> dict:
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
-    noise, originals = SharedNoise(), {name: getattr(torch, name) for name in ("randn_like", "rand", "randint")}
     batches = data.EpochBatches(len(job.dataset), BATCH, 0, 0, micro_batches=2)
     with data.open_loader(job.dataset, batches, 0, job.device) as loader:
         micro_batches = [next(loader) for _ in range(2)]
-    if distributed.world_size() == 1:  # the rows of the two processes' first micro-batches, then of their second
-        micro_batches = regroup(micro_batches)
-    for name in originals:
-        setattr(torch, name, getattr(noise, name))
-    try:
+    with constant_noise():
         trainer.train_step(micro_batches)
-    finally:
-        for name, function in originals.items():
-            setattr(torch, name, function)
     found = {name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()}
     return {"gradients": found, "loss": distributed.all_reduce(trainer.loss.clone()) / distributed.world_size()}
-
-
-def regroup(micro_batches: list) -> list:
-    inputs, labels = (torch.cat(parts) for parts in zip(*micro_batches, strict=True))
-    order = torch.arange(BATCH).view(2, 2, BATCH // 4)  # process, micro-batch, row
-    return [(inputs[rows.flatten()], labels[rows.flatten()]) for rows in order.transpose(0, 1)]
 
 
 def stopped(results: Path, images: Path, vae: str) -> dict:
@@ -103,11 +77,8 @@ def stopped(results: Path, images: Path, vae: str) -> dict:
         seen.append(trainer.step)
         return save(self, trainer, required)
 
-    Trainer.train_step, RunFolder.save = train_step, saved
-    try:
+    with patch.object(Trainer, "train_step", train_step), patch.object(RunFolder, "save", saved):
         train.main(arguments(results, images, vae))
-    finally:
-        Trainer.train_step, RunFolder.save = step, save
     return {"saved": seen}
 
 
@@ -120,11 +91,8 @@ def non_finite(results: Path, images: Path, vae: str) -> dict:
         bad = distributed.rank() == 1 and self.step == 1
         return loss(self, inputs, labels) + (math.nan if bad else 0)
 
-    Trainer.micro_batch_loss = micro_batch_loss
-    try:
+    with patch.object(Trainer, "micro_batch_loss", micro_batch_loss):
         train.main(arguments(results, images, vae, max_steps=4, ckpt_every=1))
-    finally:
-        Trainer.micro_batch_loss = loss
     return {"weights": dict(trainers[0].model.state_dict()), "ema": dict(trainers[0].ema.state_dict())}
 
 
