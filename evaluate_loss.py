@@ -1,4 +1,4 @@
-"""The validation loss of any checkpoint: the noise MSE on a folder of images, with fixed timesteps and noise.
+"""The validation loss of any checkpoint on a folder of images, with fixed timesteps and noise.
 
 For the same held-out images it is the number that training writes to metrics.jsonl. Runs alone or under torchrun.
 """
@@ -7,7 +7,6 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from runtime import distributed, files, monitor, options, validation
 from runtime.data import ImageList
@@ -32,30 +31,23 @@ def build_parser() -> options.Parser:
     return parser
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    args = build_parser().parse_args(argv)
-    if args.out is not None:
-        files.check_output(args.out, ())
-    return args
-
-
 def select_images(args: argparse.Namespace, trained: Trained) -> ImageList:
     """The images to evaluate, labelled as the model knows their classes. Raises UserError."""
     images, name = ImageList(args.data_path), f"--data-path {str(args.data_path)!r}"
     if args.split == "val":
         images = held_out_part(images, trained)
-    expected, known = trained.config.model.num_classes, trained.classes
-    if known is None and len(images.classes) != expected:
+    count, known = trained.config.model.num_classes, trained.classes
+    if known is None and len(images.classes) != count:
         raise UserError(
             f"{name} has {len(images.classes)} class folders and checkpoint {args.ckpt!r}, which does not name its "
-            f"classes, has {expected}; give one folder for each class, sorted as in training"
+            f"classes, has {count}; give one folder for each class, sorted as in training"
         )
     known = known or images.classes
-    unknown = set(images.classes) - set(known)
+    unknown = sorted(set(images.classes) - set(known))
     if unknown:
         raise UserError(
-            f"{name} has class folders that checkpoint {args.ckpt!r} was not trained on: "
-            f"{validation.list_names(unknown)}; remove or rename them"
+            f"{name} has class folder {unknown[0]!r}, which checkpoint {args.ckpt!r} was not trained on "
+            f"({len(unknown)} such in all); remove or rename them"
         )
     images.labels = np.array([known.index(name) for name in images.classes])[images.labels]
     return images
@@ -76,7 +68,7 @@ def held_out_part(images: ImageList, trained: Trained) -> ImageList:
         raise UserError(
             f"--split val: --data-path {str(images.root)!r} holds other files than the training of {name}, so its "
             f"{stored.images:,} held-out images cannot be told; give the training's folder (of an early run, without "
-            "the files that skipped.txt of its latent cache lists)"
+            "the files in skipped.txt of its latent cache)"
         )
     return part
 
@@ -103,22 +95,6 @@ def describe(trained: Trained, images: ImageList, vae: VAE, precision: str, args
     }
 
 
-def check_finite(losses: Tensor, about: dict) -> None:
-    """Raise UserError unless the losses of all images (images, 10) are finite."""
-    wrong = int((~losses.isfinite()).any(1).sum())
-    if wrong:
-        remedy = "--precision fp32, or " if about["precision"] != "fp32" else ""
-        raise UserError(
-            f"the loss of {wrong:,} of {len(losses):,} images is not finite: the {about['weights']} weights of "
-            f"checkpoint {about['checkpoint']!r} overflow in {about['precision']}; use {remedy}an earlier checkpoint"
-        )
-
-
-def format_table(tenths: list[float]) -> str:
-    rows = [f"{100 * k:3d} - {100 * k + 99:3d}  {loss:.4f}" for k, loss in enumerate(tenths)]
-    return "\n".join(["timesteps  loss", *rows])
-
-
 def write(path: Path, values: dict) -> None:
     with files.cannot_write(f"--out {str(path)!r}"):
         files.write_json(path, values)
@@ -126,7 +102,9 @@ def write(path: Path, values: dict) -> None:
 
 @options.command
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = build_parser().parse_args(argv)
+    if args.out is not None:
+        files.check_output(args.out, ())
     trained = load_trained(args.ckpt, args.weights, options.given_model(args))
     images = select_images(args, trained)
     device, logger = distributed.setup(args.tf32), monitor.make_logger()
@@ -140,14 +118,17 @@ def main(argv: list[str] | None = None) -> None:
         )
     if args.dry_run:
         cost = f"{10 * len(images):,} evaluations of the model in {precision}, and one of the encoder for each image"
-        return logger.info(f"dry run: would measure the noise MSE of {what}: {cost}; nothing was written")
+        return logger.info(f"dry run: would measure the loss of {what}: {cost}; nothing was written")
     encoded = validation.encode(images, trained.image_size, vae, args.num_workers)
     model, objective = trained.model.to(device), trained.config.objective
-    losses = validation.image_losses([model], encoded, device, precision, args.batch_size, objective)[0]
-    check_finite(losses, about)
-    scores = validation.summarize(losses)
-    logger.info(f"noise MSE of {what}: {validation.format_loss(scores['loss'], scores['loss_se'])}")
-    logger.info(format_table(scores["loss_tenths"]))
+    losses = validation.image_losses([model], encoded, device, precision, args.batch_size, objective)
+    scores = validation.summarize(losses[0])
+    if scores["loss"] is None:
+        raise UserError(
+            f"the loss of {what} is not finite: checkpoint {args.ckpt!r} overflows in {precision}; use --precision "
+            "fp32, or an earlier checkpoint"
+        )
+    logger.info(f"loss of {what}: {validation.describe_loss(scores)}")
     if args.out is not None:
         distributed.on_main(write, args.out, scores | about)
 

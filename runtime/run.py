@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from runtime import checkpoint, distributed, files, monitor, options, pictures, report, trackers, validation
+from runtime import checkpoint, distributed, files, monitor, options, pictures, report, trackers
 from runtime.config import RunConfig, flatten
 from runtime.options import UserError
 from runtime.training import NonFiniteWatch, Trainer
@@ -38,8 +38,6 @@ def check_same(stored: dict | None, config: RunConfig, path: Path) -> None:
         ("other data", ("data", "validation")),
         ("other settings", ("recipe",)),
     ):
-        if what == "other data" and before.data.fingerprint == config.data.fingerprint:
-            validation.check_same(before.validation, config.validation, path)
         compared = {key: new.get(key) for key in {**old, **new} if key.split(".")[0] in sections}
         listed = options.differences(old, compared, ignored)
         if listed:

@@ -10,7 +10,6 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -34,11 +33,10 @@ AFFORDABLE = 0.05  # of a training's computation, which validation at the defaul
 SEED = 0  # not the run's: runs with other seeds are compared on the same noise
 TENTHS = 10
 BEGINNING = 4096  # bytes that tell nearly all files apart
-LISTED = 5  # class names in a message
 
 
 def add_options(parser: options.Parser) -> None:
-    group = parser.add_argument_group("validation: the noise MSE of images that are not trained on")
+    group = parser.add_argument_group("validation: the loss of images that are not trained on")
     add = group.add_mutually_exclusive_group().add_argument
     add("--val-data-path", type=Path, default=None, help="class folders to validate on")
     part = options.number(float, 0, 1, open_low=True, open_high=True)
@@ -119,43 +117,14 @@ def hash_path(path: bytes) -> str:
     return hashlib.sha256(path).hexdigest()[:16]
 
 
-def check_same(stored: HeldOutConfig | None, current: HeldOutConfig | None, path: Path) -> None:
-    """Raise UserError where a command holds out other images than the checkpoint that it would resume.
-
-    Both are of the same training data; None is no validation.
-    """
-    before, now = describe_held_out(stored), describe_held_out(current)
-    if before != now:
-        raise UserError(
-            f"checkpoint {str(path)!r} was trained with {before}, the command has {now}; what is held out stays the "
-            "same for the whole run: repeat its options with the files that it had (a latent cache may have left some "
-            "out), or use another --results-dir"
-        )
-
-
-def describe_held_out(held_out: HeldOutConfig | None) -> str:
-    """What decides it: the fingerprint covers the files left out, which early checkpoints do not list."""
-    if held_out is None:
-        return "no validation"
-    option = "--val-data-path" if held_out.fraction is None else f"--val-fraction {held_out.fraction}"
-    return f"{option} ({held_out.images:,} images, of fingerprint {held_out.fingerprint[:8]})"
-
-
 def check_classes(images: ImageList, classes: list[str]) -> None:
-    """Raise UserError, naming classes, unless the validation set has those of the training data."""
-    missing, added = set(classes) - set(images.classes), set(images.classes) - set(classes)
-    if missing or added:
+    """Raise UserError, naming a class, unless the validation set has those of the training data."""
+    different = sorted(set(classes) ^ set(images.classes))
+    if different:
         raise UserError(
-            f"--val-data-path {str(images.root)!r} has other class folders than the training data (missing: "
-            f"{list_names(missing)}; only here: {list_names(added)}); give both the same"
+            f"--val-data-path {str(images.root)!r} has other class folders than the training data: "
+            f"{different[0]!r} is in one of the two alone ({len(different)} such in all); give both the same"
         )
-
-
-def list_names(names: Iterable[str]) -> str:
-    """The first few of some classes in quotes, and how many more there are."""
-    names = sorted(names)
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return (", ".join(map(repr, names[:LISTED])) or "none") + more
 
 
 def check_overlap(images: ImageList, source: ImageList | LatentCache, results_dir: Path) -> None:
@@ -261,7 +230,7 @@ def image_losses(
     batch: int = 8,
     objective: str = DEFAULT_OBJECTIVE,
 ) -> Tensor:
-    """Noise MSE (models, images, 10) float64 of every held-out image in each tenth of the schedule, on all processes.
+    """Loss (models, images, 10) float64 of every held-out image in each tenth of the schedule, on all processes.
 
     batch counts the images at a time, each of them at its ten timesteps. Leaves the models in evaluation mode.
     """
@@ -302,6 +271,12 @@ def format_loss(loss: float | None, error: float | None = None) -> str:
     return f"{loss:.4f}" if error is None else f"{loss:.4f} ± {error:.4f}"
 
 
+def describe_loss(scores: dict, name: str = "loss") -> str:
+    """What summarize gives, in words."""
+    tenths = ", ".join(map(format_loss, scores[f"{name}_tenths"]))
+    return f"{format_loss(scores[name], scores[f'{name}_se'])}; by tenth of the schedule: {tenths}"
+
+
 # In training
 
 
@@ -328,14 +303,11 @@ def describe_schedule(images: int, args: argparse.Namespace, total_steps: int) -
     """When a run of so many steps validates, and what that costs."""
     every = interval(images, args, total_steps)
     times = math.ceil(total_steps / every)  # with the one after the last step
-    share = cost_in_steps(images, args.global_batch_size) / total_steps  # of one
-    when = f"every {every:,} steps and after the last, {times:,} times in all"
-    if times == 1:
-        when = "once, after the last step"
-    too_many = args.val_every is None and share >= AFFORDABLE
-    remedy = "; even a single validation of so many images costs that: hold out fewer of them" if too_many else ""
-    cost = f"about {100 * times * share:.1f} % of the training's computation"
-    return f"validation: {images:,} held-out images, {when}: {cost}{remedy}"
+    when = "once, after the last step"
+    if times > 1:
+        when = f"every {every:,} steps and after the last, {times:,} times in all"
+    share = 100 * times * cost_in_steps(images, args.global_batch_size) / total_steps
+    return f"validation: {images:,} held-out images, {when}: about {share:.1f} % of the training's computation"
 
 
 class Validator:
@@ -355,11 +327,9 @@ class Validator:
         """The keys of a metrics.jsonl record, which the log gets too."""
         losses = image_losses([model, ema], self.images, self.device, self.precision, self.batch, self.objective)
         model.train()
-        scores = summarize(losses[0], "val_loss") | summarize(losses[1], "val_loss_ema")
-        raw, averaged = (format_loss(scores[key], scores[f"{key}_se"]) for key in ("val_loss", "val_loss_ema"))
-        start = f"step {step:07d}: validation loss"
-        logger.info(f"{start} {raw}, EMA {averaged} (noise MSE of {self.images.total:,} images)")
-        for key, (weights, _) in monitor.VALIDATED.items():
-            tenths = ", ".join(map(format_loss, scores[f"{key}_tenths"]))
-            logger.info(f"{start} by tenth of the schedule, {weights} weights: {tenths}")
+        scores = {}
+        for (key, (weights, _)), found in zip(monitor.VALIDATED.items(), losses, strict=True):
+            scores |= summarize(found, key)
+            what = f"validation loss of {len(found):,} images, {weights} weights"
+            logger.info(f"step {step:07d}: {what}: {describe_loss(scores, key)}")
         return scores

@@ -13,12 +13,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from conftest import command_line
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
-import cache_latents
 import train
 from runtime import checkpoint, monitor, pictures, report
 from runtime.config import RunConfig
@@ -38,22 +36,21 @@ def pictures_of(results: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.usefixtures("tiny_commands")
-def test_samples_change_nothing_and_are_the_same_after_an_interruption(train_arguments, signal_after, tmp_path):
-    train.main(train_arguments(tmp_path / "without"))
-    train.main(train_arguments(tmp_path / "whole", sample_every=2))
-    assert not (tmp_path / "without" / "samples").exists()
+def test_samples_change_nothing_and_are_the_same_after_an_interruption(whole, train_arguments, signal_after, tmp_path):
+    """whole is without samples."""
+    train.main(train_arguments(tmp_path / "with", sample_every=2))
+    assert not (whole / "samples").exists()
     stopped = train_arguments(tmp_path / "stopped", sample_every=2)
     signal_after(train.Trainer, "train_step", 5)
     train.main(stopped)
     assert list(pictures_of(tmp_path / "stopped")) == ["0000002.png", "0000004.png", "contact_sheet.png"]
     train.main(stopped)
     names = ["0000002.png", "0000004.png", "0000006.png", "0000007.png", "contact_sheet.png"]
-    assert list(pictures_of(tmp_path / "whole")) == names
-    assert pictures_of(tmp_path / "stopped") == pictures_of(tmp_path / "whole")
-    expected, *states = (
-        checkpoint.load(tmp_path / name / "checkpoints" / "0000007.pt") for name in ("without", "whole", "stopped")
-    )
-    for found in states:
+    assert list(pictures_of(tmp_path / "with")) == names
+    assert pictures_of(tmp_path / "stopped") == pictures_of(tmp_path / "with")
+    folders = [results / "checkpoints" for results in (whole, tmp_path / "with", tmp_path / "stopped")]
+    expected, *others = (checkpoint.load(folder / "0000007.pt") for folder in folders)
+    for found in others:
         for key in ("model", "ema"):
             assert all(torch.equal(found[key][part], expected[key][part]) for part in expected[key])
         assert found["log"] == expected["log"]
@@ -87,12 +84,9 @@ def test_a_full_disk_for_samples_and_report_is_survived(train_arguments, tmp_pat
 
 
 @pytest.mark.usefixtures("tiny_commands")
-def test_samples_of_cached_latents_need_the_vae(image_folder, vae_folder, make_vae, train_arguments, refused, tmp_path):
+def test_samples_of_cached_latents_need_the_vae(cache, vae_folder, make_vae, train_arguments, refused, tmp_path):
     other, moved, results = make_vae(seed=1), shutil.copytree(vae_folder, tmp_path / "moved"), tmp_path / "run"
-    cache, gone = tmp_path / "latents", tmp_path / "latents of a VAE that is gone"
-    options = {"data_path": image_folder, "latents_dir": cache, "vae": vae_folder, "image_size": 32, "num_workers": 0}
-    cache_latents.main(command_line(options))
-    shutil.copytree(cache, gone)
+    gone = shutil.copytree(cache, tmp_path / "latents of a VAE that is gone")
     change_json(gone / "meta.json", lambda meta: meta["vae"].update(source="/no/where"))
 
     def arguments(latents_dir: Path, **changes) -> list[str]:
