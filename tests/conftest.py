@@ -14,18 +14,8 @@ from PIL import Image
 
 TESTS = Path(__file__).resolve().parent
 GOLDEN = TESTS / "golden"
-TINY_RUN = {
-    "model": "DiT-XS/2",
-    "image_size": 32,
-    "global_batch_size": 8,
-    "max_steps": 7,
-    "num_workers": 0,
-    "log_every": 3,
-    "ckpt_every": 4,
-    "sample_every": 0,
-    "lr": 0.001,
-    "precision": "fp32",
-}
+TINY_RUN = dict(model="DiT-XS/2", image_size=32, global_batch_size=8, max_steps=7, num_workers=0, log_every=3)
+TINY_RUN |= dict(ckpt_every=4, sample_every=0, lr=0.001, precision="fp32")
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
 TINY_XS = {"depth": 2, "hidden_size": 64}  # head dimension 32; a checkpoint of 3 MB in place of 30
 SLOW = "evaluate validation sample_grid demo benchmark experiments cache_latents train pipeline reliability"
@@ -171,14 +161,8 @@ def sample_arguments(run):
     """Command line that makes 13 images with the run's last checkpoint: sample_arguments(sample_dir, cfg_scale=1)."""
 
     def build(folder: Path, **changes) -> list[str]:
-        options = {
-            "ckpt": run / "checkpoints" / "0000007.pt",
-            "sample_dir": folder,
-            "num_fid_samples": 13,
-            "num_sampling_steps": 4,
-            "per_proc_batch_size": 5,
-            "precision": "fp32",
-        }
+        options = dict(num_fid_samples=13, num_sampling_steps=4, per_proc_batch_size=5, precision="fp32")
+        options |= {"ckpt": run / "checkpoints" / "0000007.pt", "sample_dir": folder}
         return command_line(options | changes)
 
     return build

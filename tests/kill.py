@@ -19,7 +19,6 @@ one that has everything imported and has computed nothing.
 
 import argparse
 import hashlib
-import io
 import itertools
 import json
 import multiprocessing
@@ -137,13 +136,10 @@ def kill_half_written(countdown: int) -> None:
     save, numbers = torch.save, itertools.count(1)
 
     def half(state, file):
-        if next(numbers) < countdown:
-            return save(state, file)
-        buffer = io.BytesIO()
-        save(state, buffer)
-        file.write(buffer.getvalue()[: len(buffer.getvalue()) // 2])
-        file.flush()
-        die()
+        save(state, file)
+        if next(numbers) == countdown:
+            file.truncate(file.tell() // 2)
+            die()
 
     torch.save = half
 

@@ -160,11 +160,6 @@ def test_a_full_disk_leaves_what_was_there(more, source, exported, refused, monk
 # Files that are not what they should be
 
 
-def rewrite(path, **changes) -> None:
-    """Write the file again with other metadata."""
-    save_file(load_file(path), path, {"spiral_rope_dit": json.dumps(about(path) | changes)})
-
-
 def test_damaged_files_are_refused(exported):
     whole = exported.read_bytes()
     (header,) = struct.unpack("<Q", whole[:8])

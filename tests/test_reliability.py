@@ -48,13 +48,16 @@ def test_training_killed_again_and_again(image_folder, vae_folder, tmp_path):
 
 
 def test_sampling_killed_again_and_again(run, tmp_path, capsys):
-    """kill.py in its short form: one process, two, and one run killed three times give the same images."""
+    """kill.py in its short form: one process, two, and one run killed three times give the same images.
+
+    Their number leaves a batch that is not full, and one process fewer than the other.
+    """
     random.seed(0)
-    arguments = "--num-fid-samples=24 --num-sampling-steps=4 --precision=fp32".split()
+    arguments = "--num-fid-samples=23 --num-sampling-steps=4 --precision=fp32".split()
     assert kill.kill_sampling(tmp_path, 3, run, arguments) == dict.fromkeys(kill.SAMPLING_MOMENTS, 1)
     output = capsys.readouterr().out
     for name in ("two", "killed"):
-        assert f"{name}: 96 draws of noise equal, 24 images, " in output
+        assert f"{name}: 92 draws of noise equal, 23 images, " in output
 
 
 def test_a_closed_terminal_stops_a_run_with_a_checkpoint(train_arguments, tmp_path):

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("tiny_commands")
 # The rules
 
 below_one = options.number(float, 0, 1, open_high=True)
+MODELS = "{XL|L|B|S|XS}/{2|4|8}"
 RULES = [  # type, message, what is refused, what is not
     (options.positive, "is not a number > 0", ("nan", "inf", "0", "-1e-4", "fast", ""), ("1e-4", "3")),
     (options.non_negative, "is not a number >= 0", ("-1", "-inf"), ("0", "0.5")),
@@ -35,12 +36,7 @@ RULES = [  # type, message, what is refused, what is not
     (options.non_negative_int, "is not a whole number >= 0", ("-1", "two\nlines"), ("0",)),
     (options.seed, "is not a whole number with 0 <= value <= 9.22337e+18", ("-1", str(2**64)), ("0", str(2**63 - 1))),
     (options.image_size, "is not an image size; expected pixels, as in 256 or 256x384", ("0", "32x", "x32"), ("256",)),
-    (
-        options.model_name,
-        "is not a model; expected DiT-{XL|L|B|S|XS}/{2|4|8}, as in DiT-B/4",
-        ("dit-b/4",),
-        ("DiT-B/4",),
-    ),
+    (options.model_name, f"is not a model; expected DiT-{MODELS}, as in DiT-B/4", ("dit-b/4",), ("DiT-B/4",)),
 ]
 
 

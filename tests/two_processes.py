@@ -123,44 +123,39 @@ def estimated(results: Path, images: Path, vae: str) -> dict:
     return {"wrote": results.exists()}
 
 
-def cached(results: Path, images: Path, vae: str) -> dict:
+def cached(results: Path, images: Path, vae: str) -> None:
     """A latent cache that both processes fill."""
     latents.CHUNK = 5
     options = {"data_path": images, "latents_dir": results, "vae": vae, "image_size": 32, "num_workers": 0}
     cache_latents.main(command_line(options))
-    return {}
 
 
-def validated(results: Path, images: Path, vae: str) -> dict:
+def validated(results: Path, images: Path, vae: str) -> None:
     """A run that holds out nine images, five of which are validated by rank 0."""
     train.main(arguments(results, images, vae, val_fraction=0.4, max_steps=2, lr=0.01, ema_decay=0.5))
-    return {}
 
 
-def trained(results: Path, images: Path, vae: str) -> dict:
+def trained(results: Path, images: Path, vae: str) -> None:
     """A whole run."""
     train.main(arguments(results, images, vae, max_steps=7, log_every=3, lr=0.01, use_rope=True, rope_rotate=2))
-    return {}
 
 
-def sampled(results: Path, images: Path, vae: str) -> dict:
+def sampled(results: Path, images: Path, vae: str) -> None:
     """Samples of that run."""
     options = {"ckpt": results.parent / "trained", "sample_dir": results, "num_fid_samples": 13, "cfg_scale": 2}
     options |= {"num_sampling_steps": 6, "per_proc_batch_size": 3, "precision": "fp32"}
     sample_ddp.main(command_line(options))
-    return {}
 
 
-def measured(results: Path, images: Path, vae: str) -> dict:
+def measured(results: Path, images: Path, vae: str) -> None:
     """Metrics of those samples against the images, by what stands in for Inception-v3."""
     evaluate.Inception = FakeInception
     (samples,) = (results.parent / "sampled").glob("*.npz")
     options = {"samples": samples, "reference": images, "cache_dir": results, "batch_size": 3}
     evaluate.main(command_line(options | MEASURED))
-    return {}
 
 
-def restarted(results: Path, images: Path, vae: str) -> dict:
+def restarted(results: Path, images: Path, vae: str) -> None:
     """A run whose rank 0, with the lock and a data worker that outlives it, is killed at its third step."""
     step = Trainer.train_step
 
@@ -171,7 +166,6 @@ def restarted(results: Path, images: Path, vae: str) -> dict:
 
     Trainer.train_step = train_step
     train.main(arguments(results, images, vae, max_steps=7, ckpt_every=2, num_workers=1, log_every=1))
-    return {}
 
 
 SCENARIOS = [gradients, stopped, non_finite, unreadable, refused, estimated]
