@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,20 +14,8 @@ from PIL import Image
 
 TESTS = Path(__file__).resolve().parent
 GOLDEN = TESTS / "golden"
-TINY_RUN = {
-    "model": "DiT-XS/2",
-    "image_size": 32,
-    "global_batch_size": 8,
-    "max_steps": 7,
-    "num_workers": 0,
-    "log_every": 3,
-    "ckpt_every": 4,
-    "sample_every": 0,
-    "lr": 0.001,
-    "precision": "fp32",
-}
-ADDRESS = "--local-addr=127.0.0.1"  # the name of this machine need not resolve
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", ADDRESS, "--nproc_per_node=2"]
+TINY_RUN = dict(model="DiT-XS/2", image_size=32, global_batch_size=8, max_steps=7, num_workers=0, log_every=3)
+TINY_RUN |= dict(ckpt_every=4, sample_every=0, lr=0.001, precision="fp32")
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
 TINY_XS = {"depth": 2, "hidden_size": 64}  # head dimension 32; a checkpoint of 3 MB in place of 30
 SLOW = "evaluate validation sample_grid demo benchmark experiments cache_latents train pipeline reliability"
@@ -44,6 +30,15 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 def pytest_collection_modifyitems(items):
     """Files that take long come last, the longest at the end: most mistakes show within seconds."""
     items.sort(key=lambda item: SLOW_FILES.index(item.path.name) if item.path.name in SLOW_FILES else -1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def early_imports(request):
+    """What processes import is imported beside the tests that come before those which start them."""
+    if any("two" in item.fixturenames or item.path.name == "test_reliability.py" for item in request.session.items):
+        import kill
+
+        kill.start_server()
 
 
 @pytest.fixture
@@ -139,7 +134,7 @@ def image_folder(tmp_path_factory):
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def train_arguments(image_folder, vae_folder):
     """Command line of a tiny run: train_arguments(results_dir, lr=0.01, no_flip=True, vae=None to leave it out)."""
 
@@ -150,7 +145,7 @@ def train_arguments(image_folder, vae_folder):
     return build
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cache_arguments(image_folder, vae_folder):
     """Command line that caches the images: cache_arguments(latents_dir, no_flip=True)."""
 
@@ -166,14 +161,8 @@ def sample_arguments(run):
     """Command line that makes 13 images with the run's last checkpoint: sample_arguments(sample_dir, cfg_scale=1)."""
 
     def build(folder: Path, **changes) -> list[str]:
-        options = {
-            "ckpt": run / "checkpoints" / "0000007.pt",
-            "sample_dir": folder,
-            "num_fid_samples": 13,
-            "num_sampling_steps": 4,
-            "per_proc_batch_size": 5,
-            "precision": "fp32",
-        }
+        options = dict(num_fid_samples=13, num_sampling_steps=4, per_proc_batch_size=5, precision="fp32")
+        options |= {"ckpt": run / "checkpoints" / "0000007.pt", "sample_dir": folder}
         return command_line(options | changes)
 
     return build
@@ -202,16 +191,15 @@ def command_line(options: dict) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def make_run(tmp_path_factory, image_folder, vae_folder):
+def make_run(tmp_path_factory, train_arguments):
     """Trains what tests share, and do not go on with: make_run(lr=0.01) -> the run's folder."""
 
     def make(plots: bool = False, **changes) -> Path:
         import train
 
         results = tmp_path_factory.mktemp("run") / "results"
-        options = TINY_RUN | {"data_path": image_folder, "vae": vae_folder, "results_dir": results}
         with pytest.MonkeyPatch.context() as patch, tiny(patch, plots):
-            train.main(command_line(options | changes))
+            train.main(train_arguments(results, **changes))
         return results
 
     return make
@@ -230,14 +218,13 @@ def whole(make_run):
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory, image_folder, vae_folder):
+def cache(tmp_path_factory, cache_arguments):
     """Folder of a latent cache of the images."""
     import cache_latents
 
     folder = tmp_path_factory.mktemp("cache") / "latents"
-    options = {"data_path": image_folder, "latents_dir": folder, "vae": vae_folder, "image_size": 32}
     with pytest.MonkeyPatch.context() as patch, tiny(patch):
-        cache_latents.main(command_line(options | {"num_workers": 0, "batch_size": 5}))
+        cache_latents.main(cache_arguments(folder))
     return folder
 
 
@@ -270,15 +257,18 @@ def two(tmp_path_factory, image_folder, vae_folder):
 
     Each scenario has a folder of its name in two.folder; two.output and two.errors are what was printed.
     """
+    import kill
+    import two_processes
+
     folder = tmp_path_factory.mktemp("two")
-    command = [*TORCHRUN, "--max-restarts=1", TESTS / "two_processes.py", folder, image_folder, vae_folder]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
-    assert process.returncode == 0, process.stdout + process.stderr
+    process = kill.start(two_processes.torchrun, folder, image_folder, vae_folder)
+    status, printed = kill.ended_by(process), [(folder / name).read_text() for name in ("output", "errors")]
+    assert status == 0, "".join(printed)
 
     def read(scenario: str) -> list[dict]:
         return [torch.load(folder / f"{scenario}-{rank}.pt") for rank in range(2)]
 
-    read.folder, read.output, read.errors = folder, process.stdout, process.stderr
+    read.folder, (read.output, read.errors) = folder, printed
     return read
 
 

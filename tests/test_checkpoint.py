@@ -21,10 +21,10 @@ pytestmark = pytest.mark.usefixtures("tiny_commands")
 DAMAGED = "; it is truncated or not a checkpoint: copy it again"
 
 
-def build(**options):
+def build(name: str = "DiT-XS/2", **options):
     """A model of 32 x 32 images with weights that are not zero."""
     torch.manual_seed(0)
-    model = DiT_models["DiT-XS/2"](**({"input_size": 4} | options))
+    model = DiT_models[name](**({"input_size": 4} | options))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
@@ -183,6 +183,8 @@ def test_a_small_file_cannot_claim_much_memory(tmp_path):
             packed.writestr(entry.filename, archive.read(entry))
     assert rejection(tmp_path / "b.pt").startswith("checkpoint FILE is refused: entry ")
     tensor = torch.zeros(4).expand(2**40, 4)  # strides of 0: 16 TB for who would copy it
-    assert rejection(write(tmp_path / "c.pt", {"x_embedder.proj.weight": tensor})) == (
-        "checkpoint FILE: x_embedder.proj.weight claims 17592186044416 bytes, more than the file holds of it"
-    )
+    claims = "claims 17592186044416 bytes, more than the file holds of it"
+    path = write(tmp_path / "c.pt", {"x_embedder.proj.weight": tensor})
+    assert rejection(path) == f"checkpoint FILE: x_embedder.proj.weight {claims}"
+    with pytest.raises(UserError, match=f": opt.state.1.exp_avg {claims}"):
+        checkpoint.load(write(tmp_path / "d.pt", {"opt": {"state": {1: {"exp_avg": tensor}}}}))

@@ -267,11 +267,11 @@ def test_variational_term_trains_the_variance_alone():
     assert not from_mse[:, 2:].any() and from_mse[:, :2].abs().amax((1, 2, 3)).all()
 
 
-@pytest.mark.parametrize("sigma_small", [False, True])
-def test_fixed_variance_is_beta_or_the_posterior_variance(sigma_small):
-    diffusion = create_diffusion("50", learn_sigma=False, sigma_small=sigma_small)
+@pytest.mark.parametrize("options", [{}, {"sigma_small": False}, {"sigma_small": True}], ids=str)
+def test_fixed_variance_is_beta_or_the_posterior_variance(options):
+    diffusion = create_diffusion("50", learn_sigma=False, **options)
     x, noise = randn(1, 2, 4, 4), randn(1, 2, 4, 4, seed=1)
-    variances = diffusion.posterior_variance if sigma_small else diffusion.betas
+    variances = diffusion.posterior_variance if options.get("sigma_small") else diffusion.betas
     for t in (1, 20, 49):
         log_variance = diffusion.p_mean_variance(constant(noise), x, torch.tensor([t]))["log_variance"]
         torch.testing.assert_close(log_variance, torch.full_like(x, math.log(variances[t])), atol=1e-5, rtol=0)

@@ -30,6 +30,13 @@ def test_names_shapes_and_sizes_are_the_published_ones(golden):
             state = DiT_models["DiT-S/2"](rope=rope).state_dict()
         shapes = {key: list(value.shape) for key, value in state.items()}
         assert shapes == published["trainable_and_buffers"][name]
+    with torch.device("meta"):
+        default, xl = DiT(), DiT_models["DiT-XL/2"]()
+    assert str(default) == str(xl) and default.blocks[0].attn.num_heads == xl.blocks[0].attn.num_heads == 16
+    assert {name: value.shape for name, value in default.state_dict().items()} == {
+        name: value.shape for name, value in xl.state_dict().items()
+    }
+    assert (default.y_embedder.dropout_prob, default.grid, default.num_classes) == (0.1, (16, 16), 1000)
     assert len(published["parameters_with_rope"]) == 12
     for name, expected in published["parameters_with_rope"].items():
         with torch.device("meta"):

@@ -3,11 +3,9 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import TINY_RUN, command_line
-from kill import assert_same_images, read_metrics, read_samples
-from PIL import Image
+from kill import read_metrics
 
 import cache_latents
 import sample_ddp
@@ -27,26 +25,6 @@ def test_two_processes_train_as_one(two, train_arguments, tmp_path):
     # The noise differs, the data and the start do not: both learn alike.
     assert together[0]["loss"] == pytest.approx(alone[0]["loss"], rel=0.2)
     assert together[-1]["loss"] < 0.9 * together[0]["loss"]
-
-
-def test_two_processes_and_an_interrupted_one_make_the_same_images(two, tmp_path, signal_after):
-    options = {"ckpt": two.folder / "trained", "num_fid_samples": 13, "num_sampling_steps": 6, "cfg_scale": 2}
-    one, interrupted = (
-        command_line(options | {"precision": "fp32", "sample_dir": tmp_path / name, "per_proc_batch_size": batch})
-        for name, batch in (("one", 5), ("interrupted", 4))
-    )
-    sample_ddp.main(one)
-    for _ in range(2):
-        signal_after(sample_ddp.sampling, "sample_latents", 1)
-        sample_ddp.main(interrupted)
-    assert not list((tmp_path / "interrupted").glob("*.npz"))
-    sample_ddp.main(interrupted)
-    for folder in (two.folder / "sampled", tmp_path / "interrupted"):
-        assert_same_images(folder, tmp_path / "one")
-        pngs = sorted(folder.glob("*/*.png"))
-        assert [path.name for path in pngs] == [f"{index:06d}.png" for index in range(13)]
-        for path, image in zip(pngs, read_samples(folder)[0], strict=True):
-            assert np.array_equal(np.asarray(Image.open(path)), image)
 
 
 def test_the_demo_in_short(tmp_path, capsys):

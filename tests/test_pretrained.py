@@ -35,7 +35,8 @@ def save(tmp_path):
 
 def assert_gives_the_same_images(trained, model) -> None:
     torch.manual_seed(1)
-    x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([10, 900]), torch.tensor([0, 2])
+    size = [patches * model.patch_size for patches in model.grid]
+    x, t, y = torch.randn(2, 4, *size), torch.tensor([10, 900]), torch.tensor([0, 2])
     with torch.no_grad():
         expected = model(x, t, y)
         assert expected.std() > 0.01
@@ -64,7 +65,9 @@ def test_what_describes_a_model_is_read_without_its_weights(path, tmp_path):
     (tmp_path / "0000007.pt").write_bytes(whole.replace(value, b"\xff" * len(value)))  # NaN, and another checksum
     found = describe(tmp_path / "0000007.pt")
     assert found.config == load_trained(path).config and (found.step, found.latent_shape) == (7, (4, 4, 4))
-    assert "is damaged: checksum of " in rejection(tmp_path / "0000007.pt")
+    message = rejection(tmp_path / "0000007.pt")
+    assert message.startswith("checkpoint FILE is damaged: checksum of ")
+    assert message.endswith(" differs; copy it again")
 
 
 def test_the_folder_of_a_run_is_its_newest_checkpoint(path, tmp_path):
@@ -84,6 +87,9 @@ def test_settings_that_came_later_have_their_defaults(path, save):
     assert config.recipe == replace(load_trained(path).config.recipe, weight_decay=Recipe.weight_decay)
     assert config.validation.left_out == [] and config.objective == "eps" and config.data.images is None
     assert RunConfig.from_dict(config.to_dict()) == config
+    del state["config"]["recipe"]  # as the first version of export.py wrote it
+    config = load_trained(save({"ema": state["ema"], "config": state["config"] | {"validation": None}})).config
+    assert config.recipe is None and config.validation is None
 
 
 def test_another_objective_is_stored_and_refused_where_it_is_unknown(path, save, monkeypatch):
@@ -123,38 +129,43 @@ def test_flags_have_to_agree_with_the_checkpoint(path, save):
         )
 
 
-def test_positions_of_another_image_size_go_on_or_are_squeezed(path):
-    """At twice the size the first frequency, 1.5 radians per patch, keeps its step or halves it (trained: 2 x 2)."""
-    for mode, step in (("extrapolate", 1.5), ("interpolate", 0.75)):
-        trained = load_trained(path, given=dict(image_size=(64, 96), rope_extend=mode))
+@pytest.mark.parametrize("columns", [2, 4])
+def test_positions_of_another_image_size_go_on_or_are_squeezed(columns, path, save):
+    """Beyond 2 x columns patches the first frequency, 1.5 radians per patch, keeps its step or is squeezed."""
+    state, size = torch.load(path, weights_only=True), (32, 16 * columns)
+    config = RunConfig.from_dict(state["config"])
+    config = replace(config, image_size=size, model=replace(config.model, input_size=(4, 2 * columns)))
+    file = save({"ema": state["ema"], "config": config.to_dict()})
+    for mode, steps in (("extrapolate", (1.5, 1.5)), ("interpolate", (1.5 * 2 / 4, 1.5 * columns / 6))):
+        trained = load_trained(file, given=dict(image_size=(64, 96), rope_extend=mode))
         assert (trained.image_size, trained.latent_size, trained.rope_extend) == ((64, 96), (8, 12), mode)
         phases = trained.model.rope_embedder.phases(4, 6).view(4, 6, -1)
-        assert torch.allclose(phases[1:, :, 0] - phases[:-1, :, 0], torch.tensor(step))
-        column_step = 1.5 if mode == "extrapolate" else 1.5 * 2 / 6
-        first_of_columns = phases.shape[-1] // 2
-        steps = phases[:, 1:, first_of_columns] - phases[:, :-1, first_of_columns]
-        assert torch.allclose(steps, torch.tensor(column_step))
-    same = load_trained(path, given=dict(image_size=(32, 32), rope_extend="extrapolate"))
-    assert (same.latent_size, same.rope_extend) == ((4, 4), None)
+        for axis, step in enumerate(steps):
+            differences = phases.diff(dim=axis)[..., axis * phases.shape[-1] // 2]  # of rows, then of columns
+            assert torch.allclose(differences, torch.tensor(step))
+    same = load_trained(file, given=dict(image_size=size, rope_extend="extrapolate"))
+    assert (same.latent_size, same.rope_extend) == ((4, 2 * columns), None)
 
 
 # From elsewhere
 
 
 @pytest.mark.parametrize(
-    ("options", "contents"),
+    ("name", "size", "options", "contents"),
     [
-        (dict(num_classes=1000), lambda state: state),  # as the original DiT publishes them
-        (dict(num_classes=5), lambda state: {"ema": {f"module.{name}": state[name] for name in state}}),
-        (dict(num_classes=5, learn_sigma=False), lambda state: state),
+        ("DiT-XS/2", 4, dict(num_classes=1000), lambda state: state),  # as the original DiT publishes them
+        ("DiT-XS/2", 4, dict(num_classes=5), lambda state: {"ema": {f"module.{name}": state[name] for name in state}}),
+        ("DiT-XS/2", 4, dict(num_classes=5, learn_sigma=False), lambda state: state),
+        ("DiT-XS/4", 8, dict(num_classes=5), lambda state: state),
+        ("DiT-XS/8", 16, dict(num_classes=5), lambda state: state),
     ],
-    ids=["bare", "of distributed training", "without variance"],
+    ids=["bare", "of distributed training", "without variance", "patch 4", "patch 8"],
 )
-def test_weights_alone_load(options, contents, save):
-    model = build(**options)
+def test_weights_alone_load(name, size, options, contents, save):
+    model = build(name, input_size=size, **options)
     trained = load_trained(save(contents(model.state_dict())))
-    assert trained.config.model == ModelConfig("DiT-XS/2", (4, 4), **options)
-    assert (trained.image_size, trained.config.vae, trained.step) == ((32, 32), VAEConfig("ema"), None)
+    assert trained.config.model == ModelConfig(name, (size, size), **options)
+    assert (trained.image_size, trained.config.vae, trained.step) == ((size * 8,) * 2, VAEConfig("ema"), None)
     assert (trained.classes is None) == (options["num_classes"] != 1000)
     assert_gives_the_same_images(trained, model)
 
@@ -211,6 +222,11 @@ def test_wrong_contents_are_named(save):
         ({**state, BIAS: bad["inf"]}, "ema", flawed),
         ({**state, BIAS: state[BIAS].long()}, "ema", f"checkpoint FILE: {BIAS} is of type int64; expected floating-"),
         ({**state, BIAS: torch.zeros(3)}, "ema", f"checkpoint FILE: {BIAS} has shape (3,), expected (32,)"),
+        (  # of two, one is named with the shape expected of it
+            {**state, BIAS: torch.zeros(3), "x_embedder.proj.bias": torch.zeros(4)},
+            "ema",
+            "checkpoint FILE: x_embedder.proj.bias has shape (4,), expected (64,)",
+        ),
         ({n: v for n, v in state.items() if n != BIAS}, "ema", f"checkpoint FILE lacks 1 weights, such as {BIAS}"),
         ({**state, "extra": state[BIAS]}, "ema", "checkpoint FILE has 1 unknown weights, such as extra"),
         ({"conv.weight": state[BIAS]}, "ema", "checkpoint FILE holds no DiT weights (no x_embedder.proj.weight); exp"),

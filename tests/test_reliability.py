@@ -48,13 +48,16 @@ def test_training_killed_again_and_again(image_folder, vae_folder, tmp_path):
 
 
 def test_sampling_killed_again_and_again(run, tmp_path, capsys):
-    """kill.py in its short form: one process, two, and one run killed three times give the same images."""
+    """kill.py in its short form: one process, two, and one run killed three times give the same images.
+
+    Their number leaves a batch that is not full, and one process fewer than the other.
+    """
     random.seed(0)
-    arguments = "--num-fid-samples=24 --num-sampling-steps=4 --precision=fp32".split()
+    arguments = "--num-fid-samples=23 --num-sampling-steps=4 --precision=fp32".split()
     assert kill.kill_sampling(tmp_path, 3, run, arguments) == dict.fromkeys(kill.SAMPLING_MOMENTS, 1)
     output = capsys.readouterr().out
     for name in ("two", "killed"):
-        assert f"{name}: 96 draws of noise equal, 24 images, " in output
+        assert f"{name}: 92 draws of noise equal, 23 images, " in output
 
 
 def test_a_closed_terminal_stops_a_run_with_a_checkpoint(train_arguments, tmp_path):
@@ -68,8 +71,7 @@ def test_a_closed_terminal_stops_a_run_with_a_checkpoint(train_arguments, tmp_pa
     os.close(controller)
     assert kill.ended_by(process) == 0
     (path,) = (tmp_path / "run" / "checkpoints").iterdir()
-    log = (tmp_path / "run" / "log.txt").read_text()
-    assert log.endswith(f"stopped on request at step {int(path.stem):,}; repeat the same command to go on\n")
+    assert f"stopped on request at step {int(path.stem):,}; " in (tmp_path / "run" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("under_nohup", [False, True])
@@ -113,24 +115,13 @@ TRAINING_STATES = {  # where, what is put there, the message
     "whole numbers": ("model", BIAS, torch.zeros(64).long(), f"FILE: model {BIAS} is of type int64; expected floating"),
     "another shape": ("ema", BIAS, torch.zeros(65), f"FILE: {BIAS} has shape (65,), expected (64,)"),
     "no weights": ("model", {}, "FILE lacks 32 weights, such as blocks.0.adaLN_modulation.1.bias"),
-    "other moments": (
-        "opt.state",
-        1,
-        {"exp_avg": torch.zeros(3)},
-        "optimizer exp_avg of x_embedder.proj.bias has shape",
-    ),
+    "other moments": ("opt.state", 1, {"exp_avg": torch.zeros(3)}, f"optimizer exp_avg of {BIAS} has shape"),
     "no moments": ("opt", "state", {}, "FILE has optimizer states of 0 of 31 weights"),
     "NaN moments": ("opt.state", 1, {"exp_avg": torch.full((64,), torch.nan)}, f"exp_avg of {BIAS} {NOT_FINITE}"),
     "negative step": ("step", -1, "FILE has a step that is no whole number >= 0; use another"),
     "another log": ("log", "sums", [[1.0, 2.0]], "FILE cannot be resumed (RuntimeError: shape '[4]' is invalid for"),
     "no log": ("log", {}, "FILE cannot be resumed (KeyError: 'sums'); use another"),
     "no run of ours": ("config", None, "FILE has no config, so it cannot be resumed; use another --results-dir"),
-    "10 GB": (
-        "opt.state",
-        1,
-        {"exp_avg": torch.zeros(1).expand(2_500_000_000)},
-        "no checkpoint in FOLDER can be read;",
-    ),
 }
 
 
@@ -146,23 +137,7 @@ def test_training_refuses_what_it_cannot_go_on_from(case, run, train_arguments, 
     path.parent.mkdir(parents=True)
     torch.save(state, path)
     arguments = train_arguments(tmp_path / "run", lr=0.01, ema_decay=0.5, use_rope=True, rope_rotate=2)
-    message = refused(train.main, arguments, has_begun=case == "10 GB")  # which log.txt tells of
-    assert expected in message.replace(f"checkpoint {str(path)!r}", "FILE").replace(repr(str(path.parent)), "FOLDER")
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    if case == "10 GB":
-        claim = f"{str(path)!r}: opt.state.1.exp_avg claims 10000000000 bytes, more than the file holds of it"
-        assert claim in (tmp_path / "run" / "log.txt").read_text()
-
-
-def test_damage_in_the_weights_is_noticed_before_sampling(run, sample_arguments, refused, tmp_path):
-    """One bit of one weight: it would load, and give other images."""
-    path = tmp_path / "0000007.pt"
-    damaged = bytearray((run / "checkpoints" / "0000007.pt").read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    path.write_bytes(damaged)
-    message = refused(sample_ddp.main, sample_arguments(tmp_path / "samples", ckpt=path))
-    assert message.startswith(f"checkpoint {str(path)!r} is damaged: checksum of ")
-    assert message.endswith(" differs; copy it again")
+    assert expected in refused(train.main, arguments).replace(f"checkpoint {str(path)!r}", "FILE")
 
 
 # Full disks
@@ -183,28 +158,30 @@ def test_a_disk_that_fills_up_while_sampling(sample_arguments, refused, tmp_path
             raise FULL
         save_png(image, path)
 
-    message = cannot_be_written("--sample-dir", folder)
-    monkeypatch.setattr(pictures, "save_png", filling)
-    assert refused(sample_ddp.main, sample_arguments(folder), has_begun=True) == message
-    assert len(list(folder.glob("*/*.png"))) == 6 and not list(folder.glob("*.npz"))
-    monkeypatch.setattr(pictures, "save_png", save_png)
-    with monkeypatch.context() as patch:
-        patch.setattr(np.lib.format, "write_array", full)
-        assert refused(sample_ddp.main, sample_arguments(folder), has_begun=True) == message
-    assert len(list(folder.glob("*/*.png"))) == 13 and not list(folder.glob("*.npz"))
+    for images, owner, name, function in (
+        (6, pictures, "save_png", filling),
+        (13, np.lib.format, "write_array", full),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, function)
+            message = refused(sample_ddp.main, sample_arguments(folder))
+        assert message == cannot_be_written("--sample-dir", folder)
+        assert len(list(folder.glob("*/*.png"))) == images and not list(folder.glob("*.npz"))
     assert not list(folder.rglob("*.partial"))
     sample_ddp.main(sample_arguments(folder))
-    assert len(read_samples(folder)[0]) == 13
+    images, labels = read_samples(folder)
+    assert len(images) == len(labels) == 13
+    sample_ddp.main(sample_arguments(folder, num_fid_samples=4))  # fewer later: what is there stays
+    fewer, fewer_labels = read_samples(folder)
+    assert np.array_equal(fewer, images[:4]) and fewer_labels.tolist() == labels[:4].tolist()
+    assert len(list(folder.glob("*/*.png"))) == 13
 
 
 def test_space_for_samples_is_looked_at_before_sampling(sample_arguments, refused, tmp_path, monkeypatch):
-    usage = files.shutil.disk_usage(tmp_path)
+    usage, folder = files.shutil.disk_usage(tmp_path), tmp_path / "samples"
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage._replace(free=50_000))
-    folder = tmp_path / "samples"
     message = refused(sample_ddp.main, sample_arguments(folder))
-    assert (
-        f"--sample-dir {str(folder)!r} cannot be written (it needs 58.4 kB and 50 kB are free on the disk)" in message
-    )
+    assert message.startswith(f"--sample-dir {str(folder)!r} cannot be written (it needs 58.4 kB and 50 kB are free ")
     sample_ddp.main(sample_arguments(folder, num_fid_samples=11))
     assert len(read_samples(folder)[0]) == 11
 
@@ -246,19 +223,6 @@ def test_a_log_that_cannot_be_written_is_a_warning(tmp_path, capsys, monkeypatch
     output = capsys.readouterr()
     assert "another\n" in output.out and output.err == ""
     assert f"warning: {tmp_path / 'log.txt'} lacks a line: [Errno 28] No space left on device\n" in output.out
-
-
-# Sampling
-
-
-def test_fewer_samples_later(sample_arguments, tmp_path):
-    """The images that are there already stay; the .npz has exactly as many as were asked for."""
-    sample_ddp.main(sample_arguments(tmp_path))
-    images, labels = read_samples(tmp_path)
-    sample_ddp.main(sample_arguments(tmp_path, num_fid_samples=4))
-    fewer, fewer_labels = read_samples(tmp_path)
-    assert np.array_equal(fewer, images[:4]) and fewer_labels.tolist() == labels[:4].tolist()
-    assert len(list(tmp_path.glob("*/*.png"))) == 13
 
 
 # Names
@@ -316,14 +280,14 @@ def test_files_whose_names_are_not_utf8_are_read_and_listed(image_folder, cache_
 # Wrong input, in a real process
 
 
-class Marker:
-    """Unpickles by creating a folder."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return (os.mkdir, (str(self.path),))
+IN_TURN = """
+import json, runpy, sys
+for sys.argv in json.loads(sys.argv[1]):
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as stop:
+        print("exit status", stop.code, file=sys.stderr, flush=True)
+"""
 
 
 def test_real_commands(image_folder, vae_folder, train_arguments, tmp_path):
@@ -331,32 +295,26 @@ def test_real_commands(image_folder, vae_folder, train_arguments, tmp_path):
 
     All in one real process, since imports take most of the time of each.
     """
-    hostile, folder, outcomes = tmp_path / "a.pt", tmp_path / "out", tmp_path / "outcomes"
-    outcomes.mkdir()
-    torch.save({"ema": Marker(tmp_path / "ran")}, hostile)
-    shared = {"data_path": image_folder, "vae": vae_folder, "image_size": 36}
-    cases = [  # script, arguments, the line
+    folder, shared = tmp_path / "out", {"data_path": image_folder, "vae": vae_folder, "image_size": 36}
+    mistakes = [  # script, arguments, the line
         ("train.py", command_line(TINY_RUN | shared | {"results_dir": folder}), "--image-size 36 is not divisible by "
          "16 (VAE down-sampling 8 x patch 2); choose a multiple of 16"),
         ("cache_latents.py", command_line(shared | {"latents_dir": folder}), "--image-size 36 is not divisible by 8 "
          "(VAE down-sampling 8 x patch 1); choose a multiple of 8"),
-        ("sample_ddp.py", ["--ckpt", hostile, "--sample-dir", folder], f"checkpoint {str(hostile)!r} is refused: it "
-         "asks for posix.mkdir; only tensors and plain values load"),
+        ("sample_ddp.py", ["--ckpt=a/none.pt", f"--sample-dir={folder}"], "checkpoint 'a/none.pt' does not exist; "
+         "expected a file such as checkpoints/0050000.pt"),
         ("evaluate.py", ["--metrics=is", "--samples=none.npz"], "--samples 'none.npz' does not exist; expected an .npz "
          "with images arr_0 uint8 (N, H, W, 3)"),
-        ("visualize_rope.py", ["--rope-theta", "-1"], "argument --rope-theta: '-1' is not a number > 0"),
-        ("train.py", train_arguments(tmp_path / "run", max_steps=12, ckpt_every=12), None),
+        ("visualize_rope.py", ["--rope-theta=-1"], "argument --rope-theta: '-1' is not a number > 0"),
     ]  # fmt: skip
-    commands = [[str(ROOT / script), *map(str, arguments)] for script, arguments, _ in cases]
-    (tmp_path / "commands").write_text(json.dumps(commands))
+    commands = [[str(ROOT / script), *arguments] for script, arguments, _ in mistakes]
+    commands.append([str(ROOT / "train.py"), *train_arguments(tmp_path / "run", max_steps=12, ckpt_every=12)])
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    command = [sys.executable, ROOT / "tests" / "real_commands.py", tmp_path / "commands"]
-    process = subprocess.Popen(command, cwd=outcomes, env=ENVIRONMENT, **pipes)
+    command = [sys.executable, "-c", IN_TURN, json.dumps(commands)]
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, **pipes)
     first = process.stdout.readline()
     process.stdout.close()
-    assert (process.wait(timeout=600), process.stderr.read()) == (0, "") and "model: DiT-XS/2" in first
+    expected = "".join(f"{script}: error: {line}\nexit status 2\n" for script, _, line in mistakes)
+    assert (process.wait(timeout=600), process.stderr.read()) == (0, expected) and "model: DiT-XS/2" in first
     assert "finished at step 12" in (tmp_path / "run" / "log.txt").read_text()
-    for number, (script, _, line) in enumerate(cases[:-1]):
-        found = json.loads((outcomes / f"{number}.json").read_text())
-        assert found == [2, "", f"{script}: error: {line}\n"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "commands", "outcomes", "run"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -305,6 +305,19 @@ def test_guidance_doubles_the_rows_within_its_interval(sampler, run, rows):
         assert torch.isfinite(latents(run, SamplingConfig(sampler=sampler, steps=steps))).all()
 
 
+def test_guidance_acts_at_the_ends_of_its_interval():
+    class Model:
+        forward_with_cfg = staticmethod(lambda *_: "guided")
+
+        def __call__(self, *_):
+            return "alone"
+
+    for interval, inside, outside in (((0.25, 0.75), (250, 750), (249, 751)), ((0, 0.5), (0, 500), (501, 999))):
+        predict = sampling.guided(Model(), SamplingConfig(cfg_scale=2, guidance_interval=interval))
+        for steps, expected in ((inside, "guided"), (outside, "alone")):
+            assert [predict(None, torch.tensor([t]), None) for t in steps] == [expected] * 2
+
+
 # Samplers, on data whose noise is known: normal with standard deviation s, eps = sqrt(1 - a) x / (a s^2 + 1 - a)
 
 
@@ -368,8 +381,14 @@ def test_precision_follows_the_device(monkeypatch):
         ("auto", cuda, (7, 5), "fp32"),
         ("auto", cuda, (8, 0), "bf16"),
         ("auto", torch.device("mps"), None, "fp32"),
+        ("auto", cpu, (False, False), "fp32"),
+        ("auto", cpu, (True, False), "bf16"),
+        ("auto", cpu, (False, True), "bf16"),
+        ("auto", cpu, (True, True), "bf16"),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        for number, name in enumerate(("_is_avx512_bf16_supported", "_is_amx_tile_supported")):
+            monkeypatch.setattr(torch.cpu, name, lambda found=capability, number=number: found[number])
         assert distributed.resolve_precision(asked, device) == expected
 
 

@@ -6,12 +6,12 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,11 +20,12 @@ import torch
 import two_processes
 from conftest import command_line, contents
 from kill import assert_same_bits, assert_same_run, newest, read_metrics
+from test_checkpoint import disk_full_at
 
 import evaluate_loss
 import train
-from diffusion.gaussian_diffusion import GaussianDiffusion
-from runtime import checkpoint, data, distributed, estimate, monitor, vae
+from models import DiT
+from runtime import checkpoint, data, estimate, monitor, vae
 from runtime.run import RunFolder
 from runtime.training import Trainer, learning_rate
 
@@ -52,20 +53,20 @@ def stopped(train_arguments, stop_after_step, tmp_path, capsys):
     return stop
 
 
+LINEAR = dict(lr_schedule="linear", warmup_steps=3, weight_decay=0.1, grad_clip=0.5)
 VARIANTS = {
-    "flips": dict(flip=True),
+    "older version, validated": dict(flip=True, use_rope=True, rope_rotate=2, val_fraction=0.3),
     "constant, workers": dict(no_flip=True, num_workers=2, epochs=3, max_steps=None),
-    "linear, accumulated": dict(
-        lr_schedule="linear",
-        warmup_steps=3,
-        grad_accum_steps=2,
-        grad_clip=0.5,
-        weight_decay=0.1,
-        use_rope=True,
-        rope_rotate=2,
-        log_every=2,
-    ),
+    "linear, accumulated": LINEAR | dict(grad_accum_steps=2, use_rope=True, rope_rotate=2, log_every=2),
 }
+
+
+def forget_settings(path: Path) -> None:
+    """Make a checkpoint one of a time when some settings were not there yet: it goes on as if they had been."""
+    state = copy.deepcopy(checkpoint.load(path))
+    for section, name in (("rope", "border"), ("recipe", "grad_clip"), ("validation", "left_out"), ("vae", "source")):
+        del (state["config"]["model"] if section == "rope" else state["config"])[section][name]
+    checkpoint.save(path, state)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -75,6 +76,8 @@ def test_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(
     changes = VARIANTS[variant]
     train.main(train_arguments(tmp_path / "whole", **changes))
     arguments = train_arguments(stopped(2, **changes), **changes)
+    if "older version" in variant:
+        forget_settings(checkpoint.step_path(tmp_path / "run" / "checkpoints", 2))
     for steps, number in ((3, signal.SIGUSR1), (1, signal.SIGINT)):  # at steps 5 and 6
         stop_after_step(steps, number)
         train.main(arguments)
@@ -84,42 +87,17 @@ def test_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(
 
 
 def test_a_run_goes_on_when_its_length_grows(whole, train_arguments, tmp_path, capsys):
-    train.main(train_arguments(tmp_path / "grown", max_steps=3))
-    assert (tmp_path / "grown" / "finished.json").exists()
-    train.main(train_arguments(tmp_path / "grown", max_steps=7))
-    assert "resumed from" in capsys.readouterr().out
-    assert_same_run(tmp_path / "grown", whole)
-
-
-def test_what_a_killed_process_leaves_is_cleaned_up(whole, train_arguments, stopped):
-    results = stopped(4)
-    for name in ("0000008.pt.partial", "0000004.pt.partial"):
+    """What a process that was killed meanwhile has left is cleaned up."""
+    results = tmp_path / "grown"
+    train.main(train_arguments(results, max_steps=3))
+    assert (results / "finished.json").exists()
+    for name in ("0000007.pt.partial", "0000003.pt.partial"):
         (results / "checkpoints" / name).write_bytes(b"half a checkpo")
     with open(results / "metrics.jsonl", "a") as file:  # a line past the checkpoint, and one that was cut off
         file.write('{"step": 6, "loss": 0.1, "grad_norm": 1, "lr": 1}\n{"step": 7, "lo')
-    train.main(train_arguments(results))
+    train.main(train_arguments(results, max_steps=7))
+    assert "resumed from" in capsys.readouterr().out
     assert_same_run(results, whole)
-
-
-def test_what_is_stored_is_completed_by_defaults(train_arguments, stopped, tmp_path):
-    """A checkpoint of a time when some settings were not there yet goes on as if they had been."""
-    changes = dict(use_rope=True, rope_rotate=2, val_fraction=0.3)
-    train.main(train_arguments(tmp_path / "whole", **changes))
-    path = checkpoint.step_path(stopped(2, **changes) / "checkpoints", 2)
-    state = copy.deepcopy(checkpoint.load(path))
-    for section, name in (("rope", "border"), ("recipe", "grad_clip"), ("validation", "left_out"), ("vae", "source")):
-        del (state["config"]["model"] if section == "rope" else state["config"])[section][name]
-    checkpoint.save(path, state)
-    train.main(train_arguments(tmp_path / "run", **changes))
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
-
-
-def test_a_finished_run_is_left_alone(run, train_arguments, tmp_path, capsys):
-    results = shutil.copytree(run, tmp_path / "run")
-    before = contents(tmp_path)
-    train.main(train_arguments(results, **OF_RUN))
-    assert capsys.readouterr().out.endswith(f"nothing to do: {results} has all of its 7 steps\n")
-    assert contents(tmp_path) == before
 
 
 def test_a_finished_run_on_cached_latents_loads_neither_model_nor_autoencoder(
@@ -138,15 +116,17 @@ def test_a_finished_run_leaves_what_it_promises(run):
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["0000004.pt", "0000007.pt"]
     assert [record["step"] for record in read_metrics(run)] == [3, 6, 7]
     assert json.loads((run / "finished.json").read_text()) == {"step": 7}
-    config = json.loads((run / "config.json").read_text())
+    config, log = json.loads((run / "config.json").read_text()), (run / "log.txt").read_text()
     assert config["model"]["rope"]["rotate"] == 2 and config["recipe"]["lr"] == 0.01
     assert config["data"]["images"] == 24 and config["data"]["classes"] == ["ant", "bee", "käfer"]
     assert {"python", "torch", "diffusers"} <= config["versions"].keys() and config["device"].startswith("cpu")
-    log = (run / "log.txt").read_text()
-    assert "181,728 parameters" in log and "run: 7 steps of batch 8 on 1 x cpu" in log
-    assert re.search(r"disk for 2 checkpoints: 5\.8\d MB", log)
-    line = r"step 0000006: loss [\d.]+, gradient norm [\d.]+, [\d.]+ images/s, learning rate 0.01, ETA 00:00:\d\d"
-    assert re.search(line, log)
+    for line in (
+        r"181,728 parameters",
+        r"run: 7 steps of batch 8 on 1 x cpu",
+        r"disk for 2 checkpoints: 5\.8\d MB",
+        r"step 0000006: loss [\d.]+, gradient norm [\d.]+, [\d.]+ images/s, learning rate 0.01, ETA 00:00:\d\d",
+    ):
+        assert re.search(line, log)
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -154,11 +134,16 @@ def test_a_finished_run_leaves_what_it_promises(run):
 
 
 def test_logged_values_are_means_since_the_last_line(train_arguments, tmp_path, monkeypatch):
-    losses, step = [], Trainer.train_step
-    monkeypatch.setattr(
-        Trainer, "train_step", lambda self, batches: (step(self, batches), losses.append(float(self.loss)))
-    )
+    losses, rates, step = [], [], Trainer.train_step
+
+    def watched(self, batches):
+        step(self, batches)
+        losses.append(float(self.loss))
+        rates.extend(group["lr"] for group in self.optimizer.param_groups)
+
+    monkeypatch.setattr(Trainer, "train_step", watched)
     train.main(train_arguments(tmp_path / "run", lr_schedule="linear", warmup_steps=2, epochs=2))  # 6 steps
+    assert rates == pytest.approx([0.0005, 0.001, 0.00075, 0.0005, 0.00025, 0])  # what the optimizer steps with
     first, second = read_metrics(tmp_path / "run")
     assert first["loss"] == pytest.approx(sum(losses[:3]) / 3, rel=1e-6)
     assert second["loss"] == pytest.approx(sum(losses[3:]) / 3, rel=1e-6)
@@ -167,15 +152,15 @@ def test_logged_values_are_means_since_the_last_line(train_arguments, tmp_path, 
 
 
 def test_the_run_ends_with_what_comes_first(train_arguments):
-    def steps(**changes):
+    for changes, steps in (
+        ({}, 1400 * 3),
+        ({"epochs": 2}, 6),
+        ({"max_steps": 10_000}, 10_000),
+        ({"epochs": 2, "max_steps": 4}, 4),
+        ({"epochs": 2, "max_steps": 40}, 6),
+    ):
         args = train.parse_args(train_arguments(Path("unused"), **{"max_steps": None} | changes))
-        return train.total_steps(args, steps_per_epoch=3)
-
-    assert steps() == 1400 * 3
-    assert steps(epochs=2) == 6
-    assert steps(max_steps=10_000) == 10_000
-    assert steps(epochs=2, max_steps=4) == 4
-    assert steps(epochs=2, max_steps=40) == 6
+        assert train.total_steps(args, steps_per_epoch=3) == steps
 
 
 def test_learning_rate(train_arguments):
@@ -210,6 +195,14 @@ def make_job(train_arguments, tmp_path):
     return make
 
 
+def test_the_model_is_compiled_on_request_alone(make_job, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(DiT, "compile", lambda model: compiled.append(model))
+    for changes in ({}, dict(compile=True)):
+        trainer = make_job(**changes).trainer()
+        assert compiled == ([trainer.model] if changes else [])
+
+
 def test_the_average_follows_the_weights(make_job):
     trainer = make_job(ema_decay=0.75).trainer()
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -221,15 +214,12 @@ def test_the_average_follows_the_weights(make_job):
         torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * after[name])
 
 
-def test_micro_batches_add_up_to_the_whole_batch(make_job, monkeypatch):
-    monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 0.3))
-    monkeypatch.setattr(torch, "randint", lambda high, shape, device: torch.full(shape, high // 2))
-    monkeypatch.setattr(torch, "rand", lambda shape, device: torch.full(shape, 0.5))
+def test_micro_batches_add_up_to_the_whole_batch(make_job):
     found = []
     for micro_batches in (1, 2, 4):
         job = make_job(grad_accum_steps=micro_batches)
         trainer, batches = job.trainer(), data.EpochBatches(24, 8, 0, 0, micro_batches)
-        with data.open_loader(job.dataset, batches, 0, torch.device("cpu")) as loader:
+        with data.open_loader(job.dataset, batches, 0, job.device) as loader, two_processes.constant_noise():
             trainer.train_step([next(loader) for _ in range(micro_batches)])
         found.append((trainer.loss, trainer.model.final_layer.linear.weight.grad))
     for loss, gradient in found[1:]:
@@ -238,25 +228,20 @@ def test_micro_batches_add_up_to_the_whole_batch(make_job, monkeypatch):
 
 
 def test_bf16_multiplies_in_bfloat16_and_keeps_everything_else_in_float32(train_arguments, tmp_path, monkeypatch):
-    asked, kept, predicted = [], [], []
-    update, autocast, losses = Trainer.update, distributed.autocast, GaussianDiffusion.training_losses
+    kept, predicted, update, predict = [], [], Trainer.update, Trainer.predict
 
     def watched(self):
         kept.extend([self.loss.dtype, *(parameter.grad.dtype for parameter in self.parameters)])
         update(self)
 
-    def seen(self, model, *args, **kwargs):
-        def predict(*inputs, **labels):
-            predicted.append(model(*inputs, **labels))
-            return predicted[-1]
-
-        return losses(self, predict, *args, **kwargs)
+    def seen(self, *args, **labels):
+        predicted.append(predict(self, *args, **labels))
+        return predicted[-1]
 
     monkeypatch.setattr(Trainer, "update", watched)
-    monkeypatch.setattr(distributed, "autocast", lambda *args: (asked.append(args[1]), autocast(*args))[1])
-    monkeypatch.setattr(GaussianDiffusion, "training_losses", seen)
+    monkeypatch.setattr(Trainer, "predict", seen)
     train.main(train_arguments(tmp_path / "run", precision="bf16", max_steps=2, use_rope=True, rope_rotate=2))
-    assert asked == ["bf16"] * 2 and [out.dtype for out in predicted] == [torch.bfloat16] * 2
+    assert [out.dtype for out in predicted] == [torch.bfloat16] * 2
     state = newest(tmp_path / "run")
     moments = [value for slots in state["opt"]["state"].values() for value in slots.values()]
     kept += [tensor.dtype for tensor in (*state["model"].values(), *state["ema"].values(), *moments)]
@@ -265,12 +250,7 @@ def test_bf16_multiplies_in_bfloat16_and_keeps_everything_else_in_float32(train_
 
 def test_every_step_and_micro_batch_has_noise_of_its_own(train_arguments, tmp_path, monkeypatch):
     drawn, randint = [], torch.randint
-
-    def watched(*args, **kwargs):
-        drawn.append(randint(*args, **kwargs))
-        return drawn[-1]
-
-    monkeypatch.setattr(torch, "randint", watched)
+    monkeypatch.setattr(torch, "randint", lambda *args, **kw: drawn.append(randint(*args, **kw)) or drawn[-1])
     for seed in (0, 1):
         train.main(train_arguments(tmp_path / f"run {seed}", max_steps=3, grad_accum_steps=2, global_seed=seed))
     assert len(drawn) == 12 and len({tuple(t.tolist()) for t in drawn}) == 12
@@ -301,10 +281,8 @@ def test_a_full_disk_in_mid_run_is_survived(train_arguments, full_disk_at, tmp_p
     full_disk_at(4)
     train.main(train_arguments(tmp_path / "run", ckpt_every=2))
     path = tmp_path / "run" / "checkpoints" / "0000004.pt"
-    assert (
-        f"warning: checkpoint {str(path)!r} could not be written: [Errno 28] No space left on device; training goes "
-        "on, earlier checkpoints are whole" in capsys.readouterr().out
-    )
+    warning = f"warning: checkpoint {str(path)!r} could not be written: [Errno 28] No space left on device; training "
+    assert f"{warning}goes on, earlier checkpoints are whole" in capsys.readouterr().out
     assert sorted(file.name for file in path.parent.iterdir()) == ["0000002.pt", "0000006.pt", "0000007.pt"]
     for file in path.parent.iterdir():
         checkpoint.load(file, verify=True)
@@ -312,15 +290,14 @@ def test_a_full_disk_in_mid_run_is_survived(train_arguments, full_disk_at, tmp_p
 
 def test_a_full_disk_at_the_end_leaves_what_was_there(whole, train_arguments, full_disk_at, refused, tmp_path):
     full_disk_at(7)
-    path = tmp_path / "run" / "checkpoints" / "0000007.pt"
-    assert refused(train.main, train_arguments(tmp_path / "run"), has_begun=True) == (
-        f"checkpoint {str(path)!r} could not be written: [Errno 28] No space left on device; earlier checkpoints are "
-        "whole: free space and repeat the command"
-    )
+    path, arguments = tmp_path / "run" / "checkpoints" / "0000007.pt", train_arguments(tmp_path / "run")
+    message = refused(train.main, arguments, has_begun=True)
+    assert message.startswith(f"checkpoint {str(path)!r} could not be written: [Errno 28] No space left on device; ")
+    assert message.endswith("free space and repeat the command")
     assert [file.name for file in path.parent.iterdir()] == ["0000004.pt"]
     assert not (tmp_path / "run" / "finished.json").exists()
     full_disk_at(99)
-    train.main(train_arguments(tmp_path / "run"))
+    train.main(arguments)
     assert_same_run(tmp_path / "run", whole)
 
 
@@ -332,27 +309,19 @@ def test_a_stop_right_after_a_failed_write_tries_again(train_arguments, full_dis
 
 
 def test_a_disk_too_full_for_metrics_and_plots_is_survived(train_arguments, tmp_path, monkeypatch, capsys):
-    """A limit on the size of files stands in for the disk: the second record of metrics.jsonl does not fit."""
-    write, calls = monitor.Metrics.write, []
+    append, calls = monitor.Metrics._append, []
 
-    def limited(self, record):
-        calls.append(record)
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if len(calls) == 2:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (self.path.stat().st_size + 10, limits[1]))
-        try:
-            write(self, record)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    def limited(self, line):
+        calls.append(line)
+        with disk_full_at(self.path.stat().st_size + 10) if len(calls) == 2 else nullcontext():
+            append(self, line)
 
     def full(_):
         raise FULL
 
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    monkeypatch.setattr(monitor.Metrics, "write", limited)
+    monkeypatch.setattr(monitor.Metrics, "_append", limited)
     monkeypatch.setattr(monitor, "plot_loss", full)
     train.main(train_arguments(tmp_path / "run"))
-    signal.signal(signal.SIGXFSZ, previous)
     output, path = capsys.readouterr().out, tmp_path / "run" / "metrics.jsonl"
     assert f"warning: step 6 is missing in {path}: [Errno 27] File too large" in output
     assert "loss.png and old checkpoints are left as they were: [Errno 28] No space left on device" in output
@@ -363,32 +332,23 @@ def test_a_disk_too_full_for_metrics_and_plots_is_survived(train_arguments, tmp_
 # Which checkpoint
 
 
-def test_keeping_few_checkpoints_keeps_the_newest_valid_one(whole, train_arguments, stopped, stop_after_step, capsys):
-    """A damaged checkpoint of a later step counts for nothing: it must not push out what the run goes on to write."""
+def test_a_damaged_checkpoint_is_skipped_and_counts_for_nothing(
+    whole, train_arguments, stopped, stop_after_step, capsys
+):
+    """One of a later step must not push out what the run goes on to write, either."""
     results = stopped(6, keep_checkpoints=2)  # checkpoints of steps 4 and 6
     path = results / "checkpoints" / "0000006.pt"
     path.write_bytes(path.read_bytes()[:1000])
     stop_after_step(1)
-    train.main(train_arguments(results, keep_checkpoints=1))
-    assert sorted(file.name for file in path.parent.iterdir()) == ["0000005.pt", "0000006.pt"]
-    capsys.readouterr()
-    train.main(train_arguments(results, keep_checkpoints=2))
-    output = capsys.readouterr().out
-    assert "warning: skipped a checkpoint: checkpoint" in output and "0000005.pt at step 5" in output
-    assert_same_run(results, whole)
-
-
-def test_resume_skips_a_damaged_checkpoint_and_says_so(whole, train_arguments, stopped, capsys):
-    path = stopped(6) / "checkpoints" / "0000006.pt"
-    damaged = bytearray(path.read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    path.write_bytes(damaged)
-    skipped = f"warning: skipped a checkpoint: checkpoint {str(path)!r} is damaged: checksum of"
-    for extra, went_on in ((["--dry-run"], "would go on from step 4"), ([], "0000004.pt at step 4")):
-        train.main([*train_arguments(path.parent.parent), *extra])
+    for extra, went_on in (["--dry-run"], "would go on from step 4"), ([], "0000004.pt at step 4"):
+        train.main([*train_arguments(results, keep_checkpoints=1), *extra])
         output = capsys.readouterr().out
-        assert skipped in output and went_on in output
-    assert_same_run(path.parent.parent, whole)
+        assert f"warning: skipped a checkpoint: checkpoint {str(path)!r} cannot be read (" in output
+        assert went_on in output
+    assert sorted(file.name for file in path.parent.iterdir()) == ["0000005.pt", "0000006.pt"]
+    train.main(train_arguments(results, keep_checkpoints=2))
+    assert "0000005.pt at step 5" in capsys.readouterr().out
+    assert_same_run(results, whole)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(train_arguments, stopped, refused):
@@ -406,16 +366,10 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(train_arg
 
 def test_a_second_run_in_the_same_folder_is_refused(run, train_arguments, refused, tmp_path):
     results = shutil.copytree(run, tmp_path / "run")
-    hold = (
-        "import fcntl, sys\n"
-        "file = open(sys.argv[1], 'w')\n"
-        "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
-        "print('locked', flush=True)\n"
-        "sys.stdin.read()\n"
-    )
+    hold = "import fcntl; file = open('.lock', 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    holder = subprocess.Popen([sys.executable, "-c", hold, results / ".lock"], **pipes)
-    assert holder.stdout.readline() == "locked\n"
+    holder = subprocess.Popen([sys.executable, "-c", hold], cwd=results, **pipes)
+    assert holder.stdout.readline() == "\n"
     arguments = train_arguments(results, **OF_RUN, max_steps=8)
     message = refused(train.main, arguments)
     assert (
@@ -423,7 +377,7 @@ def test_a_second_run_in_the_same_folder_is_refused(run, train_arguments, refuse
         == message
         == (f"--results-dir {str(results)!r} is in use by another run; wait for it or choose another")
     )
-    holder.communicate("", timeout=30)
+    holder.communicate("\n", timeout=30)
     train.main(arguments)
     assert newest(results)["step"] == 8
 
@@ -432,36 +386,37 @@ def test_another_model_data_set_or_recipe_is_refused_by_name(run, train_argument
     """The model is compared first, then the data: what follows from another one is not listed beside it."""
     results, others = shutil.copytree(run, tmp_path / "run"), shutil.copytree(image_folder, tmp_path / "others")
     (others / "bee" / "01.png").rename(others / "bee" / "99.png")
-    path = results / "checkpoints" / "0000007.pt"
-
-    def message(**changes):
-        text = refused(train.main, train_arguments(results, **OF_RUN | {"max_steps": 9} | changes))
-        start, end = f"checkpoint {str(path)!r} was trained with ", "; repeat the run's own command, or use another "
-        assert text.startswith(start) and text.endswith(end + "--results-dir")
-        return text[len(start) : -len(end + "--results-dir")]
-
-    assert message(lr=0.02) == message(lr=0.02, max_steps=7) == "other settings: recipe.lr 0.01 (now 0.02)"
-    assert message(no_flip=True, global_seed=1) == (
-        "other settings: recipe.global_seed 0 (now 1), recipe.flip True (now False)"
-    )
-    assert message(grad_clip=1) == "other settings: recipe.grad_clip None (now 1.0)"
-    assert message(global_batch_size=4) == "other settings: recipe.global_batch_size 8 (now 4)"
-    assert message(lr=0.02, rope_rotate=4) == "another model: model.rope.rotate 2 (now 4)"
-    assert message(rope_border="exact", data_path=others) == ("another model: model.rope.border 'clamp' (now 'exact')")
-    assert message(num_classes=5, val_fraction=0.3) == "another model: model.num_classes 3 (now 5)"
-    assert message(model="DiT-XS/4").startswith("another model: model.model 'DiT-XS/2' (now 'DiT-XS/4')")
-    assert message(use_rope=None, rope_rotate=None).startswith("another model: model.rope.rotate 2 (now None)")
-    assert message(lr=0.02, data_path=others).startswith("other data: data.fingerprint ")
+    start = f"checkpoint {str(results / 'checkpoints' / '0000007.pt')!r} was trained with "
+    end = "; repeat the run's own command, or use another --results-dir"
+    for changes, expected in (
+        (dict(lr=0.02), "other settings: recipe.lr 0.01 (now 0.02)"),
+        (dict(lr=0.02, max_steps=7), "other settings: recipe.lr 0.01 (now 0.02)"),
+        (dict(no_flip=True), "other settings: recipe.flip True (now False)"),
+        (dict(lr=1, grad_clip=1), "other settings: recipe.lr 0.01 (now 1.0), recipe.grad_clip None (now 1.0)"),
+        (dict(global_seed=1), "other settings: recipe.global_seed 0 (now 1)"),
+        (dict(global_batch_size=4), "other settings: recipe.global_batch_size 8 (now 4)"),
+        (dict(lr=0.02, rope_rotate=4), "another model: model.rope.rotate 2 (now 4)"),
+        (dict(rope_border="exact", data_path=others), "another model: model.rope.border 'clamp' (now 'exact')"),
+        (dict(num_classes=5, val_fraction=0.3), "another model: model.num_classes 3 (now 5)"),
+        (dict(model="DiT-XS/4"), "another model: model.model 'DiT-XS/2' (now 'DiT-XS/4')"),
+        (dict(use_rope=None, rope_rotate=None), "another model: model.rope.rotate 2 (now None), "),
+        (dict(lr=0.02, data_path=others), "other data: data.fingerprint "),
+    ):
+        message = refused(train.main, train_arguments(results, **OF_RUN | {"max_steps": 9} | changes))
+        assert message.startswith(start + expected) and message.endswith(end)
+        assert expected.endswith(" ") or message == start + expected + end
 
 
 def test_another_vae_is_refused_and_a_moved_folder_is_not(
     run, image_folder, vae_folder, make_vae, train_arguments, refused, tmp_path, capsys
 ):
     moved, copied_vae = shutil.copytree(image_folder, tmp_path / "moved"), shutil.copytree(vae_folder, tmp_path / "vae")
+    before = contents(run)
     train.main(train_arguments(run, data_path=moved, vae=copied_vae, **OF_RUN))
-    assert "nothing to do" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(f"nothing to do: {run} has all of its 7 steps\n")
     message = refused(train.main, train_arguments(run, vae=make_vae(seed=1), **OF_RUN))
     assert "was trained with another model: vae.sha256" in message and "data." not in message
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize("extra", ["--dry-run", "--max-steps=7", "--max-steps=8"])
@@ -517,16 +472,13 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run(train_arguments, refused
     trainers = poison(monkeypatch, set(range(4, 99)))
     arguments = train_arguments(tmp_path / "run", max_steps=50, max_bad_steps=3, log_every=2)
     path = tmp_path / "run" / "checkpoints" / "0000004.pt"
-    assert refused(train.main, arguments, has_begun=True) == (
-        "loss or gradient not finite in 3 steps in a row, the last at step 7 (loss inf); no such step changed the "
-        f"weights, and the newest checkpoint is {path}: repeat the command with --precision fp32 to go on from it, or "
-        "start again with a lower --lr or --grad-clip 1 in another --results-dir"
-    )
+    message = refused(train.main, arguments, has_begun=True)
+    assert message.startswith("loss or gradient not finite in 3 steps in a row, the last at step 7 (loss inf); ")
+    assert f"the newest checkpoint is {path}: " in message and "--precision fp32" in message and "--lr" in message
     stored = checkpoint.load(path, verify=True)
     assert_same_bits(dict(stored["model"]), dict(trainers[-1].model.state_dict()))
-    assert read_metrics(tmp_path / "run")[-1] == {
-        "step": 6, "epoch": 2, "loss": None, "grad_norm": None, "lr": 0.001, "skipped": 2
-    }  # fmt: skip
+    last = {"step": 6, "epoch": 2, "loss": None, "grad_norm": None, "lr": 0.001, "skipped": 2}
+    assert read_metrics(tmp_path / "run")[-1] == last
 
 
 def test_a_streak_of_non_finite_steps_lasts_over_a_resume(train_arguments, stopped, refused, monkeypatch):
@@ -537,18 +489,12 @@ def test_a_streak_of_non_finite_steps_lasts_over_a_resume(train_arguments, stopp
 
 
 def test_a_run_that_bad_steps_ended_gets_all_its_tries_again(train_arguments, refused, tmp_path, monkeypatch):
-    """A checkpoint may fall on the very step that ended the run: repeating the command must not end at once."""
-    poison(monkeypatch, {2, 3, 4})
+    """A checkpoint may fall on the very step that ended the run. Good steps between bad ones end the streak."""
+    poison(monkeypatch, {0, 2, 3, 4, 6})
     arguments = train_arguments(tmp_path / "run", max_bad_steps=2)  # ended after step 4, which has a checkpoint
     assert "not finite in 2 steps in a row, the last at step 4" in refused(train.main, arguments, has_begun=True)
     assert newest(tmp_path / "run")["log"]["streak"] == 2
     train.main(arguments)
-    assert newest(tmp_path / "run")["step"] == 7
-
-
-def test_good_steps_between_bad_ones_keep_the_run_alive(train_arguments, tmp_path, monkeypatch):
-    poison(monkeypatch, {1, 2, 4, 5})
-    train.main(train_arguments(tmp_path / "run", max_bad_steps=3))
     assert newest(tmp_path / "run")["step"] == 7
 
 
@@ -561,9 +507,7 @@ def test_an_image_that_turns_out_unreadable_loses_nothing(whole, train_arguments
     arguments = train_arguments(tmp_path / "run", data_path=images.root)
     message = refused(train.main, arguments, has_begun=True)
     assert message.startswith(f"image {str(victim)!r} cannot be read (")
-    assert message.endswith(
-        "); repair it or remove it from the data set; everything up to step 2 is saved: repeat the command to go on"
-    )
+    assert message.endswith("; everything up to step 2 is saved: repeat the command to go on")
     victim.write_bytes(original)
     train.main(arguments)
     assert_same_run(tmp_path / "run", whole)
@@ -618,26 +562,17 @@ def test_a_dry_run_refuses_what_the_run_would(train_arguments, stopped, refused,
 
 
 def test_a_dry_run_of_what_an_earlier_command_makes(train_arguments, refused, tmp_path, capsys):
-    latents = tmp_path / "latents"
-
-    def arguments(**changes) -> list[str]:
-        return train_arguments(tmp_path / "run", **{"data_path": None, "latents_dir": latents} | changes)
-
-    train.main([*arguments(), "--dry-run", "--planned=2"])
+    latents, changes, planned = tmp_path / "latents", dict(data_path=None, use_rope=True), ["--dry-run", "--planned=2"]
+    arguments = train_arguments(tmp_path / "run", latents_dir=latents, **changes)
+    train.main([*arguments, *planned])
     assert f"{latents} is not there yet" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    for option, value in (
-        ("--image-size", "40"),
-        ("--global-batch-size", "9"),
-        ("--rope-rotate", "3"),
-        ("--results-dir", str(tmp_path / "file")),
-        ("--lr", "0"),
-    ):
-        message = refused(train.main, [*arguments(use_rope=True), option, value, "--dry-run", "--planned=2"])
-        assert option in message and value in message
-    assert "is not a finished latent cache" in refused(train.main, [*arguments(), "--dry-run"])
-    assert "--planned 2 given without --dry-run" in refused(train.main, [*arguments(), "--planned=2"])
-    train.main([*train_arguments(tmp_path / "run"), "--dry-run", "--planned=2"])
+    values = {"image-size": 40, "global-batch-size": 9, "rope-rotate": 3, "results-dir": tmp_path / "file", "lr": 0}
+    for option, value in values.items():
+        message = refused(train.main, [*arguments, f"--{option}", value, *planned])
+        assert f"--{option}" in message and str(value) in message
+    assert "is not a finished latent cache" in refused(train.main, [*arguments, "--dry-run"])
+    train.main([*train_arguments(tmp_path / "run"), *planned])
     assert "run: 7 steps of batch 8 on 2 x cpu" in capsys.readouterr().out
 
 
@@ -725,18 +660,9 @@ def test_a_dry_run_of_two_processes(two):
 def test_two_processes_validate_as_one(two, image_folder, tmp_path):
     """One process measures the loss of the checkpoint that two have written beside theirs."""
     record, out = read_metrics(two.folder / "validated")[-1], tmp_path / "loss.json"
+    options = dict(ckpt=two.folder / "validated", data_path=image_folder, split="val", precision="fp32", num_workers=0)
     for weights, key in (("model", "val_loss"), ("ema", "val_loss_ema")):
-        options = {
-            "ckpt": two.folder / "validated",
-            "weights": weights,
-            "data_path": image_folder,
-            "split": "val",
-            "precision": "fp32",
-            "num_workers": 0,
-            "batch_size": 4,
-            "out": out,
-        }
-        evaluate_loss.main(command_line(options))
+        evaluate_loss.main(command_line(options | dict(weights=weights, batch_size=4, out=out)))
         found = json.loads(out.read_text())
         assert found["images"] == 9
         assert found["loss"] == pytest.approx(record[key], rel=1e-6)

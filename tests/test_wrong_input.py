@@ -1,6 +1,7 @@
 """Mistakes of the user: one line with the value, what was expected and the remedy; exit status 2; nothing written."""
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import cache_latents
 import evaluate
@@ -21,12 +23,10 @@ from runtime import distributed, files, options
 from runtime.vae import VAE
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
-WITHOUT_ROPE = "given without --use-rope; add --use-rope, or leave it out"
-
-
 # The rules
 
 below_one = options.number(float, 0, 1, open_high=True)
+MODELS = "{XL|L|B|S|XS}/{2|4|8}"
 RULES = [  # type, message, what is refused, what is not
     (options.positive, "is not a number > 0", ("nan", "inf", "0", "-1e-4", "fast", ""), ("1e-4", "3")),
     (options.non_negative, "is not a number >= 0", ("-1", "-inf"), ("0", "0.5")),
@@ -36,12 +36,7 @@ RULES = [  # type, message, what is refused, what is not
     (options.non_negative_int, "is not a whole number >= 0", ("-1", "two\nlines"), ("0",)),
     (options.seed, "is not a whole number with 0 <= value <= 9.22337e+18", ("-1", str(2**64)), ("0", str(2**63 - 1))),
     (options.image_size, "is not an image size; expected pixels, as in 256 or 256x384", ("0", "32x", "x32"), ("256",)),
-    (
-        options.model_name,
-        "is not a model; expected DiT-{XL|L|B|S|XS}/{2|4|8}, as in DiT-B/4",
-        ("dit-b/4",),
-        ("DiT-B/4",),
-    ),
+    (options.model_name, f"is not a model; expected DiT-{MODELS}, as in DiT-B/4", ("dit-b/4",), ("DiT-B/4",)),
 ]
 
 
@@ -88,7 +83,7 @@ MISTAKES = {
     "--grad-accum-steps=3": "--global-batch-size 8 is not divisible by 1 processes x 3 micro-batches; use a multiple",
     "--image-size=32x24": "--image-size 32x24 is not divisible by 16 (VAE down-sampling 8 x patch 2); choose",
     "--num-classes=2": "--num-classes 2 is less than the 3 class folders; leave it out",
-    "--rope-border=exact --rope-theta=5": f"--rope-theta, --rope-border {WITHOUT_ROPE}",
+    "--rope-border=exact --rope-theta=5": "--rope-theta, --rope-border given without --use-rope; add --use-rope,",
     "--use-rope --rope-rotate=3": "--rope-rotate 3 does not fit DiT-XS/2; expected one of 0, 1, 2, 4, 8",
     "--use-rope --rope-rotate=8 --rope-same-theta": "--rope-rotate 8 does not fit DiT-XS/2 with --rope-same-theta; "
     "expected one of 0, 1, 2, 4",
@@ -99,7 +94,6 @@ MISTAKES = {
     "--max-step=3": "unrecognized arguments: --max-step=3; did you mean --max-steps?",  # no abbreviations
     "--zebra=3": "unrecognized arguments: --zebra=3; see --help",
     "--vae=nonsense": "--vae 'nonsense' is not a folder; expected ema, mse, a hub id, or a folder with config.json",
-    "--vae=/no/where": "--vae '/no/where' is not a folder",
 }
 
 
@@ -109,49 +103,41 @@ def test_training(arguments, train_arguments, refused, tmp_path):
     assert message.startswith(MISTAKES[arguments])
 
 
-SAMPLING_MISTAKES = {
-    "--guidance-interval 0.5 0.2": "--guidance-interval 0.5 0.2 is empty; expected LO < HI",
-    "--guidance-interval 0 2": "argument --guidance-interval: '2' is not a number with 0 <= value <= 1",
-    "--num-samples=3": "unrecognized arguments: --num-samples=3; did you mean --num-fid-samples?",
-    "--rope-rotate=2": f"--rope-rotate {WITHOUT_ROPE}",
-    "--model=DiT-B/4": "--model DiT-B/4 disagrees with checkpoint CKPT, which was trained with DiT-XS/2; leave",
-    "--image-size=64": "--image-size 64 disagrees with checkpoint CKPT, which was trained with 32; pass --rope-extend",
-    "--num-classes=10": "--num-classes 10 disagrees with checkpoint CKPT, which was trained with 3; leave",
-    "--use-rope --rope-rotate=4": "--rope-rotate 4 disagrees with checkpoint CKPT, which was trained with 2; leave",
-}
-
-
-@pytest.mark.parametrize("arguments", SAMPLING_MISTAKES)
-def test_sampling(arguments, sample_arguments, run, refused, tmp_path):
-    found = refused(sample_ddp.main, [*sample_arguments(tmp_path / "samples"), *arguments.split()])
-    found = found.replace(repr(str(run / "checkpoints" / "0000007.pt")), "CKPT")
-    assert found.startswith(SAMPLING_MISTAKES[arguments])
+def test_sampling(sample_arguments, run, refused, tmp_path):
+    ckpt = repr(str(run / "checkpoints" / "0000007.pt"))
+    for arguments, expected in (
+        ("--guidance-interval 0.5 0.2", "--guidance-interval 0.5 0.2 is empty; expected LO < HI"),
+        ("--guidance-interval 0 2", "argument --guidance-interval: '2' is not a number with 0 <= value <= 1"),
+        (
+            "--image-size=64",
+            f"--image-size 64 disagrees with checkpoint {ckpt}, which was trained with 32; pass --rope-",
+        ),
+    ):
+        found = refused(sample_ddp.main, [*sample_arguments(tmp_path / "samples"), *arguments.split()])
+        assert found.startswith(expected)
 
 
 # Places
 
 
-def test_folders_that_cannot_be_written(
-    train_arguments, sample_arguments, cache_arguments, refused, tmp_path, monkeypatch
-):
+def test_folders_that_cannot_be_written(train_arguments, sample_arguments, cache_arguments, refused, tmp_path):
     (tmp_path / "file").touch()
-    (tmp_path / "locked").mkdir()
-    access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "locked" and access(path, mode))
-    reasons = {
-        "file": f"{str(tmp_path / 'file')!r} is a file",
-        "locked": f"no permission in {str(tmp_path / 'locked')!r}",
-    }
-    for name, reason in reasons.items():
-        for main, build, option in (
-            (train.main, train_arguments, "--results-dir"),
-            (sample_ddp.main, sample_arguments, "--sample-dir"),
-            (cache_latents.main, cache_arguments, "--latents-dir"),
-        ):
-            for extra in ([], ["--dry-run"]):
-                folder = tmp_path / name / "deep" / "er"
-                message = refused(main, [*build(folder), *extra])
-                assert message == f"{option} {str(folder)!r} cannot be written ({reason}); choose another"
+    folder = tmp_path / "file" / "deep" / "er"
+    reason = f"{str(tmp_path / 'file')!r} is a file"
+    for main, build, option in (
+        (train.main, train_arguments, "--results-dir"),
+        (sample_ddp.main, sample_arguments, "--sample-dir"),
+        (cache_latents.main, cache_arguments, "--latents-dir"),
+    ):
+        for extra in ([], ["--dry-run"]):
+            message = refused(main, [*build(folder), *extra])
+            assert message == f"{option} {str(folder)!r} cannot be written ({reason}); choose another"
+
+
+def test_a_folder_without_permission(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(options.UserError, match=rf"^--out '.*/a/b' cannot be written \(no permission in '{tmp_path}'"):
+        files.check_folder(tmp_path / "a" / "b", "--out")
 
 
 def test_a_folder_below_one_that_may_not_be_looked_into(tmp_path, monkeypatch):
@@ -204,17 +190,15 @@ def edited(folder: Path, **changes) -> None:
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
-def weights(folder: Path, change) -> None:
-    from safetensors.torch import load_file, save_file
-
-    path = folder / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
+def without(folder: Path, name: str, value: float | None = None) -> None:
+    """Take a weight away, or fill it with a value."""
+    tensors = load_file(folder / MODEL)
+    changed = {} if value is None else {name: tensors[name].fill_(value)}
+    save_file({key: tensors[key] for key in tensors if key != name} | changed, folder / MODEL)
 
 
 CANNOT = "--vae folder VAE cannot be loaded as an AutoencoderKL: "
-MODEL = "diffusion_pytorch_model.safetensors"
+MODEL, BIAS = "diffusion_pytorch_model.safetensors", "quant_conv.bias"
 SCALE = "--vae VAE has scaling_factor {} in its config.json; expected a number > 0"
 BROKEN_VAES = {
     "no config": (lambda vae: (vae / "config.json").unlink(), "--vae folder VAE has no config.json; expected one that"),
@@ -227,14 +211,8 @@ BROKEN_VAES = {
     "other channels": (lambda vae: edited(vae, latent_channels=3), CANNOT),
     "scale 0": (lambda vae: edited(vae, scaling_factor=0), SCALE.format(0)),
     "no scale": (lambda vae: edited(vae, scaling_factor=None), SCALE.format(None)),
-    "a weight is missing": (
-        lambda vae: weights(vae, lambda tensors: tensors.pop("quant_conv.bias")),
-        "--vae VAE lacks weights, such as quant_conv.bias; copy it again",
-    ),
-    "a weight is not a number": (
-        lambda vae: weights(vae, lambda tensors: tensors["quant_conv.bias"].fill_(float("nan"))),
-        "--vae VAE has values in quant_conv.bias that are not finite numbers; copy it again",
-    ),
+    "a weight is missing": (lambda vae: without(vae, BIAS), f"--vae VAE lacks weights, such as {BIAS}; copy it again"),
+    "not a number": (lambda vae: without(vae, BIAS, np.nan), f"--vae VAE has values in {BIAS} that are not finite num"),
 }
 
 
@@ -249,7 +227,7 @@ def test_broken_autoencoders(case, vae_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ema", "mse", "someone/something"])
-def test_unreachable_hub(name, train_arguments, sample_arguments, refused, tmp_path, monkeypatch):
+def test_unreachable_hub(name, train_arguments, refused, tmp_path, monkeypatch):
     from diffusers import AutoencoderKL
 
     asked = []
@@ -259,17 +237,13 @@ def test_unreachable_hub(name, train_arguments, sample_arguments, refused, tmp_p
         raise OSError("We couldn't connect to 'https://huggingface.co'\nand more lines of advice")
 
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", unreachable)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     hub_id = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}.get(name, name)
-    expected = (
-        f"--vae {name!r}: {hub_id} cannot be fetched from the Hugging Face hub: We couldn't connect to "
-        "'https://huggingface.co'; check the name and the network, or pass a local folder that holds the autoencoder"
-    )
-    assert refused(train.main, train_arguments(tmp_path / "run", vae=name)) == expected
-    assert refused(sample_ddp.main, sample_arguments(tmp_path / "run", vae=name)) == expected
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    message = refused(train.main, train_arguments(tmp_path / "run", vae=name))
-    assert "hub (HF_HUB_OFFLINE is set): We couldn't" in message and asked == [hub_id] * 3
+    for offline, hub in (("0", "hub"), ("1", "hub (HF_HUB_OFFLINE is set)")):
+        monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+        message = refused(train.main, train_arguments(tmp_path / "run", vae=name))
+        start = f"--vae {name!r}: {hub_id} cannot be fetched from the Hugging Face {hub}: We couldn't connect to "
+        assert message.startswith(f"{start}'https://huggingface.co'; check the name and the network, or pass a local ")
+    assert asked == [hub_id] * 2
 
 
 def test_geometry_is_read_from_the_autoencoder(make_vae):
@@ -281,27 +255,27 @@ def test_geometry_is_read_from_the_autoencoder(make_vae):
 
 
 def test_samples_that_cannot_be_measured(refused, tmp_path):
-    path, images = tmp_path / "samples.npz", np.zeros((2, 8, 8, 3), np.uint8)
-    expected = "; expected an .npz of sample_ddp.py, with images arr_0 uint8 (N, H, W, 3) and labels arr_1 (N,)"
-
-    def message(contents: bytes | None = None, **arrays) -> str:
-        if contents is not None:
-            path.write_bytes(contents)
-        elif arrays:
-            np.savez(path, **{"arr_0": images, "arr_1": np.zeros(2, np.int64)} | arrays)
-        found = refused(measure.main, ["--samples", path]).replace(f"--samples {str(path)!r} ", "")
-        assert found.endswith(expected)
-        return found.removesuffix(expected)
-
-    assert message() == "does not exist"
-    np.savez(path, arr_0=images, arr_1=np.zeros(2, np.int64))
-    whole = path.read_bytes()
-    for contents in (b"", b"not an archive", whole[:200], whole[:-50], whole[:200] + b"x" * 20 + whole[220:]):
-        assert message(contents).startswith("cannot be read (")
-    assert message(arr_0=images[..., 0]) == "holds arr_0 uint8 (2, 8, 8), arr_1 (2,)"
-    assert message(arr_1=np.zeros(3, np.int64)) == "holds arr_0 uint8 (2, 8, 8, 3), arr_1 (3,)"
-    assert message(arr_0=np.array([{"an": "object"}] * 2)) == "holds arr_0 object (2,), arr_1 (2,)"
-    assert message(arr_1=np.array([{"an": "object"}] * 2)).startswith("cannot be read (")
+    path, images, labels = tmp_path / "samples.npz", np.zeros((2, 8, 8, 3), np.uint8), np.zeros(2, np.int64)
+    objects, whole = np.array([{"an": "object"}] * 2), io.BytesIO()
+    np.savez(whole, arr_0=images, arr_1=labels)
+    whole = whole.getvalue()
+    damaged = (b"", b"not an archive", whole[:200], whole[:-50], whole[:200] + b"x" * 20 + whole[220:])
+    for written, message in (
+        (None, "does not exist"),
+        *((contents, "cannot be read (") for contents in damaged),
+        ((images[..., 0], labels), "holds arr_0 uint8 (2, 8, 8), arr_1 (2,)"),
+        ((images, np.zeros(3)), "holds arr_0 uint8 (2, 8, 8, 3), arr_1 (3,)"),
+        ((objects, labels), "holds arr_0 object (2,), arr_1 (2,)"),
+        ((images, objects), "cannot be read ("),
+    ):
+        if isinstance(written, bytes):
+            path.write_bytes(written)
+        elif written is not None:
+            np.savez(path, arr_0=written[0], arr_1=written[1])
+        found = refused(measure.main, ["--samples", path])
+        assert found.startswith(f"--samples {str(path)!r} {message}")
+        assert found.endswith("; expected an .npz of sample_ddp.py, with images arr_0 uint8 (N, H, W, 3) and labels "
+                              "arr_1 (N,)")  # fmt: skip
 
 
 def test_control_characters_are_made_visible(refused, tmp_path):

@@ -1,4 +1,4 @@
-"""What two processes of one run do together, for the tests: torchrun --max-restarts=1 two_processes.py FOLDER DATA VAE.
+"""What two processes of one run do together, for the tests.
 
 Every rank writes what it saw to FOLDER/<scenario>-<rank>.pt. The processes are started once for all scenarios; the
 last one kills rank 0, and torchrun starts both again.
@@ -10,17 +10,18 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-from conftest import TINY_RUN, TINY_XS, command_line
+import torch.distributed.run
+from conftest import TINY_RUN, command_line
 from test_evaluate import MEASURED, FakeInception
 
 import cache_latents
 import evaluate
-import models
 import sample_ddp
 import train
-from runtime import data, distributed, latents, monitor, report
+from runtime import data, distributed, latents
 from runtime.options import UserError
 from runtime.run import RunFolder
 from runtime.training import Trainer
@@ -33,27 +34,14 @@ def arguments(results: Path, data_path: Path, vae: str, **changes) -> list[str]:
     return command_line(TINY_RUN | options | changes)
 
 
-class SharedNoise:
-    """Stands in for torch.randn_like, rand and randint: this process's rows of what one process would draw."""
-
-    def __init__(self):
-        self.generator = torch.Generator().manual_seed(0)
-
-    def rows(self, values: torch.Tensor) -> torch.Tensor:
-        return values.chunk(distributed.world_size())[distributed.rank()]
-
-    def shape(self, shape) -> tuple:
-        return (shape[0] * distributed.world_size(), *shape[1:])
-
-    def randn_like(self, like):
-        return self.rows(torch.randn(self.shape(like.shape), generator=self.generator))
-
-    def rand(self, shape, device=None):
-        return self.rows(torch.empty(self.shape(shape)).uniform_(generator=self.generator))
-
-    def randint(self, high, shape, device=None):
-        values = torch.empty(self.shape(shape), dtype=torch.long)
-        return self.rows(values.random_(0, high, generator=self.generator))
+def constant_noise():
+    """Context in which every image has the same noise and timestep, and keeps its label, whatever batch it is in."""
+    return patch.multiple(
+        torch,
+        randn_like=lambda x: torch.full_like(x, 0.3),
+        randint=lambda high, shape, device: torch.full(shape, high // 2),
+        rand=lambda shape, device: torch.full(shape, 0.5),
+    )
 
 
 def gradients(results: Path, images: Path, vae: str) -> dict:
@@ -67,27 +55,13 @@ def gradients(results: Path, images: Path, vae: str) -> dict:
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
-    noise, originals = SharedNoise(), {name: getattr(torch, name) for name in ("randn_like", "rand", "randint")}
     batches = data.EpochBatches(len(job.dataset), BATCH, 0, 0, micro_batches=2)
     with data.open_loader(job.dataset, batches, 0, job.device) as loader:
         micro_batches = [next(loader) for _ in range(2)]
-    if distributed.world_size() == 1:  # the rows of the two processes' first micro-batches, then of their second
-        micro_batches = regroup(micro_batches)
-    for name in originals:
-        setattr(torch, name, getattr(noise, name))
-    try:
+    with constant_noise():
         trainer.train_step(micro_batches)
-    finally:
-        for name, function in originals.items():
-            setattr(torch, name, function)
     found = {name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()}
     return {"gradients": found, "loss": distributed.all_reduce(trainer.loss.clone()) / distributed.world_size()}
-
-
-def regroup(micro_batches: list) -> list:
-    inputs, labels = (torch.cat(parts) for parts in zip(*micro_batches, strict=True))
-    order = torch.arange(BATCH).view(2, 2, BATCH // 4)  # process, micro-batch, row
-    return [(inputs[rows.flatten()], labels[rows.flatten()]) for rows in order.transpose(0, 1)]
 
 
 def stopped(results: Path, images: Path, vae: str) -> dict:
@@ -103,11 +77,8 @@ def stopped(results: Path, images: Path, vae: str) -> dict:
         seen.append(trainer.step)
         return save(self, trainer, required)
 
-    Trainer.train_step, RunFolder.save = train_step, saved
-    try:
+    with patch.object(Trainer, "train_step", train_step), patch.object(RunFolder, "save", saved):
         train.main(arguments(results, images, vae))
-    finally:
-        Trainer.train_step, RunFolder.save = step, save
     return {"saved": seen}
 
 
@@ -120,11 +91,8 @@ def non_finite(results: Path, images: Path, vae: str) -> dict:
         bad = distributed.rank() == 1 and self.step == 1
         return loss(self, inputs, labels) + (math.nan if bad else 0)
 
-    Trainer.micro_batch_loss = micro_batch_loss
-    try:
+    with patch.object(Trainer, "micro_batch_loss", micro_batch_loss):
         train.main(arguments(results, images, vae, max_steps=4, ckpt_every=1))
-    finally:
-        Trainer.micro_batch_loss = loss
     return {"weights": dict(trainers[0].model.state_dict()), "ema": dict(trainers[0].ema.state_dict())}
 
 
@@ -155,44 +123,39 @@ def estimated(results: Path, images: Path, vae: str) -> dict:
     return {"wrote": results.exists()}
 
 
-def cached(results: Path, images: Path, vae: str) -> dict:
+def cached(results: Path, images: Path, vae: str) -> None:
     """A latent cache that both processes fill."""
     latents.CHUNK = 5
     options = {"data_path": images, "latents_dir": results, "vae": vae, "image_size": 32, "num_workers": 0}
     cache_latents.main(command_line(options))
-    return {}
 
 
-def validated(results: Path, images: Path, vae: str) -> dict:
+def validated(results: Path, images: Path, vae: str) -> None:
     """A run that holds out nine images, five of which are validated by rank 0."""
     train.main(arguments(results, images, vae, val_fraction=0.4, max_steps=2, lr=0.01, ema_decay=0.5))
-    return {}
 
 
-def trained(results: Path, images: Path, vae: str) -> dict:
+def trained(results: Path, images: Path, vae: str) -> None:
     """A whole run."""
     train.main(arguments(results, images, vae, max_steps=7, log_every=3, lr=0.01, use_rope=True, rope_rotate=2))
-    return {}
 
 
-def sampled(results: Path, images: Path, vae: str) -> dict:
+def sampled(results: Path, images: Path, vae: str) -> None:
     """Samples of that run."""
     options = {"ckpt": results.parent / "trained", "sample_dir": results, "num_fid_samples": 13, "cfg_scale": 2}
     options |= {"num_sampling_steps": 6, "per_proc_batch_size": 3, "precision": "fp32"}
     sample_ddp.main(command_line(options))
-    return {}
 
 
-def measured(results: Path, images: Path, vae: str) -> dict:
+def measured(results: Path, images: Path, vae: str) -> None:
     """Metrics of those samples against the images, by what stands in for Inception-v3."""
     evaluate.Inception = FakeInception
     (samples,) = (results.parent / "sampled").glob("*.npz")
     options = {"samples": samples, "reference": images, "cache_dir": results, "batch_size": 3}
     evaluate.main(command_line(options | MEASURED))
-    return {}
 
 
-def restarted(results: Path, images: Path, vae: str) -> dict:
+def restarted(results: Path, images: Path, vae: str) -> None:
     """A run whose rank 0, with the lock and a data worker that outlives it, is killed at its third step."""
     step = Trainer.train_step
 
@@ -203,16 +166,21 @@ def restarted(results: Path, images: Path, vae: str) -> dict:
 
     Trainer.train_step = train_step
     train.main(arguments(results, images, vae, max_steps=7, ckpt_every=2, num_workers=1, log_every=1))
-    return {}
 
 
 SCENARIOS = [gradients, stopped, non_finite, unreadable, refused, estimated]
 SCENARIOS += [cached, validated, trained, sampled, measured]
 
 
+def torchrun(folder: Path, images: Path, vae: Path) -> None:
+    """Run this file as torchrun does, with processes that are forks: nothing has to be imported again."""
+    for stream, name in ((1, "output"), (2, "errors")):
+        os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    options = "--standalone --local-addr=127.0.0.1 --nproc-per-node=2 --max-restarts=1 --start-method=fork --run-path"
+    torch.distributed.run.main([*options.split(), __file__, *map(str, (folder, images, vae))])
+
+
 def main() -> None:
-    monitor.plot_loss = report.write = lambda _: None
-    models.SIZES["XS"].update(TINY_XS)
     folder, images, vae = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     first_start = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     for scenario in [*(SCENARIOS if first_start else ()), restarted]:
