@@ -90,8 +90,10 @@ def steps_to_reach(steps: np.ndarray, curve: np.ndarray, target: float) -> float
     The first point's step where the curve begins below: an upper bound.
     """
     below = np.flatnonzero(curve <= target)
-    last = slice(max(below[0] - 1, 0), below[0] + 1) if len(below) else None  # falls through the target
-    return np.inf if last is None else float(np.interp(-target, -curve[last], steps[last]))
+    if not len(below):
+        return np.inf
+    last = slice(max(below[0] - 1, 0), below[0] + 1)  # falls through the target
+    return float(np.interp(-target, -curve[last], steps[last]))
 
 
 def all_tables(study: Study, runs: dict[str, dict]) -> str:
@@ -110,7 +112,7 @@ def all_tables(study: Study, runs: dict[str, dict]) -> str:
         "Differences beyond the training grid": differences(grids, list(study.grids)),
     }
     if study.sweep_lrs:
-        tables["Learning rate"] = table(sweep(study, runs))
+        tables["Learning rate"] = sweep(study, runs)
     return "\n\n".join(f"### {title}\n\n{text}" for title, text in tables.items())
 
 
@@ -194,15 +196,15 @@ def tally(compared: list[Comparison]) -> str:
     return f"At p below {SIGNIFICANT:g}: {'; '.join(parts)}."
 
 
-def sweep(study: Study, runs: dict[str, dict]) -> list[Row]:
-    """Final losses of every seed at each learning rate."""
-    rows, kinds = [], {"EMA": "val_loss_ema", "raw": "val_loss"}
-    for data_set, lr in product(study.variants, study.sweep_lrs):
-        rows.append({"data": data_set, "learning rate": f"{lr:g}"})
-        for variant, (kind, name) in product(study.sweep_variants, kinds.items()):
-            entries = [runs[Run(data_set, variant, lr, seed).key] for seed in range(study.sweep_seeds)]
-            rows[-1][f"{VARIANTS[variant].label}, {kind}"] = ", ".join(f"{entry[name][-1]:.4f}" for entry in entries)
-    return rows
+def sweep(study: Study, runs: dict[str, dict]) -> str:
+    """Mean final losses of the averaged weights at each learning rate."""
+
+    def final(*names) -> list[list[float]]:
+        rates, seeds = study.sweep_lrs, range(study.sweep_seeds)
+        return [[runs[Run(*names, lr, seed).key]["val_loss_ema"][-1] for lr in rates] for seed in seeds]
+
+    losses = {names: np.array(final(*names)) for names in product(study.variants, study.sweep_variants)}
+    return mean_losses(losses, [f"learning rate {lr:g}" for lr in study.sweep_lrs])
 
 
 def plus_minus(values: np.ndarray, form: str) -> str:

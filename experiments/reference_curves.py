@@ -36,9 +36,8 @@ Bands = dict[str, tuple[list[int], np.ndarray, np.ndarray]]  # of each curve: st
 
 def settings() -> dict:
     """What decides the curves."""
-    decisive = ("model", "max_steps", "image_size", "global_batch_size")
-    optimizer = ("lr", "lr_schedule", "warmup_steps", "grad_clip", "ema_decay")
-    return runs.recipe_options(*decisive, *optimizer) | INTERVALS
+    names = "model max_steps image_size global_batch_size lr lr_schedule warmup_steps grad_clip ema_decay"
+    return runs.recipe_options(*names.split()) | INTERVALS
 
 
 def training_options(seed: int, work: Path) -> dict:
@@ -130,9 +129,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.check is not None:
         return check(args.check, bands(Results(args.out, settings()).sections["runs"]))
     given = {f"seed{seed}": training_options(seed, args.work_dir) for seed in range(SEEDS)}
-    found = runs.complete(
-        args, settings(), given, lambda _: prepare(args.work_dir), lambda _, folder: curves_of(folder)
-    )
+    kept = {"prepare": lambda _: prepare(args.work_dir), "measure": lambda _, folder: curves_of(folder)}
+    found = runs.complete(args, settings(), given, **kept)
     if found is not None:
         reference = bands(found)
         draw_bands(reference, args.figures / "evidence_reference.png")
