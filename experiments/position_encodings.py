@@ -5,16 +5,23 @@ what is recorded is not measured again. Run from the repository root: python -m 
 """
 
 import argparse
+import math
+from functools import cache
 from pathlib import Path
 
-from experiments import data, figures, runs, tables
-from experiments.measurements import Trained, reconstruction_psnr
-from experiments.plan import FULL, QUICK, VARIANTS, Run, Study
+import numpy as np
+import torch
+
+from experiments import comparisons, figures, runs
 from experiments.runs import Results
-from runtime import monitor, options
+from experiments.study import FULL, QUICK, VARIANTS, Run, Study, write_data_set
+from runtime import data, monitor, options, pretrained, validation
 from runtime.monitor import REPOSITORY
+from runtime.vae import VAE, sample_latents
 
 PUBLISHED = REPOSITORY / "experiments" / "position_encodings.json"
+VAE_FOLDER = REPOSITORY / "assets" / "demo_vae"
+CPU = torch.device("cpu")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -25,40 +32,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.data_dir = args.work_dir / "data"  # the same for both studies
     args.work_dir /= "quick" if args.quick else "full"
     if args.quick and args.out == PUBLISHED:
-        args.out = args.work_dir / PUBLISHED.name
+        args.out, args.figures = args.work_dir / PUBLISHED.name, args.work_dir
     return args
 
 
 def training_options(run: Run, study: Study, root: Path) -> dict:
     """What differs from the demo's recipe; root is the data set's folder."""
-    settings = dict(
-        latents_dir=latents_of(root),
-        val_data_path=root / "val",
-        val_every=study.val_every,
-        image_size=study.image_size,
-        global_batch_size=study.batch,
-        global_seed=run.seed,
-        max_steps=study.steps,
-        lr=run.lr,
-        warmup_steps=study.warmup_steps,
-        ema_decay=study.ema_decay,
-        log_every=study.val_every,
-        ckpt_every=3 * study.val_every,
-        keep_checkpoints=1,
-    )
-    return settings | VARIANTS[run.variant].options
-
-
-def measure(run: Run, study: Study, root: Path, folder: Path) -> dict[str, dict]:
-    """What is kept of a finished run, by section of the results."""
-    trained, found = Trained(folder, root, study), {"runs": validation_curve(folder)}
-    if run.lr == study.lr:
-        found["translation"] = trained.translation()
-        if run.variant in study.beyond_grid_variants:
-            found["beyond_grid"] = trained.beyond_grid()
-        if run.variant in study.attention_variants and run.seed == 0:
-            found["attention"] = trained.attention(study.attention_images[run.data_set])
-    return found
+    same = ("image_size", "global_batch_size", "max_steps", "warmup_steps", "ema_decay", "val_every")
+    places = dict(latents_dir=latents_of(root), val_data_path=root / "val")
+    intervals = dict(log_every=study.val_every, ckpt_every=3 * study.val_every, keep_checkpoints=1)
+    of_run = dict(global_seed=run.seed, lr=run.lr) | VARIANTS[run.variant].options
+    return {name: getattr(study, name) for name in same} | places | intervals | of_run
 
 
 def latents_of(root: Path) -> Path:
@@ -73,6 +57,37 @@ def validation_curve(folder: Path) -> dict[str, list]:
     return {name: curve[-1] if name.endswith("_tenths") else curve for name, curve in curves.items()}
 
 
+@cache
+def held_out(folder: Path, size: int, vae: Path, count: int | None = None) -> validation.EncodedImages:
+    """Images of a folder encoded at size x size pixels, all or count evenly spread; kept for the runs to come."""
+    images = data.ImageList(folder)
+    if count is not None:
+        rows = np.linspace(0, len(images) - 1, count).round().astype(int)
+        images = images.subset(np.isin(np.arange(len(images)), rows))
+    return validation.encode(images, (size, size), VAE(str(vae), CPU), num_workers=0)
+
+
+def reconstruction_psnr(folder: Path, size: int, vae: Path = VAE_FOLDER) -> float:
+    """Peak signal-to-noise ratio (dB) of images after the autoencoder, of the error over all of them."""
+    encoded, images = held_out(folder, size, vae), data.ImageList(folder)
+    scale, shift = encoded.vae.scaling_factor, encoded.vae.shift_factor
+    means = sample_latents(encoded.moments, scale, shift, noise=torch.zeros(()))
+    originals = np.stack([data.read_image(images.path(index)) for index in range(len(images))])
+    errors = VAE(str(vae), CPU).decode(means).numpy().astype(float) - originals
+    return 10 * math.log10(255**2 / np.square(errors).mean())
+
+
+def beyond_grid(ckpt: Path, root: Path, study: Study, vae: Path = VAE_FOLDER) -> dict[str, float]:
+    """Held-out loss of the averaged weights on every grid of the study."""
+    losses = {}
+    for name, (part, size, extension) in study.grids.items():
+        given = dict(image_size=(size, size), rope_extend=extension) if extension else {}
+        model = pretrained.load_trained(ckpt, given=given).model
+        images = held_out(root / part, size, vae, study.beyond_grid_images)
+        losses[name] = float(validation.image_losses([model], images, CPU, "fp32").mean())
+    return losses
+
+
 @options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
@@ -81,22 +96,21 @@ def main(argv: list[str] | None = None) -> None:
 
     def prepare(results: Results) -> None:
         for name, root in roots.items():
-            results.add("data", name, data.write_data_set(name, root, study))
+            results.add("data", name, write_data_set(name, root, study))
             runs.make_latents(root / "train", latents_of(root), study.image_size)
-            results.add("reconstruction", name, {"psnr": reconstruction_psnr(root, study.image_size)})
+            results.add("reconstruction", name, {"psnr": reconstruction_psnr(root / "val", study.image_size)})
 
-    sections = runs.complete(
-        args,
-        study.settings(),
-        {key: training_options(run, study, roots[run.data_set]) for key, run in by_key.items()},
-        prepare,
-        lambda key, folder: measure(by_key[key], study, roots[by_key[key].data_set], folder),
-    )
-    if sections is not None:
-        for name, root in roots.items():  # the figure of the attention shows images of them
-            data.write_data_set(name, root, study)
-        figures.draw_all(study, sections, args.data_dir, runs.figures_folder(args.out, PUBLISHED))
-        print(tables.all_tables(study, sections))
+    def measure(key: str, folder: Path) -> dict:
+        run, found = by_key[key], validation_curve(folder)
+        if run.lr == study.lr and run.variant in study.beyond_grid_variants:
+            found |= beyond_grid(folder, roots[run.data_set], study)
+        return found
+
+    given = {key: training_options(run, study, roots[run.data_set]) for key, run in by_key.items()}
+    found = runs.complete(args, study.settings(), given, prepare, measure)
+    if found is not None:
+        figures.draw_all(study, found, args.figures)
+        print(comparisons.all_tables(study, found))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ import math
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from demo.digits import write_digits
 from experiments import runs
-from experiments.comparisons import band
-from experiments.figures import draw_band
+from experiments.comparisons import band, table
+from experiments.figures import draw
 from experiments.runs import Results
-from experiments.tables import table
+from experiments.study import Variant
 from runtime import monitor, options
 from runtime.monitor import REPOSITORY
 from runtime.options import UserError
@@ -37,9 +36,8 @@ Bands = dict[str, tuple[list[int], np.ndarray, np.ndarray]]  # of each curve: st
 
 def settings() -> dict:
     """What decides the curves."""
-    decisive = ("model", "max_steps", "image_size", "global_batch_size")
-    optimizer = ("lr", "lr_schedule", "warmup_steps", "grad_clip", "ema_decay")
-    return runs.recipe_options(*decisive, *optimizer) | INTERVALS
+    names = "model max_steps image_size global_batch_size lr lr_schedule warmup_steps grad_clip ema_decay"
+    return runs.recipe_options(*names.split()) | INTERVALS
 
 
 def training_options(seed: int, work: Path) -> dict:
@@ -103,18 +101,11 @@ def check(folder: Path, reference: Bands) -> None:
         )
 
 
-def draw(reference: Bands, path: Path) -> None:
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for colour, (name, expected) in zip(("C0", "C2", "C1"), reference.items(), strict=True):
-        draw_band(axes, *expected, CURVES[name], colour)
+def draw_bands(reference: Bands, path: Path) -> None:
+    looks = (Variant(label, colour) for label, colour in zip(CURVES.values(), ("C0", "C2", "C1"), strict=True))
+    curves = [(look, *found) for look, found in zip(looks, reference.values(), strict=True)]
     title = f"The demo's losses: mean of {SEEDS} seeds, band in which one more run falls ({100 * CONFIDENCE:g} %)"
-    axes.set(title=title, xlabel="training step", ylabel="loss")
-    axes.set_ylim(bottom=0.6 * min(mean.min() for _, mean, _ in reference.values()))
-    monitor.use_log_scale(axes)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    monitor.save_figure(figure, path)
+    draw(path, title, "training step", {"": [("loss", None, curves)]}, size=(9, 5))
 
 
 def bands_table(reference: Bands) -> str:
@@ -138,11 +129,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.check is not None:
         return check(args.check, bands(Results(args.out, settings()).sections["runs"]))
     given = {f"seed{seed}": training_options(seed, args.work_dir) for seed in range(SEEDS)}
-    kept = {"prepare": lambda _: prepare(args.work_dir), "measure": lambda _, folder: {"runs": curves_of(folder)}}
-    sections = runs.complete(args, settings(), given, **kept)
-    if sections is not None:
-        reference = bands(sections["runs"])
-        draw(reference, runs.figures_folder(args.out, PUBLISHED) / "evidence_reference.png")
+    kept = {"prepare": lambda _: prepare(args.work_dir), "measure": lambda _, folder: curves_of(folder)}
+    found = runs.complete(args, settings(), given, **kept)
+    if found is not None:
+        reference = bands(found)
+        draw_bands(reference, args.figures / "evidence_reference.png")
         print(bands_table(reference))
 
 

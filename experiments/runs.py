@@ -22,7 +22,6 @@ from runtime.distributed import StopOnSignal
 from runtime.monitor import REPOSITORY
 from runtime.options import Parser, UserError, add_dry_run, count, differences
 
-VAE = REPOSITORY / "assets" / "demo_vae"
 RECIPES = REPOSITORY / "recipes" / "demo"
 # One thread of the CPU each: the same results with and without CUDA.
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -60,13 +59,11 @@ def start(folder: Path, options: dict) -> subprocess.Popen:
         return subprocess.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, start_new_session=True, **streams)
 
 
-def check_finished(folder: Path, status: int) -> None:
-    """Raise UserError unless train.py came to its last step, as opposed to having stopped on request."""
-    if not (folder / "finished.json").exists():
-        output = folder / "output.txt"
-        last = (output.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
-        where = f"its output is in {str(output)!r}, repeat the command to go on"
-        raise UserError(f"run {str(folder)!r} ended with status {status}: {last}; {where}")
+def failure(folder: Path, status: int) -> str:
+    output = folder / "output.txt"
+    last = (output.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
+    where = f"its output is in {str(output)!r}, repeat the command to go on"
+    return f"run {str(folder)!r} ended with status {status}: {last}; {where}"
 
 
 def run_all(options: dict[Path, dict], parallel: int, record: Callable[[Path], None]) -> None:
@@ -84,7 +81,9 @@ def run_all(options: dict[Path, dict], parallel: int, record: Callable[[Path], N
                     running[folder] = start(folder, options[folder])
                 time.sleep(0.1)
                 for folder in [folder for folder, process in running.items() if process.poll() is not None]:
-                    check_finished(folder, running.pop(folder).returncode)
+                    status = running.pop(folder).returncode
+                    if not (folder / "finished.json").exists():  # it failed, or was asked to stop
+                        raise UserError(failure(folder, status))
                     record(folder)
                     bar.update()
         finally:
@@ -98,7 +97,7 @@ def run_all(options: dict[Path, dict], parallel: int, record: Callable[[Path], N
 
 
 class Results:
-    """Measurements by section ("runs", "translation", ...) and key, under the settings that they belong to.
+    """Measurements by section ("runs", "data", ...) and key, under the settings that they belong to.
 
     Raises UserError when the file holds results of other settings.
     """
@@ -150,22 +149,18 @@ def parse_args(parser: Parser, published: Path, argv: list[str] | None) -> argpa
     files.check_folder(args.work_dir, "--work-dir")
     if args.out is not None:
         files.check_output(args.out, ())
+    args.figures = args.out.parent if args.out else REPOSITORY / "docs" / "images"
     args.out = args.out or published
     return args
-
-
-def figures_folder(out: Path, published: Path) -> Path:
-    """Beside the results, but for those that the documentation shows."""
-    return REPOSITORY / "docs" / "images" if out == published else out.parent
 
 
 def complete(
     args: argparse.Namespace, settings: dict, options: dict[str, dict], prepare: Callable, measure: Callable
 ) -> dict[str, dict] | None:
-    """The sections of the results once every run is in "runs"; those that are missing are trained and measured.
+    """What is kept of every run, by key, once those that are missing are trained and measured.
 
     options are those of train.py by key. prepare(results) makes what the runs read; measure(key, folder) gives what is
-    to keep of a finished one, by section. None for a dry run. Raises UserError.
+    to keep of a finished one. None for a dry run. Raises UserError.
     """
     results = Results(args.out, settings)
     missing = {args.work_dir / "runs" / key: key for key in options if key not in results.sections["runs"]}
@@ -179,11 +174,8 @@ def complete(
         origin = results.origin()
 
         def record(folder: Path) -> None:
-            found = measure(missing[folder], folder)
-            curves = origin | found.pop("runs")
-            for section, values in (found | {"runs": curves}).items():  # these last: they mark the run as done
-                results.add(section, missing[folder], values)
+            results.add("runs", missing[folder], origin | measure(missing[folder], folder))
             shutil.rmtree(folder)
 
         run_all({folder: options[key] for folder, key in missing.items()}, args.jobs, record)
-    return results.sections
+    return results.sections["runs"]

@@ -122,7 +122,7 @@ def test_a_dry_run_checks_the_samples_and_writes_nothing(tmp_path, refused, caps
 
 def test_training_the_autoencoder_is_estimated_and_its_options_checked(tmp_path, refused, capsys, monkeypatch):
     images = {size: torch.zeros(8, 1, size, size, dtype=torch.uint8) for size in (64, 128)}
-    monkeypatch.setattr(train_vae, "load_images", lambda size: (images[size], None))
+    monkeypatch.setattr(train_vae, "load_images", images.get)
     monkeypatch.setattr(train_vae, "BATCH", 4)
     train_vae.main(["--out", str(tmp_path / "vae"), "--dry-run"])
     assert re.search(r"would train for 1500 steps, about 00:[0-5]\d", capsys.readouterr().out)
