@@ -308,7 +308,7 @@ def test_training_is_the_same_with_and_without_validation_and_it_takes_none_of_i
         clock[0] += 1000
         return measure(self, *arguments)
 
-    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(validation.Validator, "measure", slow)
     train.main(train_arguments(tmp_path / "with", val_data_path=held_out, val_every=1, **changes))
     left, right = (checkpoint.load(tmp_path / name / "checkpoints/0000003.pt") for name in ("without", "with"))
