@@ -312,7 +312,7 @@ def test_a_folder_of_their_own_leaves_no_trace_in_training_and_has_the_loss_of_t
         return measure(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.time, "perf_counter", lambda: clock[0])
+        patch.setattr(monitor.time, "perf_counter", lambda: clock[0])
         patch.setattr(validation.Validator, "measure", slow)
         train.main(train_arguments(results, val_data_path=held_out, val_every=3, **changes))
     left, right = (checkpoint.load(run / LAST)["model"] for run in (tmp_path / "without", results))
