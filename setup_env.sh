@@ -44,8 +44,8 @@ _env_unlock() { # also where it ends early: an environment is left whole or not 
 }
 
 _env_run() { # COMMAND...: in the background, since bash would hold back a signal until a foreground command ends
-  "$@" & ENV_CHILD=$!
-  wait "$ENV_CHILD" || _env_end 1 "error: that failed, see above; the same command tries again"
+  "$@" &
+  wait "$!" || _env_end 1 "error: that failed, see above; the same command tries again"
 }
 
 _env_make() { # FILE...: makes .venv, or adds to it
@@ -78,9 +78,8 @@ setup_env() { # FILE...: sets PYTHON; ends the script where that is impossible
   if ! _env_is_ready "$@"; then
     _env_say "the active Python is not used: ${found##*$'\n'}"
     _env_lock
-    ENV_CHILD=''
     trap _env_unlock EXIT
-    trap '{ kill "$ENV_CHILD" && wait "$ENV_CHILD"; } 2>/dev/null || true; _env_end 130 interrupted' INT TERM HUP
+    trap '{ kill $(jobs -p) && wait; } 2>/dev/null || true; _env_end 130 interrupted' INT TERM HUP
     _env_is_ready "$@" || _env_make "$@" # another start may have made it meanwhile
     trap - EXIT INT TERM HUP
     _env_unlock

@@ -164,7 +164,7 @@ def test_a_disk_that_fills_up_while_sampling(sample_arguments, refused, tmp_path
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, function)
-            message = refused(sample_ddp.main, sample_arguments(folder))
+            message = refused(sample_ddp.main, sample_arguments(folder), has_begun=True)
         assert message == cannot_be_written("--sample-dir", folder)
         assert len(list(folder.glob("*/*.png"))) == images and not list(folder.glob("*.npz"))
     assert not list(folder.rglob("*.partial"))

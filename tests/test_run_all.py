@@ -215,6 +215,7 @@ def test_the_real_plan_is_understood(repository, tmp_path):
         f"{base}/DiT-XS-2/RoPE_rotate4_theta10000_freqslang_maxfreqlang1.5_minfreqlang0.0_trunc0.0_samethetaFalse_seed0"
     )
     settings = {"RESULTS_BASE": str(base), "TRAIN_ARGS": "--wandb-project 'a b' --use-wandb", "NPROC_PER_NODE": "1"}
+    settings["WANDB_MODE"] = "offline"
     settings |= {"MAX_STEPS": "60", "CFG_SCALE": "2.5", "STUB_RUN": run, "STUB_DIGITS": f"{base}/digits"}
     output, errors, calls = repository.run("-", "4", **settings)
     assert errors.startswith("DATA_PATH is not set: this is the built-in demo")

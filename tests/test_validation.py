@@ -21,7 +21,7 @@ import export
 import train
 from diffusion import create_diffusion
 from models import ModelConfig
-from runtime import checkpoint, data, pretrained, validation
+from runtime import checkpoint, data, monitor, pretrained, validation
 from runtime.config import HeldOutConfig, VAEConfig
 from runtime.distributed import hash_seed
 from runtime.options import UserError
