@@ -52,7 +52,7 @@ class NoisePrediction:
         sampler: str,
         steps: int,
         noise: Callable[[Tensor], Tensor],
-        learn_sigma: bool = True,
+        learn_sigma: bool,
     ) -> Iterator[State]:
         """(t, latents): the noise start (N, C, H, W), and what each step of a sampler makes of it.
 

@@ -47,7 +47,7 @@ STEP = ("Trainer", "NonFiniteWatch", "learning_rate", "total_steps")  # what tra
 
 # The tests of each file, those that are likely to fail first. Names that do not exist are passed over.
 DIFFUSION = "diffusion fake_cuda sample sample_grid train validation"
-CHECKPOINT = "checkpoint pretrained files export wrong_input sample hub validation train"
+CHECKPOINT = "checkpoint pretrained export wrong_input sample hub validation train reliability"
 STEP_TESTS = "training train validation benchmark fake_cuda"
 TESTS = {
     "rope.py": "rope models fake_cuda wrong_input visualize_rope checkpoint",

@@ -37,6 +37,7 @@ def test_names_shapes_and_sizes_are_the_published_ones(golden):
         name: value.shape for name, value in xl.state_dict().items()
     }
     assert (default.y_embedder.dropout_prob, default.grid, default.num_classes) == (0.1, (16, 16), 1000)
+    assert ModelConfig() == ModelConfig("DiT-XL/2", (32, 32), 4, 1000, 0.1, learn_sigma=True, rope=None)
     assert len(published["parameters_with_rope"]) == 12
     for name, expected in published["parameters_with_rope"].items():
         with torch.device("meta"):

@@ -222,6 +222,7 @@ def test_wrong_contents_are_named(save):
         ({**state, BIAS: bad["inf"]}, "ema", flawed),
         ({**state, BIAS: state[BIAS].long()}, "ema", f"checkpoint FILE: {BIAS} is of type int64; expected floating-"),
         ({**state, BIAS: torch.zeros(3)}, "ema", f"checkpoint FILE: {BIAS} has shape (3,), expected (32,)"),
+        ({**state, BIAS: torch.zeros(33)}, "ema", f"checkpoint FILE: {BIAS} has shape (33,), expected (32,)"),
         (  # of two, one is named with the shape expected of it
             {**state, BIAS: torch.zeros(3), "x_embedder.proj.bias": torch.zeros(4)},
             "ema",
