@@ -75,7 +75,7 @@ def test_a_new_objective_is_one_object(page, train_arguments, sample_arguments, 
     # Its flow takes noise to data: where the data is one point, every step points at it.
     start, goal = torch.randn(3, 1, 2, 2), torch.full((3, 1, 2, 2), 0.7)
     *_, (_, x) = velocity.sample(
-        lambda x, t, y: (x - goal) / (t / 1000).view(-1, 1, 1, 1), start, None, "euler", 5, None
+        lambda x, t, y: (x - goal) / (t / 1000).view(-1, 1, 1, 1), start, None, "euler", 5, None, False
     )
     torch.testing.assert_close(x, goal, atol=1e-5, rtol=0)
 
