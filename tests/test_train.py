@@ -24,10 +24,11 @@ from test_checkpoint import disk_full_at
 
 import evaluate_loss
 import train
-from models import DiT
+from models import DiT, ModelConfig
 from runtime import checkpoint, data, estimate, monitor, vae
+from runtime.config import Recipe
 from runtime.run import RunFolder
-from runtime.training import Trainer, learning_rate
+from runtime.training import Trainer, initial_model, learning_rate
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
 OF_RUN = dict(lr=0.01, ema_decay=0.5, use_rope=True, rope_rotate=2)  # the fixture's options
@@ -668,3 +669,14 @@ def test_two_processes_validate_as_one(two, image_folder, tmp_path):
         assert found["loss"] == pytest.approx(record[key], rel=1e-6)
         assert found["loss_se"] == pytest.approx(record[f"{key}_se"], rel=1e-5)
         assert found["loss_tenths"] == pytest.approx(record[f"{key}_tenths"], rel=1e-6)
+
+
+def test_log_sums_of_two_processes_are_the_mean_of_one():
+    model = initial_model(ModelConfig("DiT-XS/8", (8, 8)), 0)
+    trainer = Trainer(model, Recipe(), 10, None, torch.device("cpu"))
+    state = trainer.state()
+    one, other = [3.0, 1.0, 2.0, 0.0], [5.0, 1.0, 2.0, 0.0]  # loss, gradient norm, steps, skipped
+    for sums, expected in ([one], one), ([one, other], [4.0, 1.0, 2.0, 0.0]):
+        state["log"]["sums"] = sums
+        trainer.load(state)
+        assert trainer.sums.tolist() == expected
