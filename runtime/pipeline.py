@@ -50,7 +50,8 @@ OTHER_NAMES = {  # those that are not named like their option, most because trai
 }
 SAMPLE_TOO = ("--precision", "--tf32")  # what else train.py and sample_ddp.py share, the checkpoint tells
 # Options without a variable, the last two since wandb reads theirs itself.
-NO_VARIABLE = ("--help", "--dry-run", "--planned", "--print-name", "--ckpt", "--wandb-project", "--wandb-entity")
+BY_HAND = ("--help", "--dry-run", "--planned", "--print-name")  # for which a command is started by itself
+NO_VARIABLE = (*BY_HAND, "--ckpt", "--wandb-project", "--wandb-entity")
 OF_OTHERS = ("COMPILER", "COMPILERS", "MODELS", "NODES", "RECIPES", "SAMPLE", "SAMPLES")  # close to ours
 MANY = 99_999  # machines, or processes on one
 SIMILAR = 0.88  # from 0 to 1, to a known name: taken for a slip of the pen
@@ -90,6 +91,8 @@ class Stage:
             raise UserError(f"{origin}: {text!r} cannot be divided into arguments ({error})") from error
         flag = ""
         for word in words:
+            if word.split("=")[0] in BY_HAND:
+                raise UserError(f"{origin}: {word} is for the command by itself; leave it out")
             if word.startswith("@"):
                 word = f"@{locate(word[1:], self.start)}"
             elif "=" in word:
