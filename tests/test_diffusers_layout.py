@@ -13,7 +13,7 @@ from runtime.pretrained import load_trained, weights_sha256
 pytestmark = pytest.mark.usefixtures("tiny_commands")
 SETTINGS = dict(num_attention_heads=2, attention_head_dim=32, num_layers=2, in_channels=4, out_channels=8)
 SETTINGS |= dict(sample_size=8, patch_size=2, num_embeds_ada_norm=5, norm_type="ada_norm_zero")
-EMB = "norm1.emb."
+EMB, KINDS = "norm1.emb.", ("weight", "bias")
 
 
 @pytest.fixture
@@ -65,9 +65,6 @@ def test_every_tensor_is_that_of_the_file(folder):
             qkv = [left.pop(f"transformer_blocks.{block}.attn1.to_{part}.{kind}") for part in "qkv"]
             assert torch.equal(ours.pop(f"blocks.{block}.attn.qkv.{kind}"), torch.cat(qkv))
     assert left == {} and ours.keys() == {"pos_embed"}
-
-
-KINDS = ("weight", "bias")
 
 
 def test_outputs_are_those_of_diffusers_but_for_the_frequencies_of_timesteps(theirs, folder):
