@@ -130,10 +130,21 @@ def _in_folder(folder: Path) -> Path:
     return found
 
 
+def _is_repository(name: str) -> bool:
+    """Whether this could be the name of a repository, with its owner."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
 def _from_hub(url: str) -> tuple[Path, str]:
     """Path in the cache of huggingface_hub of a file or of a repository, and the address without the revision."""
     match = ADDRESS.fullmatch(url)
-    if match is None or {"", ".", ".."} & set((match[4] or "file").split("/")):
+    if match is None or {"", ".", ".."} & set((match[4] or "file").split("/")) or not _is_repository(match[2]):
         raise UserError(
             f"checkpoint {url!r} is not hf://user/repo or hf://user/repo/file; correct it, or download it by hand and "
             "pass its path"
@@ -227,7 +238,7 @@ def check_push(repository: str) -> None:
     """Raise UserError unless huggingface_hub could upload to this repository, as far as a login tells."""
     from huggingface_hub import HfApi, get_token
 
-    if re.fullmatch(REPOSITORY, repository) is None:
+    if not _is_repository(repository):
         raise UserError(f"--push {repository!r} is not the name of a repository; expected you/repo")
     if get_token() is None:
         raise UserError(f"--push {repository} needs a token of the hub; log in with `hf auth login`, or set HF_TOKEN")

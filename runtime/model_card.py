@@ -1,5 +1,7 @@
 """README.md of a model on the Hugging Face hub, made from the run's folder: use, what was measured, data, settings."""
 
+import json
+import shlex
 from pathlib import Path
 
 from runtime import files, monitor, options, pictures, report
@@ -16,7 +18,7 @@ PYTHON = """import torch
 {imports}from models import DiT
 from runtime.vae import VAE
 
-model = DiT.from_pretrained("{name}")  # in evaluation mode
+model = DiT.from_pretrained({name})  # in evaluation mode
 """
 SAMPLING = """labels = torch.tensor({labels})
 noise = torch.randn(len(labels), {shape}, generator=torch.Generator().manual_seed(0))
@@ -24,7 +26,7 @@ options = {{"y": labels, "cfg_scale": 4.0}}
 latents = create_diffusion("50").p_sample_loop(
     model.forward_with_cfg, noise.shape, noise, clip_denoised=False, model_kwargs=options
 )
-images = VAE("{vae}").decode(latents)  # ({count}, {height}, {width}, 3) uint8
+images = VAE({vae}).decode(latents)  # ({count}, {height}, {width}, 3) uint8
 """
 
 
@@ -61,7 +63,8 @@ def header(trained: Trained, weights: str, half: bool) -> str:
     config, parameters = trained.config, sum(weight.numel() for weight in trained.model.parameters())
     size = " × ".join(map(str, config.image_size))
     steps = "" if trained.step is None else f" after {trained.step:,} steps of training"
-    kind = ("averaged" if weights == "ema" else "raw") + (" weights, in float16," if half else " weights")
+    kind = {"ema": "averaged ", "model": "raw "}[weights] if config.recipe else ""  # of files from elsewhere unknown
+    kind += "weights, in float16," if half else "weights"
     return (
         f"# {title(config)}\n\n"
         "A class-conditional latent diffusion transformer ([DiT](https://arxiv.org/abs/2212.09748)"
@@ -82,7 +85,7 @@ def vae_for_others(config: RunConfig) -> str | None:
 
 def use(config: RunConfig, address: str) -> str:
     """Commands and Python. What the classes are called is known to the commands."""
-    vae, name = vae_for_others(config), address.removeprefix("hf://")
+    vae, name, address = vae_for_others(config), json.dumps(address.removeprefix("hf://")), shlex.quote(address)
     note = "" if vae else " `FOLDER` is the autoencoder that it was trained with."
     given, guided = "" if vae else " --vae FOLDER", config.model.class_dropout_prob > 0
     given += "" if guided else " --cfg-scale 1"
@@ -98,7 +101,7 @@ def use(config: RunConfig, address: str) -> str:
         channels, (height, width) = config.model.in_channels, config.model.input_size
         shape, (rows, columns) = f"{channels}, {height}, {width}", config.image_size
         text += SAMPLING.format(
-            labels=labels, shape=shape, vae=vae or "FOLDER", count=len(labels), height=rows, width=columns
+            labels=labels, shape=shape, vae=json.dumps(vae or "FOLDER"), count=len(labels), height=rows, width=columns
         )
     return text + "```\n"
 

@@ -104,7 +104,7 @@ def _read(name, weights: str, given: dict | None, verify: bool) -> tuple[Descrip
     source, given = hub.find(name), {key: value for key, value in (given or {}).items() if value is not None}
     path = source.path
     state = _load(path, verify)
-    tensors = _weights(state, weights, path)
+    tensors, step = _weights(state, weights, path), _step(state, path)
     stored = state.get("config") if isinstance(state.get("config"), dict) else None
     try:
         config = RunConfig.from_dict(stored) if stored else _from_foreign(state, tensors, given, source)
@@ -122,7 +122,6 @@ def _read(name, weights: str, given: dict | None, verify: bool) -> tuple[Descrip
         raise UserError(f"checkpoint {str(path)!r} has a config that cannot be read ({reason})") from error
     tensors = _weights(state, weights, path, config.model)
     checkpoint.check_weights(expected, tensors, path)
-    step = _step(state, path)
     description = Description(
         path=path,
         label=source.label if path.is_file() or step is None else f"{step:07d}",
@@ -212,7 +211,8 @@ def _weights(state: dict, which: str, path: Path, config: ModelConfig | None = N
             "dict with 'ema' or 'model'"
         )
     table = tensors.get(TABLE)
-    if config is not None and not config.class_dropout_prob and table is not None and len(table) == config.num_classes:
+    trained_without = config is not None and not config.class_dropout_prob
+    if trained_without and table is not None and table.shape[:1] == (config.num_classes,):
         tensors[TABLE] = torch.cat([table, torch.zeros_like(table[:1])])
     return tensors
 

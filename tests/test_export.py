@@ -236,8 +236,9 @@ def test_a_setting_out_of_range_is_refused_by_name(name, value, folder, monkeypa
         return {key: entry for key, entry in values.items() if key != "sha256"}
 
     edit(folder / "config.json", change)
-    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda self: pytest.fail("a model was built"))
-    message = rejection(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Linear, "reset_parameters", lambda self: pytest.fail("a model was built"))
+        message = rejection(folder)
     assert last in message and message.count("\n") == 0
     if not name.startswith(("training", "step")) and name not in ("rope.theta", "rope.same_theta", "hidden_size"):
         with pytest.raises((ValueError, TypeError), match=last):
@@ -258,7 +259,7 @@ def test_the_card_says_what_is_known_of_these_weights(weights, source, sample_ar
         settings = json.loads((run / "samples" / f"{other}.json").read_text())
         metrics = {"fid": 12.5 if other == "ema" else 99.5, "sampling": settings}
         (run / "samples" / f"{other}.metrics.json").write_text(json.dumps(metrics))
-    folder = export_to(tmp_path / "card", run, "--weights", weights)
+    folder = export_to(tmp_path / "a card", run, "--weights", weights)
     text = (folder / "README.md").read_text()
     assert text.startswith("---\ntags:\n- class-conditional\n") and "# DiT-XS/2, Spiral RoPE, K = 4 directions" in text
     assert ("| FID (ddpm, 4 steps, guidance 1.5, seed 0) | 12.5 |" in text) == (weights == "ema")
@@ -266,7 +267,7 @@ def test_the_card_says_what_is_known_of_these_weights(weights, source, sample_ar
     assert (folder / model_card.PICTURE).is_file() and f"({model_card.PICTURE})" in text
     for row in ("| images | 24 |", "| classes | ant, bee, käfer |", "| recipe.lr | 0.01 |", "| training loss |"):
         assert row in text
-    assert f"--ckpt {folder}" in text and f'DiT.from_pretrained("{folder}")' in text
+    assert f"--ckpt '{folder}'" in text and f'DiT.from_pretrained("{folder}")' in text
     vae = json.loads((run / "config.json").read_text())["vae"]["source"]
     assert vae not in text and "--vae FOLDER" in text  # a folder of this computer tells others nothing
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].replace('"FOLDER"', repr(vae)).replace('"50"', '"4"')
@@ -277,7 +278,7 @@ def test_the_card_says_what_is_known_of_these_weights(weights, source, sample_ar
 def test_the_card_of_a_file_from_elsewhere_tells_no_more_than_is_known(tmp_path):
     path = write(tmp_path / "a.pt", build(num_classes=3).state_dict())
     text = (export_to(tmp_path / "folder", path) / "README.md").read_text()
-    assert "sin-cos positions" in text and "averaged weights." in text
+    assert "sin-cos positions" in text and "These are the weights." in text
     assert not any(word in text for word in ("## Measured", "![", "None", "recipe", "fingerprint"))
 
 

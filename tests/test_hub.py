@@ -211,7 +211,7 @@ def test_a_name_that_stands_for_nothing_is_refused(server, refused, tmp_path):
     assert f"{start}; did you mean DiT-XL-2-256x256.pt?" in refusal("DiT-XL-2-256x256")
     assert refusal("weights.bin") == f"checkpoint 'weights.bin' {start}{end}"
     others = ("hf://", "hf://file.pt", "https://example.org/a.pt", "s3://user/repo/file", "hf://user/repo/a//b")
-    for name in (*others, "hf://user/repo/../../../escape.pt", "hf://user/repo/", "hf://user/repo@"):
+    for name in (*others, "hf://user/repo/../../../escape.pt", "hf://user/repo/", "hf://user/repo@", "hf://../a"):
         assert refusal(name) == (
             f"checkpoint {name!r} is not hf://user/repo or hf://user/repo/file; correct it, or download it by hand and "
             "pass its path"
