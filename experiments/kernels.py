@@ -27,6 +27,7 @@ from runtime import files, monitor, options
 ASPECT = 5.7  # long axis / short axis of the wanted pattern
 FREE = 1e3  # a budget that no head has, as good as no bound for most settings
 TOLERANCE = 1e-6  # nats that a divergence may be above the least; the pattern is then within 0.001 of the best one
+CENTRED = 1e-2  # Newton decrement, squared, below which one more step is all that a weight of the barrier gets
 SIGMAS, BUDGETS = (0.7, 1.5), (8, 32, FREE)  # of the tables
 ANGLES = (0, 22.5, 45, 67.5)  # degrees; Spiral RoPE sees the same image turned by 90 degrees
 SAME, SMALL = {"same_theta": True}, {"theta": 100.0}
@@ -83,8 +84,9 @@ def best(features: np.ndarray, wanted: np.ndarray, budget: float = FREE) -> Fit:
         return float(np.mean(np.log(total) + largest) - target @ c.ravel() - entropy), weight / total
 
     def barrier(c: np.ndarray, s: np.ndarray) -> float:
-        inside = (s > np.hypot(*c.T)).all() and s.sum() < budget
-        return -np.log(s**2 - (c**2).sum(1)).sum() - math.log(budget - s.sum()) if inside else math.inf
+        length = np.hypot(*c.T)
+        inside = (s > length).all() and s.sum() < budget
+        return -np.log((s - length) * (s + length)).sum() - math.log(budget - s.sum()) if inside else math.inf
 
     c, s, weight = np.zeros((pairs, 2)), np.full(pairs, budget / (2 * pairs)), 1.0
     while True:
@@ -96,26 +98,24 @@ def best(features: np.ndarray, wanted: np.ndarray, budget: float = FREE) -> Fit:
         if gap < TOLERANCE:
             error = np.abs(pattern - wanted).sum(1).mean() / 2
             return Fit(pattern, value, float(error), c, gap)
-        weighted = (flat * np.sqrt(pattern)[..., None]).reshape(-1, 2 * pairs)
-        curvature = (weighted.T @ weighted - mean.T @ mean) / queries
-        step, decrement = newton_step(c, s, weight * gradient, weight * curvature, budget)
-        if decrement < 0.1:
-            weight *= 10
-            continue
+        centred = ((flat - mean[:, None]) * np.sqrt(pattern)[..., None]).reshape(-1, 2 * pairs)
+        step, decrement = newton_step(c, s, weight * gradient, weight / queries * (centred.T @ centred), budget)
         now, size = weight * value + barrier(c, s), 1.0
         while True:
             new_c, new_s = c + size * step[: 2 * pairs].reshape(-1, 2), s + size * step[2 * pairs :]
-            if (bounds := barrier(new_c, new_s)) < math.inf:
-                if weight * divergence(new_c)[0] + bounds <= now - size * decrement / 4:
-                    break
+            bounds = barrier(new_c, new_s)
+            # Where Newton's method converges quadratically full steps need no test, which rounding would fail.
+            if decrement < CENTRED or weight * divergence(new_c)[0] + bounds <= now - size * decrement / 4:
+                break
             size /= 2
             assert size > 1e-8, f"no progress at a gap of {gap:.1e} nats"
-        c, s = new_c, new_s
+        c, s, weight = new_c, new_s, weight * (10 if decrement < CENTRED else 1)
 
 
 def newton_step(c: np.ndarray, s: np.ndarray, gradient: np.ndarray, curvature: np.ndarray, budget: float):
     """Newton's step for (c, s), 3P numbers, with the barrier added to gradient and curvature, and its decrement."""
-    pairs, room, slack = len(s), budget - s.sum(), s**2 - (c**2).sum(1)
+    pairs, room, length = len(s), budget - s.sum(), np.hypot(*c.T)
+    slack = (s - length) * (s + length)
     slope, hessian = np.zeros(3 * pairs), np.zeros((3 * pairs, 3 * pairs))
     place = np.stack([*np.arange(2 * pairs).reshape(-1, 2).T, np.arange(2 * pairs, 3 * pairs)], axis=1)  # (P, 3)
     cone = np.column_stack([2 * c, -2 * s]) / slack[:, None]  # gradient of -log(s^2 - |c|^2)
@@ -218,7 +218,7 @@ def draw_patterns(config: RopeConfig, head_dim: int, sigma: float, budget: float
     angles = (*ANGLES, 90)
     rows = {"wanted": None, "best that\naxial RoPE\ncan do": fits(AXIAL, angles, sigma, budget, head_dim)}
     rows |= {"best that\nSpiral RoPE\ncan do": fits(config, angles, sigma, budget, head_dim)}
-    figure = Figure(figsize=(WIDTH, 0.64 * WIDTH), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 7), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # inches: on a dark page the margin shows
     figure.suptitle("Can one attention head look along a line through its patch?", fontsize=20)
     for line, (name, found) in zip(figure.subplots(len(rows), len(angles)), rows.items(), strict=True):
@@ -242,7 +242,7 @@ def compared(config: RopeConfig, head_dim: int) -> list[RopeConfig]:
 
 def draw_errors(config: RopeConfig, head_dim: int, sigma: float, budget: float) -> Figure:
     """Error around the clock, by width of the pattern, and by budget: a line for each encoding."""
-    figure = Figure(figsize=(WIDTH, 0.48 * WIDTH), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 5.5), layout="constrained")
     clock = figure.add_subplot(1, 3, 1, projection="polar", theta_direction=-1)
     clock.set_rlabel_position(-22.5)
     clock.set_title(f"misplaced by angle\n(σ = {sigma:g}, budget {budget:g})")
@@ -273,6 +273,8 @@ def draw_errors(config: RopeConfig, head_dim: int, sigma: float, budget: float) 
 
 # The command
 
+BUDGET = options.number(float, 0, FREE, open_low=True)  # with more, double precision does not prove the optimum
+
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(description=__doc__.splitlines()[0])
@@ -281,7 +283,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--tables", action="store_true", help="print the tables of docs/evidence.md; draw nothing")
     add("--head-dim", type=options.count, default=64, help="channels of an attention head: 64, DiT-XL 72")
     add("--sigma", type=options.positive, default=SIGMAS[0], help="short axis of the wanted pattern, patches")
-    add("--budget", type=options.positive, default=32, help="largest score of a head, |q| |k| / sqrt(D), in the errors")
+    add("--budget", type=BUDGET, default=32, help="largest score of a head, |q| |k| / sqrt(D), where errors are drawn")
     options.add_dry_run(parser)
     options.add_rope_options(parser)
     args = parser.parse_args(argv)
