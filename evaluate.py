@@ -74,7 +74,7 @@ def default_cache() -> Path:
 
 
 def build_parser() -> options.Parser:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__)
     add = parser.add_argument
     add("--samples", type=Path, required=True, help=".npz of sample_ddp.py, or any with images arr_0 (N, H, W, 3)")
     add("--samples-expected", type=options.count, default=None, help="images that --samples must have (None: any)")

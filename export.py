@@ -14,7 +14,7 @@ from runtime.pretrained import Trained, load_trained
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__)
     options.add_checkpoint_options(parser)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="file to write: .safetensors")

@@ -24,7 +24,7 @@ FRAMES = 10
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__)
     options.add_checkpoint_options(parser, none="DiT-XL/2 as published, of --image-size")
     add = parser.add_argument
     add(

@@ -28,7 +28,7 @@ PNG_END = b"IEND\xaeB`\x82"  # type and checksum of the chunk that ends every PN
 
 
 def build_parser() -> options.Parser:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__)
     options.add_checkpoint_options(parser, none="DiT-XL/2 as published, of --image-size")
     add = parser.add_argument
     add("--sample-dir", type=Path, default=Path("samples"), help="where the folder of images and the .npz go")

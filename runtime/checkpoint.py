@@ -158,7 +158,8 @@ def _check_archive(path: Path, verify: bool) -> None:
 def _load_safetensors(path: Path) -> dict:
     """The weights of a safetensors file: alone, or as "ema" or "model" with what export.py says about them."""
     with safe_open(path, framework="pt") as file:
-        tensors, text = file.get_tensors(), (file.metadata() or {}).get(METADATA)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        text = (file.metadata() or {}).get(METADATA)
     if text is None:
         return tensors
     if len(text) > METADATA_LIMIT:

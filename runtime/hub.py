@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,11 @@ from runtime.checkpoint import training_checkpoints
 from runtime.options import UserError, format_size, root_cause
 
 SPIRAL_ROPE = "hf://haoyuliu00/Spiral_RoPE"
+# hf://[datasets/]user/repository[@revision]/file, as huggingface_hub's own file system has it; the file may be missing.
+HUB_FILE = (
+    r"hf://(?:(?P<repo_type>model|dataset|space)s/)?(?P<repo_id>(?!(?:model|dataset|space|bucket)s/)[^/@]+/[^/@]+)"
+    r"(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(?P<filename>[^/]+(?:/[^/]+)*))?/?"
+)
 DIT = "https://dl.fbaipublicfiles.com/DiT/models"
 
 
@@ -107,28 +113,28 @@ def find(name: str | Path) -> Source:
 
 def _from_hub(url: str) -> tuple[Path, str]:
     """Path in the cache of huggingface_hub of hf://user/repo[@revision]/file, and the same without the revision."""
-    from huggingface_hub import errors, hf_hub_download, hf_hub_url, parse_hf_uri
+    from huggingface_hub import errors, hf_hub_download, hf_hub_url
 
-    try:
-        uri = parse_hf_uri(url)
-    except errors.HfUriError as error:
+    match = re.fullmatch(HUB_FILE, url)
+    if match is None:
         raise UserError(
-            f"checkpoint {url!r} is not hf://user/repo/file ({error.msg.strip(' .')}); correct it, or download it by "
-            "hand and pass its path"
-        ) from error
-    if uri.is_bucket or not uri.path_in_repo:
+            f"checkpoint {url!r} is not hf://user/repo/file; correct it, or download it by hand and pass its path"
+        )
+    file = match.groupdict()
+    repository, kind = file["repo_id"], file["repo_type"] or "model"
+    if not file["filename"]:
         raise UserError(f"checkpoint {url!r} names no file of a repository; expected hf://user/repo/file")
-    file = {"repo_id": uri.id, "filename": uri.path_in_repo, "repo_type": uri.type, "revision": uri.revision}
-    reasons = {  # the library's own take several lines
+    reasons = {  # the library's own take several lines; None: what was the cause
         errors.GatedRepoError: "it is gated: accept its conditions on the hub, then log in with `hf auth login` or set "
         "HF_TOKEN",
-        errors.RepositoryNotFoundError: f"the hub has no {uri.type} {uri.id}, or it is private: check the name, or log "
+        errors.RepositoryNotFoundError: f"the hub has no {kind} {repository}, or it is private: check the name, or log "
         "in with `hf auth login`",
-        errors.RevisionNotFoundError: f"{uri.id} has no revision {uri.revision}",
-        errors.RemoteEntryNotFoundError: f"{uri.id} has no file {uri.path_in_repo}",
+        errors.RevisionNotFoundError: f"{repository} has no revision {file['revision']}",
+        errors.LocalEntryNotFoundError: None,
+        errors.EntryNotFoundError: f"{repository} has no file {file['filename']}",
     }
     with _fetching(url, hf_hub_url(**file), reasons):
-        return Path(hf_hub_download(**file)), f"hf://{uri.id}/{uri.path_in_repo}"
+        return Path(hf_hub_download(**file)), f"hf://{repository}/{file['filename']}"
 
 
 def _from_url(url: str) -> tuple[Path, str]:
@@ -155,7 +161,7 @@ def _fetching(name: str, url: str, reasons: dict[type, str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever a network, a disk or a server makes the library raise
-        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), root_cause(error))
+        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), None) or root_cause(error)
         raise UserError(
             f"checkpoint {name!r} cannot be fetched: {reason.rstrip('.')}; otherwise download {url} by hand and pass "
             "its path"
