@@ -172,11 +172,11 @@ def number(kind: type, low: float, high: float = math.inf, *, open_low=False, op
             value = kind(text)
         except ValueError:
             value = math.nan
-        if isinstance(value, int) and abs(value) >= 2**63:
+        if isinstance(value, int) and math.isinf(high) and abs(value) >= 2**63:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of less than 64 bits")
         above = value > low if open_low else value >= low
         below = value < high if open_high else value <= high
-        if not (math.isfinite(value) and above and below):
+        if not (above and below and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bounds}")
         return value
 
