@@ -56,9 +56,9 @@ _env_run() { # COMMAND...: in the background, since bash would hold back a signa
   wait "$!" || _env_end 1 "error: that failed, see above; the same command tries again"
 }
 
-_env_create() { # makes .venv, empty or with a view of the packages of an active Python that has PyTorch
+_env_create() { # FILE...: makes .venv, empty or with a view of the packages of an active Python whose PyTorch fits
   local base lender='' create=(uv venv --no-project --python '>=3.11') torch
-  torch=$(grep '^torch>' "$ENV_ROOT/requirements.txt" || true)
+  torch=$(cd "$ENV_ROOT" && grep -h '^torch[>=]' "$@" || true)
   for base in python python3 python3.14 python3.13 python3.12 python3.11 ''; do
     "$base" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
     if [[ -n $torch && -z $(_env_lacks "$base" <(echo "$torch")) ]]; then lender=$base; fi
@@ -80,7 +80,7 @@ _env_create() { # makes .venv, empty or with a view of the packages of an active
 _env_make() { # FILE...: makes .venv, or adds to it
   local install=(uv pip install --python "$ENV_DIR") temporary=$ENV_DIR/.tmp
   [[ -f $ENV_DIR/.complete ]] || rm -rf "$ENV_DIR"
-  [[ -d $ENV_DIR ]] || _env_create
+  [[ -d $ENV_DIR ]] || _env_create "$@"
   [[ ! -x $ENV_DIR/bin/pip ]] || install=(env PIP_USER=0 "$ENV_DIR/bin/python" -m pip --require-virtualenv install)
   mkdir "$temporary" # pip, when it is ended, leaves the gigabytes that it was unpacking
   _env_lacks "$ENV_DIR/bin/python" "$@" >"$temporary/lacks.txt"
