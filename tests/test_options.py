@@ -52,10 +52,11 @@ def test_a_number_of_too_many_digits_is_refused(refused):
     assert options.count(str(2**63 - 1)) == 2**63 - 1
 
 
-COMMANDS = [path.stem for path in ROOT.glob("*.py") if "@options.command" in path.read_text(encoding="utf-8")]
+SCRIPTS = [path.relative_to(ROOT) for folder in ("", "demo", "experiments") for path in (ROOT / folder).glob("*.py")]
+COMMANDS = [script for script in SCRIPTS if "@options.command" in (ROOT / script).read_text(encoding="utf-8")]
 
 
-@pytest.mark.parametrize("name", [*COMMANDS, "demo.digits", "demo.measure", "demo.train_vae", "runtime.report"])
+@pytest.mark.parametrize("name", [".".join(script.with_suffix("").parts) for script in COMMANDS] + ["runtime.report"])
 def test_commands_do_without_docstrings(name, monkeypatch, capsys):
     """Which PYTHONOPTIMIZE=2 takes away."""
     command = importlib.import_module(name)
