@@ -325,6 +325,20 @@ def check_rope(rope: RopeConfig | None, head_dim: int, model: str) -> None:
         raise UserError(f"--rope-rotate {rope.rotate} does not fit {model}{extra}; expected one of {values}")
 
 
+def check_stored_rope(rope: RopeConfig) -> None:
+    """Raise ValueError where a setting is not one that the command line would take."""
+    for field in dataclasses.fields(rope):
+        value, option = getattr(rope, field.name), ROPE_OPTIONS.get(field.name) or _option_of(field.default)
+        kinds = (int, float) if isinstance(field.default, float) else (type(field.default),)
+        try:
+            if type(value) not in kinds or value not in option.get("choices", [value]):
+                raise ValueError(f"expected {option.get('choices') or 'a value such as ' + repr(field.default)}")
+            if callable(option.get("type")) and not isinstance(value, str):
+                option["type"](str(value))
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"rope.{field.name} is {value!r}: {error}") from error
+
+
 def check_image_size(size: tuple[int, int], downsampling: int, patch_size: int) -> tuple[int, int]:
     """Latent height and width for an image size. Raises UserError when the patches do not divide it."""
     unit = downsampling * patch_size
