@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import ModelConfig
+from models import DiT, ModelConfig
 from rope import RopeConfig
 from runtime import data, distributed, files, monitor, options
 from runtime.config import Recipe, VAEConfig
@@ -80,7 +80,7 @@ def prepare(args: Namespace) -> None:
         raise UserError("--device cuda: this PyTorch sees no GPU; leave --device out")
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
     args.device = torch.device("cpu") if on_cpu else distributed.setup(args.tf32)
-    if "precision" in args.parts and args.compile:
+    if args.compile and {"precision", "compilation"} & set(args.parts):
         distributed.check_compiler(args.device, "pass --no-compile")
     native = distributed.resolve_precision("auto", args.device)
     args.precisions = args.precisions or list(dict.fromkeys(["fp32", native]))
@@ -178,6 +178,21 @@ def precision(args: Namespace, folder: Path) -> Iterator[Variant]:
     yield from peak(args, folder)
 
 
+def compilation(args: Namespace, folder: Path) -> Iterator[Variant]:
+    """Training step as it is, compiled block by block (--compile), and as one; its first call with nothing cached."""
+    from torch._inductor.utils import fresh_inductor_cache
+
+    torch.compiler.reset()
+    ways = {"eager": lambda model: None, "blocks": DiT.compile_blocks, "whole model": DiT.compile}
+    for way, compile_model in ways.items() if args.compile else [*ways.items()][:1]:
+        trainer = trainer_of(args)
+        compile_model(trainer.model)
+        step = partial(trainer.train_step, [made_up_batch(args.batch_size, config_of(args))])
+        with fresh_inductor_cache():
+            seconds = timed(step, args.device)
+        yield Variant({"compiled": way, "first call, s": seconds}, step, args.batch_size)
+
+
 def latents(args: Namespace, folder: Path) -> Iterator[Variant]:
     """Training steps that encode their images, against steps on cached latents; encoding and reading alone."""
     count, size, vae = args.batch_size, (args.image_size, args.image_size), random_vae(args, folder)
@@ -214,7 +229,7 @@ def sampling(args: Namespace, folder: Path) -> Iterator[Variant]:
     yield Variant({"sampler": "decoding alone"}, decode, count)
 
 
-PARTS = {part.__name__: part for part in (peak, position, precision, latents, tokens, sampling)}
+PARTS = {part.__name__: part for part in (peak, position, precision, compilation, latents, tokens, sampling)}
 
 
 def alternate(calls: list[Callable], rounds: int, device: torch.device) -> list[dict[str, float]]:

@@ -1,11 +1,16 @@
 """DiT: golden numbers, initialisation, conditioning, guidance, precision, compilation."""
 
+import copy
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.parallel import DistributedDataParallel
 
 import models
 from models import DiT, DiT_models, ModelConfig, sincos_table
@@ -211,18 +216,50 @@ def test_bfloat16_attention_rotates_by_float32_phases(mode, attended, fill_weigh
     assert (out.float() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Counts what is compiled, in place of compiling it to machine code, which takes long."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch.compiler.reset()
+    yield counter
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("wrap", [None, "checkpointing", "ddp"])
 @pytest.mark.parametrize("rope", [None, RopeConfig(rotate=4)], ids=["sincos", "spiral"])
-def test_compiled_model_has_no_graph_break_and_equal_gradients(rope, fill_weights):
-    model = fill_weights(DiT(**{**TINY, "depth": 1}, class_dropout_prob=0.0, rope=rope)).train()
-    x, t, y = inputs()
-    results = []
-    for function in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
-        model.zero_grad()
-        out = function(x, t, y)
-        out.square().mean().backward()
-        results.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-5)
+def test_compiled_blocks_have_equal_gradients_and_are_compiled_once(
+    rope, wrap, fill_weights, compilations, one_process
+):
+    """Once for training and once for inference: for all blocks, batches and with or without guidance."""
+    model = fill_weights(DiT(**{**TINY, "depth": 3}, class_dropout_prob=0.0, rope=rope)).train()
+    model.grad_checkpointing = wrap == "checkpointing"
+    compiled = copy.deepcopy(model)
+    compiled.compile_blocks()
+    function = DistributedDataParallel(compiled) if wrap == "ddp" else compiled
+    for batch in (4, 3):
+        x, t, y = inputs(batch)
+        for step in (model, function):
+            step.zero_grad()
+            step(x, t, y).square().mean().backward()
+        for eager, found in zip(model.parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(found.grad, eager.grad, atol=1e-5, rtol=1e-5)
+    assert compilations.frame_count == 1
+    with torch.no_grad():
+        for network in (model.eval(), compiled.eval()):
+            network.guided = [network.forward_with_cfg(*inputs(batch), 1.5) for batch in (4, 2)] + [network(*inputs(3))]
+    for eager, found in zip(model.guided, compiled.guided, strict=True):
+        torch.testing.assert_close(found, eager, atol=1e-5, rtol=1e-5)
+    function.train()(*inputs(2)).sum().backward()
+    assert compilations.frame_count == 2
 
 
 @pytest.mark.parametrize("rope", [None, RopeConfig(rotate=4)], ids=["sincos", "spiral"])

@@ -198,7 +198,7 @@ def make_job(train_arguments, tmp_path):
 
 def test_the_model_is_compiled_on_request_alone(make_job, monkeypatch):
     compiled = []
-    monkeypatch.setattr(DiT, "compile", lambda model: compiled.append(model))
+    monkeypatch.setattr(DiT, "compile_blocks", lambda model: compiled.append(model))
     for changes in ({}, dict(compile=True)):
         trainer = make_job(**changes).trainer()
         assert compiled == ([trainer.model] if changes else [])
