@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from rope import RopeConfig, SpiralRoPE, rotate
 
-
 LONGEST_WRITTEN_OUT = 256  # tokens, up to which training may keep the attention matrix of every head
 
 
@@ -187,7 +186,7 @@ class DiT(nn.Module):
     def compile_blocks(self) -> None:
         """Have the first call compile what all blocks share: once for training, once for inference.
 
-        One compilation serves all numbers of rows from two on; a single row, which compilers treat apart, takes another.
+        Each serves every number of rows from two on; a single row, which compilers treat apart, is compiled for itself.
         """
         self.compiled = True
         torch._dynamo.config.optimize_ddp = False  # would cut blocks where buckets of gradients end
@@ -195,7 +194,7 @@ class DiT(nn.Module):
             block.compile(fullgraph=True)
 
     def write_out_attention(self) -> None:
-        """Train short sequences by matrix products: a CPU's attention kernels are slower in bfloat16, backwards most."""
+        """Attend in matrix products where sequences are short: faster than a CPU's attention kernels in bfloat16."""
         if math.prod(self.grid) <= LONGEST_WRITTEN_OUT:
             for block in self.blocks:
                 block.attn.attend = attend_written_out
