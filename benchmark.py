@@ -169,7 +169,7 @@ def infer(trainer: Trainer, moments: Tensor, labels: Tensor) -> None:
 
 
 def precision(args: Namespace, folder: Path) -> Iterator[Variant]:
-    """Training step by precision: as it is, compiled by blocks (--compile) and as a whole; and the peak, of products."""
+    """Training step by precision: as it is, compiled by blocks (--compile) and as a whole; the peak, of products."""
     from torch._inductor.utils import fresh_inductor_cache
 
     torch.compiler.reset()
