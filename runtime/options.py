@@ -256,6 +256,11 @@ def add_precision(parser: Parser) -> None:
     parser.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True, help=help)
 
 
+def add_compile(parser: Parser) -> None:
+    """Add --compile."""
+    parser.add_argument("--compile", action="store_true", help="compile the model's blocks")
+
+
 def add_num_workers(parser: Parser, what: str) -> None:
     """Add --num-workers, which is a number of what."""
     parser.add_argument("--num-workers", type=non_negative_int, default=4, help=what)
