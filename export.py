@@ -15,7 +15,7 @@ OTHER_FILES = (".pt", ".pth", ".bin", ".ckpt")  # which nobody means as a folder
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__)
     options.add_checkpoint_options(parser)
     add = parser.add_argument
     help = "folder to write, with model.safetensors, config.json and README.md; or a file: .safetensors"

@@ -28,7 +28,7 @@ PNG_END = b"IEND\xaeB`\x82"  # type and checksum of the chunk that ends every PN
 
 
 def build_parser() -> options.Parser:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__)
     options.add_checkpoint_options(parser, none="DiT-XL/2 as published, of --image-size")
     add = parser.add_argument
     add("--sample-dir", type=Path, default=Path("samples"), help="where the folder of images and the .npz go")
@@ -245,6 +245,9 @@ def main(argv: list[str] | None = None) -> None:
     if distributed.on_main(is_finished, found, folder, vae_source, args, device):
         return logger.info(f"{done}\n{places}")
     trained = pretrained.load_trained(args.ckpt, args.weights, options.given_model(args))
+    if args.compile:
+        distributed.check_compiler(device)
+        trained.model.compile_blocks()
     vae = load_vae(vae_source, trained, device, args.vae_precision)
     settings = settings_of(trained, trained.sha256, vae_source, vae.config.sha256, args, device)
     distributed.on_main(folder.check, settings)

@@ -161,7 +161,7 @@ def _check_archive(path: Path, verify: bool) -> None:
 def _load_safetensors(path: Path) -> dict:
     """The weights of a safetensors file: alone, or with what export.py says about them."""
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
         text = (file.metadata() or {}).get(METADATA)
     if text is None:
         return tensors

@@ -230,7 +230,7 @@ def text_of(value) -> str:
 
 @options.command
 def main(argv: list[str] | None = None) -> None:
-    parser = options.Parser(prog="report.py", description=__doc__.splitlines()[0])
+    parser = options.Parser(prog="report.py", description=__doc__)
     parser.add_argument("folder", type=Path, help="the run's folder (--results-dir of train.py)")
     help = "files of evaluate.py to show (None: samples/*.metrics.json in the folder)"
     parser.add_argument("--metrics", type=Path, nargs="+", default=None, help=help)

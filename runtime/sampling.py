@@ -56,6 +56,7 @@ def add_sampling_options(parser: options.Parser, sampler: str, steps: int, cfg_s
         help="fractions of the schedule (0 clean, 1 noise) between which guidance acts",
     )
     options.add_precision(parser)
+    options.add_compile(parser)
     add("--vae-precision", choices=["fp32", "bf16"], default="fp32", help="of the decoding: float32, or bf16 autocast")
 
 
