@@ -325,7 +325,7 @@ def test_a_disk_too_full_for_metrics_and_plots_is_survived(train_arguments, tmp_
     train.main(train_arguments(tmp_path / "run"))
     output, path = capsys.readouterr().out, tmp_path / "run" / "metrics.jsonl"
     assert f"warning: step 6 is missing in {path}: [Errno 27] File too large" in output
-    assert "loss.png and old checkpoints are left as they were: [Errno 28] No space left on device" in output
+    assert "loss.png is left as it was: [Errno 28] No space left on device" in output
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [3, 7]
     assert newest(tmp_path / "run")["step"] == 7
 
