@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+MEMBERSHIP = Path("/proc/self/cgroup")
 CONTROL_GROUPS = Path("/sys/fs/cgroup")  # limits of Slurm jobs and containers, which the machine's memory does not show
 
 
@@ -27,8 +28,7 @@ def available() -> int:
 
 def _left_in_groups() -> Iterator[int]:
     """What the control groups of this process leave it, one after the other up to the outermost."""
-    listed = Path("/proc/self/cgroup")
-    for line in listed.read_text().splitlines() if listed.exists() else ():
+    for line in MEMBERSHIP.read_text().splitlines() if MEMBERSHIP.exists() else ():
         _, controllers, path = line.split(":", 2)
         if controllers == "":  # version 2
             root, limit, usage, cache = CONTROL_GROUPS, "memory.max", "memory.current", "inactive_file"
