@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from diffusion.objectives import OBJECTIVES
 from models import ModelConfig
-from runtime import checkpoint, data, distributed, estimate, files, monitor, options, trackers, validation
+from runtime import data, distributed, estimate, files, monitor, options, trackers, validation
 from runtime.config import DEFAULT_OBJECTIVE, DataConfig, Recipe, RunConfig
 from runtime.latents import LatentCache, LatentData
 from runtime.options import UserError, check_image_size, check_rope
@@ -230,8 +230,7 @@ def reason_to_end(stop: distributed.StopOnSignal, batches: list, trainer: Traine
 def end_early(status: int, batches: list, trainer: Trainer, folder: RunFolder) -> None:
     """Leave the run so that the same command can go on with it; a user error where that needs a remedy."""
     if status == NON_FINITE:
-        folder.collect(wait=True)
-        newest = checkpoint.latest(folder.checkpoints, folder.logger.info) if distributed.is_main() else None
+        newest = distributed.on_main(folder.newest)
         raise UserError(
             f"loss or gradient not finite in {trainer.watch.seen} steps in a row, the last at step {trainer.step:,} "
             f"(loss {float(trainer.loss):g}); no such step changed the weights, and the newest checkpoint is {newest}: "

@@ -155,12 +155,17 @@ class RunFolder:
             if self._lock is not None:
                 self._lock.close()
 
+    def newest(self) -> Path | None:
+        """The newest checkpoint that verifies, the one being written included; see checkpoint.latest."""
+        self.collect(wait=True)
+        return checkpoint.latest(self.checkpoints, self.logger.info)
+
     def resume(self, trainer: Trainer) -> dict | None:
         """Load the newest checkpoint of the run, and return its args; None where there is none.
 
         Raises UserError when it is of another model, data set or recipe.
         """
-        path = distributed.on_main(checkpoint.latest, self.checkpoints, self.logger.info)
+        path = distributed.on_main(self.newest)
         if path is None:
             return None
         state = checkpoint.load(path)
