@@ -389,14 +389,16 @@ def test_precision_follows_the_device(monkeypatch):
         ("auto", cuda, (7, 5), "fp32"),
         ("auto", cuda, (8, 0), "bf16"),
         ("auto", torch.device("mps"), None, "fp32"),
-        ("auto", cpu, (False, False), "fp32"),
-        ("auto", cpu, (True, False), "bf16"),
-        ("auto", cpu, (False, True), "bf16"),
-        ("auto", cpu, (True, True), "bf16"),
+        ("auto", cpu, (False, False, False), "fp32"),  # AVX512-BF16, AMX, Intel
+        ("auto", cpu, (True, False, False), "bf16"),
+        ("auto", cpu, (True, False, True), "fp32"),
+        ("auto", cpu, (False, True, True), "bf16"),
+        ("auto", cpu, (True, True, True), "bf16"),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         for number, name in enumerate(("_is_avx512_bf16_supported", "_is_amx_tile_supported")):
             monkeypatch.setattr(torch.cpu, name, lambda found=capability, number=number: found[number])
+        monkeypatch.setattr(distributed, "is_intel", lambda found=capability: found[2])
         assert distributed.resolve_precision(asked, device) == expected
 
 
