@@ -82,7 +82,8 @@ def test_the_notebook_is_kept_with_its_pictures_alone():
 def keep() -> None:
     """Run the notebook as it is, and write it with its pictures alone."""
     notebook = read()
-    for cell in executed(notebook.cells):
+    notebook.cells = executed(notebook.cells)
+    for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.execution_count, cell.outputs = None, pictures([cell])
             cell.metadata.pop("execution", None)
