@@ -51,7 +51,7 @@ def printed(cells: list) -> str:
     return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
 
 
-def test_the_notebook_runs_with_a_model_that_it_trains_and_with_another(run, tmp_path):
+def test_the_notebook_runs_with_a_model_that_it_trains_and_with_others(run, whole, tmp_path):
     cells = read().cells
     fewer = "lambda size: tuple(part[:40] for part in all_digits(size))"
     small = [
@@ -59,15 +59,15 @@ def test_the_notebook_runs_with_a_model_that_it_trains_and_with_another(run, tmp
         f"from demo import digits; all_digits = digits.enlarged_digits; digits.enlarged_digits = {fewer}",
         f"RESULTS = {str(tmp_path)!r}; STEPS = 2",
     ]
-    # One kernel for both, since it takes seconds to start.
-    first = with_parameters(cells, "\n".join(small))
-    second = with_parameters(cells, f"CKPT = {str(run)!r}")
-    done = executed(first + second)
-    first, second = done[: len(first)], done[len(first) :]
+    parameters = ["\n".join(small), f"CKPT = {str(run)!r}", f"CKPT = {str(whole)!r}"]
+    passes = [with_parameters(cells, source) for source in parameters]
+    done, length = executed(sum(passes, [])), len(passes[0])  # in one kernel, since it takes seconds to start
+    trained, spiral, sincos = (done[first : first + length] for first in range(0, len(done), length))
     assert (tmp_path / "notebook" / "run" / "finished.json").exists()
-    assert "DiT-XS/2, (64, 64) pixels, 10 classes" in printed(first)
-    assert "DiT-XS/2, (32, 32) pixels, 3 classes" in printed(second)
-    assert len(pictures(first)) == len(pictures(second)) == PICTURES
+    assert "DiT-XS/2, (64, 64) pixels, 10 classes" in printed(trained)
+    assert "DiT-XS/2, (32, 32) pixels, 3 classes" in printed(spiral)
+    assert len(pictures(trained)) == len(pictures(spiral)) == PICTURES
+    assert "sin-cos positions, which are added to the tokens" in printed(sincos) and len(pictures(sincos)) == 3
 
 
 def test_the_notebook_is_kept_with_its_pictures_alone():
