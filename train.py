@@ -26,7 +26,7 @@ DEFAULT_EPOCHS = 1400
 
 
 def build_parser() -> options.Parser:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True).add_argument
     source("--data-path", type=Path, help="folder with a sub-folder of images for each class")
@@ -51,8 +51,8 @@ def build_parser() -> options.Parser:
     add_optimisation(parser)
     speed = parser.add_argument_group("speed and memory")
     options.add_precision(speed)
+    options.add_compile(speed)
     add = speed.add_argument
-    add("--compile", action="store_true", help="compile the model")
     add("--grad-accum-steps", type=options.count, default=1, help="micro-batches a step, for less memory")
     add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass, for less memory")
     validation.add_options(parser)
@@ -320,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = distributed.setup(args.tf32)
     if args.compile:
-        distributed.check_compiler(device, "leave --compile out")
+        distributed.check_compiler(device)
     source = args.data_path or args.latents_dir / "meta.json"
     if args.planned and not source.exists():
         return dry_run_without_data(args)

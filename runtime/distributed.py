@@ -140,7 +140,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if fast else "fp32"
 
 
-def check_compiler(device: torch.device, remedy: str) -> None:
+def check_compiler(device: torch.device, remedy: str = "leave --compile out") -> None:
     """Raise UserError where a model cannot be compiled for this device, which else its first step would find out."""
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and not shutil.which(compiler):

@@ -104,6 +104,14 @@ def test_batches_do_not_change_images(finished, sample, tmp_path):
     assert_same(tmp_path, finished)
 
 
+def test_compiled_blocks_make_the_same_images_and_are_compiled_once(finished, sample, tmp_path, compilations):
+    """With a smaller last batch, and where guidance goes on and off."""
+    sample(tmp_path / "same", compile=True)
+    assert_same(tmp_path / "same", finished)
+    sample(tmp_path / "interval", compile=True, guidance_interval=(0.25, 0.75), num_fid_samples=8)
+    assert compilations.frame_count == 1
+
+
 def test_an_interrupted_run_makes_the_missing_images_only(finished, sample, signal_after, tmp_path, monkeypatch):
     signal_after(sampling, "sample_latents", 1)
     assert sample(tmp_path).endswith("stopped on request; repeat the same command to go on\n")

@@ -24,7 +24,7 @@ from test_checkpoint import disk_full_at
 
 import evaluate_loss
 import train
-from models import DiT, ModelConfig
+from models import ModelConfig, attend_written_out
 from runtime import checkpoint, data, estimate, monitor, vae
 from runtime.config import Recipe
 from runtime.run import RunFolder
@@ -196,12 +196,21 @@ def make_job(train_arguments, tmp_path):
     return make
 
 
-def test_the_model_is_compiled_on_request_alone(make_job, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(DiT, "compile", lambda model: compiled.append(model))
-    for changes in ({}, dict(compile=True)):
-        trainer = make_job(**changes).trainer()
-        assert compiled == ([trainer.model] if changes else [])
+def test_a_run_compiles_once_and_on_request_alone(make_job, train_arguments, compilations, tmp_path):
+    """Learning rates change; samples of the average and validation run as they are."""
+    assert not make_job().trainer().model.compiled
+    changes = dict(lr_schedule="linear", warmup_steps=2, sample_every=4, val_fraction=0.3, val_every=3)
+    train.main(train_arguments(tmp_path / "run", compile=True, **changes))
+    assert compilations.frame_count == 1
+    assert len(list((tmp_path / "run").glob("samples/0*.png"))) == 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attention_is_written_out_in_bfloat16_training_alone(make_job, precision):
+    """Of the weights that are trained; their average samples by the kernels."""
+    trainer = make_job(precision=precision).trainer()
+    for model, written_out in ((trainer.model, precision == "bf16"), (trainer.ema, False)):
+        assert all((block.attn.attend is attend_written_out) == written_out for block in model.blocks)
 
 
 def test_the_average_follows_the_weights(make_job):
