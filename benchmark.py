@@ -1,4 +1,4 @@
-"""Measure speed: position encodings, precisions, cached latents, tokens, samplers.
+"""Measure speed: position encodings, precisions, cached latents, tokens, samplers, checkpoints.
 
 A part yields its variants: calls to measure, of which a training step is that of runtime/training.py. They alternate in
 one process, one measurement of each a round, so that a slower minute of the machine meets all of them alike.
@@ -12,7 +12,7 @@ from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from math import isqrt
+from math import ceil, isqrt
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import DiT, ModelConfig
 from rope import RopeConfig
 from runtime import data, distributed, files, monitor, options
+from runtime.checkpoint import BackgroundWriter, HostCopy, save
 from runtime.config import Recipe, VAEConfig
 from runtime.estimate import made_up_batch, timed
 from runtime.options import UserError
@@ -223,7 +224,32 @@ def sampling(args: Namespace, folder: Path) -> Iterator[Variant]:
     yield Variant({"sampler": "decoding alone"}, decode, count)
 
 
-PARTS = {part.__name__: part for part in (peak, position, precision, latents, tokens, sampling)}
+def checkpoint(args: Namespace, folder: Path) -> Iterator[Variant]:
+    """Steps and a checkpoint, written before them or beside them; and what training stops for: the write, or a copy."""
+    trainer, batches = trainer_of(args), [made_up_batch(args.batch_size, config_of(args))]
+    trainer.train_step(batches)  # which makes the optimizer's moments
+    writer, host_copy, state = BackgroundWriter(print), HostCopy(print), trainer.state()
+    write = partial(save, folder / "0000001.pt", state)
+    write()
+    step = timed(lambda: trainer.train_step(batches), args.device)
+    steps = ceil(2 * timed(write, args.device) / step)  # so that they outlast the writing
+
+    def train() -> None:
+        for _ in range(steps):
+            trainer.train_step(batches)
+
+    def write_beside() -> None:
+        writer.begin(folder / "0000001.pt", state)
+        train()
+        writer.finished(wait=True)
+
+    calls = {"write": write, "copy": partial(host_copy.of, state), f"steps: {steps}": train}
+    calls |= {"steps, after the write": lambda: (write(), train()), "steps, beside the write": write_beside}
+    for name, call in calls.items():
+        yield Variant({"operation": name}, call)
+
+
+PARTS = {part.__name__: part for part in (peak, position, precision, latents, tokens, checkpoint, sampling)}
 
 
 def alternate(calls: list[Callable], rounds: int, device: torch.device) -> list[dict[str, float]]:

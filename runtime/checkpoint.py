@@ -1,6 +1,8 @@
-"""Checkpoints as files: written whole or not at all, read without running code, verified."""
+"""Checkpoints as files: written whole or not at all and beside training, read without running code, verified."""
 
 import argparse
+import concurrent.futures
+import copy
 import hashlib
 import json
 import pickle
@@ -8,6 +10,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import safetensors.torch
@@ -16,11 +19,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from models import DiT
-from runtime import files
+from runtime import files, memory
 from runtime.options import UserError
 
 METADATA = "spiral_rope_dit"  # key of a safetensors file under which export.py describes the weights, as JSON
 METADATA_LIMIT = 2**24  # characters
+INTERRUPTED = "interrupted"  # key, true, of a checkpoint that is there only because its run was interrupted
+PIECE = 2**28  # bytes that are allocated at a time for the copy of a state
+ALIGNMENT = 64  # bytes
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -37,12 +43,118 @@ def save(path: Path, state: dict) -> None:
         raise SaveError(f"checkpoint {str(path)!r} could not be written: {error}") from error
 
 
+class BackgroundWriter:
+    """Writes checkpoints in a thread while training goes on, one at a time, from a copy of the state.
+
+    Where the memory cannot hold a copy, training waits until the checkpoint is written.
+    """
+
+    def __init__(self, report: Callable[[str], None]):
+        self._copy, self._thread = HostCopy(report), ThreadPoolExecutor(1, "checkpoint")
+        self._path: Path | None = None
+        self._writing: Future | None = None
+
+    def begin(self, path: Path, state: dict) -> None:
+        """Begin to write a state, which may change from then on. finished tells what became of it."""
+        assert self._writing is None, "finished has not been asked about the one before"
+        copied = self._copy.of(state)
+        self._path, self._writing = path, self._thread.submit(save, path, state if copied is None else copied)
+        if copied is None:
+            concurrent.futures.wait([self._writing])
+
+    def finished(self, wait: bool) -> Path | None:
+        """The checkpoint that was written since this was last asked; None without any, and while it is being written.
+
+        Raises SaveError, or whatever else the thread met.
+        """
+        if self._writing is None or not (wait or self._writing.done()):
+            return None
+        concurrent.futures.wait([self._writing])
+        path, written = self._path, self._writing
+        self._path = self._writing = None
+        written.result()
+        return path
+
+    def close(self) -> None:
+        """Wait for the thread."""
+        self._thread.shutdown()
+
+
+class HostCopy:
+    """Room in host memory for the copy of a state, kept from one to the next; pinned for a state on CUDA.
+
+    That the memory cannot hold a copy is found out, and reported, with the first.
+    """
+
+    def __init__(self, report: Callable[[str], None]):
+        self._report = report
+        self._room: list[Tensor] | None = None  # empty: there is none
+
+    def of(self, state: dict) -> dict | None:
+        """A copy of nested dicts and lists of tensors, valid until the next one; None where memory cannot hold it."""
+        tensors = tensors_in(state)
+        if self._room is None:
+            self._room = _room_for(tensors)
+            if not self._room:
+                size, free = tensor_bytes(state), max(memory.available(), 0)
+                self._report(
+                    f"training waits while checkpoints are written: a copy takes {files.format_bytes(size)} of memory, "
+                    f"{files.format_bytes(free)} are free"
+                )
+        if not self._room:
+            return None
+        on_gpu = any(tensor.is_cuda for tensor in tensors)
+        torch._foreach_copy_(self._room, tensors, non_blocking=on_gpu)
+        if on_gpu:
+            torch.cuda.synchronize()
+        room = iter(self._room)
+        return _mapped(state, lambda _: next(room))
+
+
+def _room_for(tensors: list[Tensor]) -> list[Tensor]:
+    """Tensors like these in host memory that are yet to be filled; none where the memory cannot hold them.
+
+    They are cut from a few large pieces, since PyTorch rounds each pinned one up to a power of two. Each has a storage
+    of its own, since torch.save writes storages.
+    """
+    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+    left, pinned = sum(sizes), any(tensor.is_cuda for tensor in tensors)
+    if left > memory.available():
+        return []
+    room, piece, used = [], [], 0
+    for tensor, size in zip(tensors, sizes, strict=True):
+        if used + size > len(piece):
+            try:
+                piece = torch.empty(max(size, min(left, PIECE)), dtype=torch.uint8, pin_memory=pinned).numpy()
+            except RuntimeError:  # a limit of the process, or of what may be pinned
+                return []
+            used = 0
+        room.append(torch.from_numpy(piece[used : used + tensor.nbytes]).view(tensor.dtype).view(tensor.shape))
+        used, left = used + size, left - size
+    return room
+
+
+def _mapped(state, function: Callable[[Tensor], Tensor | None]):
+    """Nested dicts and lists with a function applied to their tensors."""
+    if isinstance(state, Tensor):
+        return function(state)
+    if isinstance(state, dict):
+        found = copy.copy(state)  # with what PyTorch adds to a state dict, so that the file has it too
+        found.update((key, _mapped(value, function)) for key, value in state.items())
+        return found
+    return type(state)(_mapped(value, function) for value in state) if isinstance(state, list | tuple) else state
+
+
+def tensors_in(state) -> list[Tensor]:
+    """All tensors in nested dicts and lists."""
+    found = []
+    _mapped(state, found.append)
+    return found
+
+
 def tensor_bytes(state) -> int:
     """Bytes of all tensors in nested dicts and lists."""
-    if isinstance(state, Tensor):
-        return state.nbytes
-    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
-    return sum(tensor_bytes(value) for value in values)
+    return sum(tensor.nbytes for tensor in tensors_in(state))
 
 
 def step_path(folder: Path, step: int) -> Path:
@@ -82,6 +194,18 @@ def prune(newest: Path, keep: int | None) -> None:
         paths = training_checkpoints(newest.parent)
         for path in paths[: paths.index(newest) + 1][:-keep]:
             path.unlink()
+
+
+def interruptions(folder: Path, every: int) -> list[Path]:
+    """Checkpoints of a run that are there only because it was interrupted; none of those of every so many steps."""
+    found = []
+    for path in training_checkpoints(folder):
+        if int(path.stem) % every:
+            try:
+                found += [path] if load(path).get(INTERRUPTED) is True else []
+            except UserError:  # damaged: left for its owner
+                continue
+    return found
 
 
 def load(path: str | Path, verify: bool = False) -> dict:
