@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusion.objectives import OBJECTIVES
 from models import SIZES, DiT, ModelConfig
 from rope import RopeConfig
-from runtime import checkpoint, hub
+from runtime import checkpoint, files, hub
 from runtime.classes import imagenet
 from runtime.config import DataConfig, RunConfig, VAEConfig
 from runtime.options import UserError, check_image_size, check_rope, format_size
@@ -102,20 +102,15 @@ def _read(name, weights: str, given: dict | None, verify: bool) -> tuple[Descrip
     source, given = hub.find(name), {key: value for key, value in (given or {}).items() if value is not None}
     path = source.path
     state = checkpoint.load(path, verify=verify)
-    tensors = _weights(state, weights, path)
-    stored = state.get("config") if isinstance(state.get("config"), dict) else None
-    try:
+    with files.reading(f"checkpoint {str(path)!r}", "its settings are none that train.py or export.py writes"):
+        tensors = _weights(state, weights, path)
+        stored = state.get("config") if isinstance(state.get("config"), dict) else None
         config = RunConfig.from_dict(stored) if stored else _from_foreign(state, tensors, given, source)
         _check_agreement(config.model, given, path)
         check_rope(config.model.rope, config.model.head_dim, config.model.model)
         _check_objective(config.objective, path)
         with torch.device("meta"):  # nothing is allocated before the shapes are those of the file
             expected = config.model.build().state_dict()
-    except UserError:
-        raise
-    except Exception as error:  # whatever a config can be made to say
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"checkpoint {str(path)!r} has a config that cannot be read ({reason})") from error
     checkpoint.check_weights(expected, tensors, path)
     step = state.get("step", state.get("train_steps"))
     description = Description(

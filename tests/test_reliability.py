@@ -119,8 +119,8 @@ TRAINING_STATES = {  # where, what is put there, the message
     "no moments": ("opt", "state", {}, "FILE has optimizer states of 0 of 31 weights"),
     "NaN moments": ("opt.state", 1, {"exp_avg": torch.full((64,), torch.nan)}, f"exp_avg of {BIAS} {NOT_FINITE}"),
     "negative step": ("step", -1, "FILE has a step that is no whole number >= 0; use another"),
-    "another log": ("log", "sums", [[1.0, 2.0]], "FILE cannot be resumed (RuntimeError: shape '[4]' is invalid for"),
-    "no log": ("log", {}, "FILE cannot be resumed (KeyError: 'sums'); use another"),
+    "another log": ("log", "sums", [[1.0, 2.0]], "FILE cannot be read (RuntimeError: shape '[4]' is invalid for"),
+    "no log": ("log", {}, "FILE cannot be read (KeyError: 'sums'); it cannot be resumed: use another"),
     "no run of ours": ("config", None, "FILE has no config, so it cannot be resumed; use another --results-dir"),
 }
 
