@@ -103,9 +103,9 @@ def shortened(text: str, limit: int = 300) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises UserError when the file is damaged or holds something else."""
-    with reading(repr(str(path)), "remove it together with what it describes"):
+def read_json(path: Path, remedy: str = "remove it together with what it describes") -> dict:
+    """A JSON object. Raises UserError, with the remedy, when the file is damaged or holds something else."""
+    with reading(repr(str(path)), remedy):
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"it has {path.stat().st_size} bytes; expected at most {LARGEST_JSON}")
         values = json.loads(path.read_bytes())
@@ -192,7 +192,10 @@ def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
 def read_npy(path: Path, shape: tuple[int, ...], kind: str) -> np.ndarray:
     """The array in an .npy, mapped from it. Raises ValueError unless it has this shape, dtype or kind, and length."""
     with open(path, "rb") as file:
-        found, column_major, dtype = npy_header(file)
+        try:
+            found, column_major, dtype = npy_header(file)
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from error
         begin, size = file.tell(), os.fstat(file.fileno()).st_size
     if found != tuple(shape) or column_major or kind not in (dtype.name, dtype.kind):
         raise ValueError(f"{path.name} holds {dtype} {found}; expected {kind} {tuple(shape)}")

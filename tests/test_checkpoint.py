@@ -227,7 +227,7 @@ CROOKED = {  # a pickle, what the answer says
     "a huge number": (pickled(b"\x8b\xff\xff\xff\x7f" + b"1" * 100), "it is truncated or not a checkpoint"),
     "a nested tensor": (
         pickled(glob("torch._utils._rebuild_nested_tensor"), b")R"),
-        "asks for torch._utils._rebuild_n",
+        "asks for torch._utils._rebuild_",
     ),
     "a negative bit": (pickled(TENSOR % (b"K\1\x85", b"K\1\x85", b"}(X\3\0\0\0neg\x88u")), "in another way than"),
     "a tensor of 10 GB": (

@@ -183,7 +183,7 @@ def test_what_is_held_out_is_not_trained_on(train_arguments, tmp_path, monkeypat
     held_out = {job.held_out.images.path(index) for index in range(len(job.held_out.images))}
     assert (len(held_out), len(job.dataset), job.steps_per_epoch) == (6, 18, 2)
     seen, read = [], data.read_prepared
-    monkeypatch.setattr(data, "read_prepared", lambda path, size: (seen.append(path), read(path, size))[1])
+    monkeypatch.setattr(data, "read_prepared", lambda path, size, *_: (seen.append(path), read(path, size))[1])
     train.main(arguments)
     assert set(seen[:6]) == held_out  # encoded once, before the first step
     assert len(seen) == 6 + 3 * 16 and not held_out & set(seen[6:])
@@ -476,7 +476,7 @@ def test_a_cache_without_paths_is_refused_and_completed(cache, cache_arguments, 
     paths, before = latents / "paths.npy", (latents / "paths.npy").read_bytes()
     arguments = train_arguments(tmp_path / "run", latents_dir=latents, val_fraction=0.25, max_steps=1, **CACHED)
     paths.write_bytes(b"damaged")
-    assert names(refused(train.main, arguments), latents, "is damaged (paths.npy: ", "remove paths.npy")
+    assert names(refused(train.main, arguments), latents, "cannot be read (paths.npy: ", "which repairs it")
     paths.unlink()
     assert names(refused(train.main, arguments), latents, "paths.npy is missing", "run cache_latents.py")
     cache_latents.main(cache_arguments(latents))
