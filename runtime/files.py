@@ -93,7 +93,7 @@ def reading(what: str, remedy: str) -> Iterator[None]:
         reason = first_line(error)
         if isinstance(error, OSError):
             reason = error.strerror or reason
-        elif type(error) is not ValueError:  # those of this repository say all in their text
+        elif not isinstance(error, ValueError | zipfile.BadZipFile):  # whose texts say all
             reason = f"{type(error).__name__}: {reason}"
         raise UserError(f"{what} cannot be read ({shortened(reason)}); {remedy}") from error
 

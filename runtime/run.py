@@ -203,7 +203,7 @@ class RunFolder:
                 path = pictures.save_samples(
                     self.path, trainer.ema, self.config, decoder, trainer.step, trainer.device, trainer.precision
                 )
-            except (OSError, torch.OutOfMemoryError) as error:
+            except (OSError, torch.OutOfMemoryError, UserError) as error:
                 reason = str(error).splitlines()[0]
                 return self.logger.info(
                     f"warning: no samples of step {trainer.step:,}: {reason}; training goes on (--sample-every 0: none)"
