@@ -21,7 +21,7 @@ PARTIAL = ".partial"  # suffix of a file being written
 LARGEST_JSON = 2**24  # bytes; parsed it takes up to 25 times as much
 LARGEST_LISTING = 2**24  # bytes of a zip archive's own list of its members, of about 100 each
 LARGEST_NPY_HEADER = 2**14  # bytes
-DEEPEST, MOST_VALUES, MOST_CHARACTERS = 64, 2**20, 2**26  # of values that a file nests; characters with those of names
+DEEPEST, MOST_VALUES, MOST_CHARACTERS = 64, 2**18, 2**26  # of values that a file nests; characters with those of names
 
 
 @contextmanager
@@ -108,7 +108,7 @@ def read_json(path: Path, remedy: str = "remove it together with what it describ
     with reading(repr(str(path)), remedy):
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"it has {path.stat().st_size} bytes; expected at most {LARGEST_JSON}")
-        values = json.loads(path.read_bytes())
+        values = json.loads(path.read_text(encoding="utf-8"))
         for _ in leaves(values):
             pass
     if not isinstance(values, dict):
@@ -190,14 +190,17 @@ def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def read_npy(path: Path, shape: tuple[int, ...], kind: str) -> np.ndarray:
-    """The array in an .npy, mapped from it. Raises ValueError unless it has this shape, dtype or kind, and length."""
+    """The array in an .npy, mapped from it. Raises ValueError unless it has this shape, type and length.
+
+    kind is a dtype, byte order included, or "S" for bytes of any length.
+    """
     with open(path, "rb") as file:
         try:
             found, column_major, dtype = npy_header(file)
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from error
         begin, size = file.tell(), os.fstat(file.fileno()).st_size
-    if found != tuple(shape) or column_major or kind not in (dtype.name, dtype.kind):
+    if found != tuple(shape) or column_major or not (dtype.kind == kind or dtype == np.dtype(kind)):
         raise ValueError(f"{path.name} holds {dtype} {found}; expected {kind} {tuple(shape)}")
     if size - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{path.name} has {size} bytes; expected {begin + math.prod(shape) * dtype.itemsize}")

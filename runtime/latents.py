@@ -373,7 +373,7 @@ def read_settings(path: Path) -> dict:
     """meta.json or begun.json. Raises UserError where it is damaged."""
     remedy = "remove it and run cache_latents.py with this folder again: what proves itself is kept"
     settings = files.read_json(path, remedy)
-    if settings.get("checksum", checksum_of(settings)) != checksum_of(settings):
+    if {"record", "checksum"} & settings.keys() and settings.get("checksum") != checksum_of(settings):
         raise UserError(f"{str(path)!r} is damaged (its checksum differs); {remedy}")
     return settings
 

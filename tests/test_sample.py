@@ -235,8 +235,8 @@ def test_samples_that_are_no_numbers_are_an_error(sample_arguments, refused, tmp
         patch.setattr(DiT, "forward_with_cfg", poisoned)
         message = refused(sample_ddp.main, sample_arguments(tmp_path / "a"), has_begun=True)
     assert message == (
-        "sample 1 came out as values that are not finite, 1 of 5 of its batch; lower --cfg-scale, or use a checkpoint of "
-        "earlier steps"
+        "sample 1 came out as values that are not finite, 1 of 5 of its batch; lower --cfg-scale, or use a checkpoint "
+        "of earlier steps"
     )
     monkeypatch.setattr(VAE, "decode", lambda self, latents, names=None: decode(self, latents * torch.inf, names))
     message = refused(sample_ddp.main, sample_arguments(tmp_path / "b"), has_begun=True)
