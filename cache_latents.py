@@ -131,6 +131,13 @@ def is_finished(args, images: data.ImageList) -> bool:
     return CacheWriter(args.latents_dir, describe(args, images, vae), images).check(args.changed)
 
 
+def is_damaged(writer: CacheWriter) -> bool:
+    """Whether any row of a finished cache does not prove itself. Every process reads its share."""
+    mine = writer.chunks()[distributed.rank() :: distributed.world_size()]
+    found = any(writer.unproven(chunk) for chunk in mine)
+    return int(distributed.all_reduce(torch.tensor(int(found)), "max")) == 1
+
+
 @options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
@@ -145,12 +152,12 @@ def main(argv: list[str] | None = None) -> None:
         return logger.info(done)
     vae = VAE(args.vae, device)
     writer = CacheWriter(args.latents_dir, describe(args, images, vae.config), images)
-    finished = distributed.on_main(writer.check, args.changed) and not args.verify
+    finished = distributed.on_main(writer.check, args.changed)
     size = f"{len(images):,} images, {writer.shape[1]} flips each, into {args.latents_dir}: "
     size += files.format_bytes(writer.bytes)
     if args.dry_run:
         return logger.info(f"dry run: {done if finished else f'would encode {size}'}")
-    if finished:
+    if finished and not (args.verify and is_damaged(writer)):
         return logger.info(done)
     logger.info(f"encoding {size}")
     distributed.on_main(writer.create, args.changed)

@@ -32,6 +32,7 @@ OPCODES = frozenset(  # of the pickles that torch.save writes of plain values, t
 )
 MOST_OPCODES = 10**6  # a checkpoint of DiT-XL/2 has about 60,000
 LARGEST_PICKLE = 2**24  # bytes
+MOST_TENSORS = 10**5  # of a safetensors file
 ITEM_BYTES = {  # of the storage types that checkpoints name
     **dict.fromkeys(("ByteStorage", "CharStorage", "BoolStorage"), 1),
     **dict.fromkeys(("HalfStorage", "BFloat16Storage", "ShortStorage"), 2),
@@ -232,6 +233,8 @@ def _check_claims(contents: bytes, held: Callable[[str], int], path: Path) -> No
 def _load_safetensors(path: Path) -> dict:
     """The weights of a safetensors file: alone, or as "ema" or "model" with what export.py says about them."""
     with safe_open(path, framework="pt") as file:
+        if len(file.keys()) > MOST_TENSORS:
+            raise ValueError(f"it names {len(file.keys())} tensors; expected at most {MOST_TENSORS}")
         tensors, text = file.get_tensors(), (file.metadata() or {}).get(METADATA)
     if text is None:
         return tensors

@@ -37,8 +37,8 @@ class Inception:
             network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=checked
             )
-        except RuntimeError as error:
-            differing = textwrap.shorten(str(error).splitlines()[-1], 120, placeholder=" ...")
+        except Exception as error:  # whatever values of other kinds make it raise
+            differing = textwrap.shorten((str(error).splitlines() or [repr(error)])[-1], 120, placeholder=" ...")
             raise UserError(
                 f"--inception-weights {str(path)!r} holds other weights than torch-fidelity's Inception-v3 "
                 f"({differing}); expected {PUBLISHED_NAME}"

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import zlib
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -199,14 +200,14 @@ class CacheWriter:
         changed is what to do about images whose size or time is another by now. Raises UserError where the folder
         holds a cache of other settings, or one of other images while changed is None.
         """
-        for path in (self.finished, self.begun):
-            if path.exists():
-                check_same(read_settings(path), self.settings, self.root)
-                if changed is None:
-                    self._check_stamps()
-                return path == self.finished and changed is None and self._is_whole()
-        files.check_folder(self.root, "--latents-dir", self.bytes)
-        return False
+        stored = [path for path in (self.finished, self.begun) if path.exists()]
+        if stored:
+            check_same(read_settings(stored[0]), self.settings, self.root)
+        else:
+            files.check_folder(self.root, "--latents-dir", self.bytes)
+        if changed is None:
+            self._check_stamps()
+        return self.finished in stored and changed is None and self._is_whole()
 
     def _is_whole(self) -> bool:
         """Whether a finished cache has its record, and every file but the moments is as that says."""
@@ -260,8 +261,8 @@ class CacheWriter:
             marked = self._marked_by_early_version()
             if not (self.finished.exists() or self.begun.exists()):
                 files.write_json(self.begun, self.settings)
-            allocate(self.root / MOMENTS, np.float16, self.shape)
-            allocate(self.root / CHECKSUMS, np.uint32, self.shape[:2])
+            allocate(self.root / MOMENTS, self.shape, "float16")
+            allocate(self.root / CHECKSUMS, self.shape[:2], "uint32")
             if marked is not None:
                 self._adopt(marked)
             if changed == "encode":
@@ -310,8 +311,14 @@ class CacheWriter:
         """Open the files of a cache that was created, in every process."""
         self.files = {name: open(self.root / name, "r+b") for name in (MOMENTS, CHECKSUMS)}
         self.offsets = {name: offset_of(file) for name, file in self.files.items()}
-        self.moments = files.read_npy(self.root / MOMENTS, self.shape, "float16")
-        self.checksums = files.read_npy(self.root / CHECKSUMS, self.shape[:2], "uint32")
+
+    @cached_property
+    def moments(self) -> np.ndarray:
+        return files.read_npy(self.root / MOMENTS, self.shape, "float16")
+
+    @cached_property
+    def checksums(self) -> np.ndarray:
+        return files.read_npy(self.root / CHECKSUMS, self.shape[:2], "uint32")
 
     def chunks(self) -> list[range]:
         return [range(row, min(row + CHUNK, self.shape[0])) for row in range(0, self.shape[0], CHUNK)]
@@ -378,8 +385,11 @@ def read_settings(path: Path) -> dict:
     return settings
 
 
-def allocate(path: Path, dtype: type, shape: tuple[int, ...]) -> None:
-    """Make an .npy of zeros without taking the space, or give one that is there its header and its length."""
+def allocate(path: Path, shape: tuple[int, ...], dtype: str) -> None:
+    """Make an .npy of zeros without taking the space, or give a damaged one its header and its length."""
+    with suppress(OSError, ValueError):
+        files.read_npy(path, shape, dtype)
+        return
     with open(path, "r+b" if path.exists() else "w+b") as file:
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)

@@ -392,6 +392,14 @@ def test_images_that_were_replaced_are_noticed(image_folder, cache, cache_argume
     cache_latents.main(cache_arguments(folder, data_path=images, changed="keep"))
     cache_latents.main(cache_arguments(folder, data_path=images))
     assert encoded == [[9]]
+    (folder / "meta.json").unlink()  # what proves itself is kept, if the images are still those
+    os.utime(victim, ns=(2, 2))
+    assert "has another time by now, 1 in all" in refused(cache_latents.main, cache_arguments(folder, data_path=images))
+    cache_latents.main(cache_arguments(folder, data_path=images, changed="keep"))
+    assert encoded == [[9]]
+    before = contents(folder)
+    cache_latents.main([*cache_arguments(folder, data_path=images), "--verify"])
+    assert contents(folder) == before and encoded == [[9]]
     (images / "bee" / "more").mkdir()
     shutil.copy(victim, images / "bee" / "more")
     assert "made with other settings: fingerprint" in refused(
