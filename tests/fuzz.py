@@ -52,6 +52,7 @@ SMALLEST_XS = {"depth": 1, "hidden_size": 32}
 FLAWED = (torch.zeros(3, dtype=torch.long), torch.zeros(2, 2, dtype=torch.complex64), torch.full((2, 3), float("inf")))
 OTHER_VALUES = (None, "text", -1, 10**30, float("nan"), [], {}, [[1.0, 2.0]])
 OTHER_VALUES += (torch.zeros(0), torch.zeros(1).expand(10**10), *FLAWED)
+WRITE_REPORT = report.write  # trainings do without, and it is taken away from them
 SECONDS, KILOBYTES = 10, 10**6  # that answers may take: each of them; all of them
 SHARES = {
     "checkpoint": 4,
@@ -273,8 +274,13 @@ def samples(folder: Path) -> Subject:
 
 
 def settings(folder: Path, run: Path) -> Subject:
-    path = shutil.copy(run / "config.json", folder / "config.json")
-    return Subject([path], {"settings": lambda: isinstance(files.read_json(path), dict)}, [str(path)])
+    """What a run's report shows of its settings and of what was measured."""
+    paths = [folder / "config.json", folder / "samples" / "a.metrics.json"]
+    paths[1].parent.mkdir()
+    shutil.copy(run / "config.json", paths[0])
+    shutil.copy(run / "metrics.jsonl", folder)
+    files.write_json(paths[1], {"samples": 6, "fid": 12.5, "kid": 0.1, "kid_std": 0.01, "settings": {"seed": 0}})
+    return Subject(paths, {"report": lambda: WRITE_REPORT(folder).exists()}, [str(folder)])
 
 
 def metrics(folder: Path) -> Subject:

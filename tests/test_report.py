@@ -360,4 +360,4 @@ def test_what_is_no_run_is_refused(finished, refused, tmp_path):
     }.items():
         assert refused(report.main, arguments).startswith(message)
     (finished / "config.json").write_text("{}")
-    assert refused(report.main, [finished]).startswith(f"config.json in {str(finished)!r} is not one of train.py (")
+    assert refused(report.main, [finished]).startswith(f"config.json in {str(finished)!r} cannot be read (")
