@@ -80,7 +80,7 @@ class SampleFolder:
                     f"{str(self.images)!r} was begun with other settings: {listed}; repeat them, or use another "
                     "--sample-dir"
                 )
-        elif self.images.is_dir() and any(self.images.iterdir()):
+        elif any(self.images.glob("*.png")):
             raise UserError(
                 f"{str(self.images)!r} holds images whose settings are missing ({str(self.settings)!r}); remove it, or "
                 "use another --sample-dir"
