@@ -74,36 +74,38 @@ def encode_missing(writer: CacheWriter, images: data.ImageList, vae: VAE, args, 
 
 
 def encode_rows(writer: CacheWriter, rows: list[int], images: data.ImageList, vae: VAE, args) -> list[data.Unreadable]:
-    """Encode and write some rows. Returns the images that could not be read or encoded."""
-    batches = [rows[first : first + args.batch_size] for first in range(0, len(rows), args.batch_size)]
+    """Encode and write some rows of a chunk. Returns the images that could not be read or encoded."""
+    batches = writer.batches(rows, args.batch_size)
     workers = min(args.num_workers, len(batches))
     bad = []
     with data.open_loader(Rows(images, args.image_size), batches, workers, torch.device("cpu"), list) as loader:
         for batch in loader:
-            unreadable = [item for item in batch if isinstance(item[1], data.Unreadable)]
             readable = [item for item in batch if not isinstance(item[1], data.Unreadable)]
-            if readable:
-                unreadable += encode_batch(writer, readable, images, vae, args.flip)
-            for row, _ in unreadable if args.skip_unreadable else []:
-                writer.write(row, None)
-            bad += [image for _, image in unreadable]
+            found = dict(batch) | (encode_batch(readable, images, vae, args.flip) if readable else {})
+            for row in sorted(found.keys() & set(rows)):
+                if not isinstance(found[row], data.Unreadable):
+                    writer.write(row, found[row])
+                    continue
+                bad.append(found[row])
+                if args.skip_unreadable:
+                    writer.write(row, None)
     return bad
 
 
-def encode_batch(writer: CacheWriter, batch: list[tuple], images: data.ImageList, vae: VAE, flip: bool) -> list[tuple]:
-    """Encode and write images given as (row, image (3, H, W) uint8). Returns (row, Unreadable) where that fails."""
+def encode_batch(
+    batch: list[tuple], images: data.ImageList, vae: VAE, flip: bool
+) -> dict[int, np.ndarray | data.Unreadable]:
+    """Moments (flips, 2C, h, w) float16 by row, of images given as (row, image (3, H, W) uint8)."""
     pixels = torch.stack([image for _, image in batch])
     views = [pixels, pixels.flip(3)] if flip else [pixels]
-    moments = torch.stack([vae.encode(view) for view in views], dim=1)  # (n, flips, 2C, h, w)
-    bad = []
+    moments, encoded = torch.stack([vae.encode(view) for view in views], dim=1), {}  # (n, flips, 2C, h, w)
     for (row, _), exact, values in zip(batch, moments, moments.half().cpu().numpy(), strict=True):
-        if np.isfinite(values).all():
-            writer.write(row, values)
-        else:
+        encoded[row] = values
+        if not np.isfinite(values).all():
             reason = f"the autoencoder makes {float(exact.abs().max()):g} of it, and float16 ends at 65504"
             remedy = "use another --vae, train with --data-path in place of a cache"
-            bad.append((row, data.Unreadable(str(images.path(row)), reason, remedy=remedy)))
-    return bad
+            encoded[row] = data.Unreadable(str(images.path(row)), reason, remedy=remedy)
+    return encoded
 
 
 def describe(args, images: data.ImageList, vae: VAEConfig) -> dict:

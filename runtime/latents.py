@@ -323,6 +323,15 @@ class CacheWriter:
     def chunks(self) -> list[range]:
         return [range(row, min(row + CHUNK, self.shape[0])) for row in range(0, self.shape[0], CHUNK)]
 
+    def batches(self, rows: list[int], size: int) -> list[range]:
+        """The batches of a chunk that hold some of its rows; whole, since what is encoded together is rounded together.
+
+        What is encoded again has the bits of what was encoded at first.
+        """
+        chunk = self.chunks()[rows[0] // CHUNK]
+        batches = [chunk[first : first + size] for first in range(0, len(chunk), size)]
+        return [batch for batch in batches if not set(batch).isdisjoint(rows)]
+
     def unproven(self, rows: range) -> list[int]:
         """Those of the rows that have to be encoded."""
         written = np.array(self.checksums[rows.start : rows.stop])

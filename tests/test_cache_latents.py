@@ -300,9 +300,7 @@ def test_after_any_damage_a_cache_is_repaired_or_refused(name, cache, cache_argu
             assert name == "meta.json" and "; remove it and run cache_latents.py" in capsys.readouterr().err
             (broken / name).unlink()
             cache_latents.main(cache_arguments(broken))
-        repaired = contents(broken)
-        assert repaired.keys() == whole.keys() and all(repaired[key] == whole[key] for key in whole if "m" not in key)
-        np.testing.assert_allclose(moments(broken), moments(cache), **ROUNDING)
+        assert contents(broken) == whole
 
 
 def test_training_names_a_row_that_is_damaged_and_keeps_what_it_has(
