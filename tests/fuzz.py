@@ -86,7 +86,7 @@ def damage_bytes(whole: bytes, rng: random.Random) -> bytes:
                 del damaged[at : at + rng.randint(1, 200)]
             case 4:
                 damaged[at:at] = rng.randbytes(rng.randint(1, 50))
-    return bytes(damaged[: rng.randrange(len(damaged))] if rng.random() < 0.1 else damaged)
+    return bytes(damaged[: rng.randrange(len(damaged) + 1)] if rng.random() < 0.1 else damaged)
 
 
 def damage_archive(whole: bytes, rng: random.Random) -> bytes:
