@@ -5,7 +5,7 @@ An interrupted command goes on where it was.
 """
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +49,10 @@ class Rows(Dataset):
         self.images, self.size = images, size
 
     def __getitem__(self, row: int):
-        pixels = data.read_prepared(self.images.path(row), self.size, "repair it")
-        return row, pixels if isinstance(pixels, data.Unreadable) else data.to_tensor(pixels)
+        pixels = data.read_prepared(self.images.path(row), self.size)
+        if isinstance(pixels, data.Unreadable):
+            return row, replace(pixels, remedy="repair it")
+        return row, data.to_tensor(pixels)
 
 
 def encode_missing(writer: CacheWriter, images: data.ImageList, vae: VAE, args, logger) -> tuple[bool, list[str]]:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -221,19 +221,21 @@ class ImageData(Dataset):
         return to_tensor(pixels), int(self.images.labels[index]), *skipped
 
     def _read(self, index: int) -> np.ndarray | Unreadable:
-        remedy = Unreadable.remedy if self.skip is None else "repair it, or pass --skip-unreadable"
-        return read_prepared(self.images.path(index), self.size, remedy)
+        pixels = read_prepared(self.images.path(index), self.size)
+        if isinstance(pixels, Unreadable) and self.skip is not None:
+            return replace(pixels, remedy="repair it, or pass --skip-unreadable")
+        return pixels
 
     def __len__(self) -> int:
         return len(self.images)
 
 
-def read_prepared(path: Path, size: tuple[int, int], remedy: str = Unreadable.remedy) -> np.ndarray | Unreadable:
+def read_prepared(path: Path, size: tuple[int, int]) -> np.ndarray | Unreadable:
     """The prepared image (H, W, 3) uint8, or why there is none."""
     try:
         return prepare(read_image(path), size)
     except Exception as error:  # whatever a damaged file makes a decoder raise
-        return Unreadable(str(path), str(error) or type(error).__name__, remedy=remedy)
+        return Unreadable(str(path), str(error) or type(error).__name__)
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:

@@ -183,7 +183,7 @@ def test_what_is_held_out_is_not_trained_on(train_arguments, tmp_path, monkeypat
     held_out = {job.held_out.images.path(index) for index in range(len(job.held_out.images))}
     assert (len(held_out), len(job.dataset), job.steps_per_epoch) == (6, 18, 2)
     seen, read = [], data.read_prepared
-    monkeypatch.setattr(data, "read_prepared", lambda path, size, *_: (seen.append(path), read(path, size))[1])
+    monkeypatch.setattr(data, "read_prepared", lambda path, size: (seen.append(path), read(path, size))[1])
     train.main(arguments)
     assert set(seen[:6]) == held_out  # encoded once, before the first step
     assert len(seen) == 6 + 3 * 16 and not held_out & set(seen[6:])
