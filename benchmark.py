@@ -50,7 +50,7 @@ SIZES = dict(  # in full, and with --quick
 
 
 def build_parser(quick: bool = False) -> options.Parser:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__)
     add = parser.add_argument
     add("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     add("--out", type=Path, default=Path("benchmark.json"), help="results; parts that it already holds are kept")
@@ -305,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     parts = files.read_json(args.out) if args.out.exists() else {}
     print(f"{machine(args.device)}; {', '.join(args.precisions)}")
     for name in args.parts:
-        print(f"\n{name}: {PARTS[name].__doc__}", flush=True)
+        print(f"\n{name}: {PARTS[name].__doc__ or ''}", flush=True)
         if not args.dry_run:
             parts[name] = measure(name, args)
             print(f"\n{describe(parts[name])}", flush=True)

@@ -26,7 +26,7 @@ DEFAULT_EPOCHS = 1400
 
 
 def build_parser() -> options.Parser:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True).add_argument
     source("--data-path", type=Path, help="folder with a sub-folder of images for each class")

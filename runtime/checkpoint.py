@@ -14,6 +14,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -110,7 +111,9 @@ def load(path: str | Path, verify: bool = False) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"checkpoint {str(path)!r} does not exist; expected a file such as checkpoints/0050000.pt")
+        raise UserError(
+            f"checkpoint {str(path)!r} does not exist; expected a file such as checkpoints/0050000.pt, or a folder"
+        )
     with files.reading(f"checkpoint {str(path)!r}", "it is truncated or not a checkpoint: copy it again"):
         if path.suffix == ".safetensors":
             state = _load_safetensors(path)
@@ -231,11 +234,12 @@ def _check_claims(contents: bytes, held: Callable[[str], int], path: Path) -> No
 
 
 def _load_safetensors(path: Path) -> dict:
-    """The weights of a safetensors file: alone, or as "ema" or "model" with what export.py says about them."""
+    """The weights of a safetensors file: alone, or with what export.py says about them."""
     with safe_open(path, framework="pt") as file:
         if len(file.keys()) > MOST_TENSORS:
             raise ValueError(f"it names {len(file.keys())} tensors; expected at most {MOST_TENSORS}")
-        tensors, text = file.get_tensors(), (file.metadata() or {}).get(METADATA)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        text = (file.metadata() or {}).get(METADATA)
     if text is None:
         return tensors
     if len(text) > METADATA_LIMIT:
@@ -243,6 +247,37 @@ def _load_safetensors(path: Path) -> dict:
     about = json.loads(text)
     for _ in files.leaves(about):
         pass
+    state = described(tensors, about, path)
+    check_seal(about, path)
+    return state
+
+
+def save_safetensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
+    """Write weights, and what export.py says about them, whole or not at all. Raises OSError."""
+    metadata = {"format": "pt", METADATA: json.dumps(about)}
+    with files.whole_file(path) as file:
+        file.write(safetensors.torch.save(tensors, metadata))  # its own save_file would keep others from reading
+
+
+def sealed(values: dict) -> dict:
+    """A JSON object with a checksum of the rest of it."""
+    return {**values, "sha256": _json_hash(values)}
+
+
+def check_seal(values: dict, path: Path) -> None:
+    """Raise UserError unless a JSON object is what it was when sealed; early versions sealed nothing."""
+    if values.get("sha256", _json_hash(values)) != _json_hash(values):
+        raise UserError(f"checkpoint {str(path)!r} is damaged: its settings are not the exported ones; export it again")
+
+
+def _json_hash(values: dict) -> str:
+    """Hash of a JSON object, in whatever way it is written, but for its entry "sha256"."""
+    values = {key: value for key, value in values.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def described(tensors: dict[str, Tensor], about: dict, path: Path) -> dict:
+    """Weights under "ema" or "model", with what export.py says about them. Raises UserError unless it wrote that."""
     known = isinstance(about, dict) and about.get("weights") in ("ema", "model")
     if not (known and isinstance(about.get("config"), dict)):
         raise UserError(f"checkpoint {str(path)!r} has metadata that export.py does not write; export it again")

@@ -163,7 +163,10 @@ def test_other_pickles_are_refused(tmp_path):
 def test_files_that_are_no_checkpoints(run, refused, tmp_path):
     (tmp_path / "loop.pt").symlink_to(tmp_path / "loop.pt")
     for path in (tmp_path / "none.pt", tmp_path / "loop.pt"):
-        assert rejection(path) == "checkpoint FILE does not exist; expected a file such as checkpoints/0050000.pt"
+        assert (
+            rejection(path)
+            == "checkpoint FILE does not exist; expected a file such as checkpoints/0050000.pt, or a folder"
+        )
     message = refused(sample_ddp.main, ["--ckpt", tmp_path / "none", "--sample-dir", tmp_path / "samples"])
     assert message.startswith(f"checkpoint {str(tmp_path / 'none')!r} does not exist;")
     whole = (run / "checkpoints" / "0000007.pt").read_bytes()

@@ -275,6 +275,9 @@ def test_latents_that_do_not_fit_are_refused():
 def test_model_config_survives_being_stored(rope):
     config = ModelConfig("DiT-XS/4", input_size=(8, 16), num_classes=7, class_dropout_prob=0.2, rope=rope)
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert ModelConfig.from_arguments(json.loads(json.dumps(config.arguments()))) == config
+    with torch.device("meta"):
+        assert DiT(**{**config.arguments(), "rope": rope}).state_dict().keys() == config.build().state_dict().keys()
     with torch.device("meta"):
         model = config.build()
     assert (model.grid, model.num_classes, model.y_embedder.dropout_prob) == ((2, 4), 7, 0.2)
