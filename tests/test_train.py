@@ -600,7 +600,7 @@ def test_a_config_that_is_not_ours_is_one_line(extra, run, train_arguments, refu
     state = checkpoint.load(path)
     checkpoint.save(path, state | {"config": state["config"] | {"vae": {"colour": "red"}}})
     assert refused(train.main, [*train_arguments(results, **OF_RUN), extra]).startswith(
-        f"checkpoint {str(path)!r} cannot be read (KeyError: 'source'"
+        f"checkpoint {str(path)!r} cannot be read (TypeError: VAEConfig.__init__() got an unexpected keyword argument 'colour')"
     )
 
 
