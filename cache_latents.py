@@ -49,10 +49,10 @@ class Rows(Dataset):
         return row, pixels if isinstance(pixels, data.Unreadable) else data.to_tensor(pixels)
 
 
-def encode_missing(writer: CacheWriter, images: data.ImageList, vae: VAE, args, logger) -> tuple[bool, list[str]]:
-    """Encode this process's share of the chunks. Returns whether it was stopped, and the unreadable images.
+def encode_missing(writer: CacheWriter, images: data.ImageList, vae: VAE, args, logger) -> tuple[int, list[str]]:
+    """Encode this process's share of the chunks. Returns the signal that stopped it, or 0, and the unreadable images.
 
-    Raises OSError when they cannot be written.
+    Raises OSError when they cannot be written, and UserError.
     """
     remaining = distributed.on_main(writer.remaining)
     mine = remaining[distributed.rank() :: distributed.world_size()]
@@ -63,23 +63,31 @@ def encode_missing(writer: CacheWriter, images: data.ImageList, vae: VAE, args, 
         for chunk in mine:
             if stop.received:
                 break
-            bad = encode_chunk(writer, writer.rows(chunk), images, vae, args)
+            bad = encode_chunk(writer, writer.rows(chunk), images, vae, args, stop)
+            if bad is None:
+                break
             for image in bad:
                 logger.warning(f"warning: {image}")
             unreadable += [str(image) for image in bad]
             if not bad or args.skip_unreadable:
                 writer.mark(chunk)
             bar.update(min(len(writer.rows(chunk)) * distributed.world_size(), total - bar.n))
-    return stop.received is not None, unreadable
+    return int(stop.received or 0), unreadable
 
 
-def encode_chunk(writer: CacheWriter, rows: range, images: data.ImageList, vae: VAE, args) -> list[data.Unreadable]:
-    """Encode and write some rows. Returns the images that could not be read."""
+def encode_chunk(
+    writer: CacheWriter, rows: range, images: data.ImageList, vae: VAE, args, stop: distributed.StopOnSignal
+) -> list[data.Unreadable] | None:
+    """Encode and write some rows. Returns the images that could not be read; None where a signal came first."""
     batches = [rows[first : first + args.batch_size] for first in range(0, len(rows), args.batch_size)]
     workers = min(args.num_workers, len(batches))
-    bad = []
-    with data.open_loader(Rows(images, args.image_size), batches, workers, torch.device("cpu"), list) as loader:
+    bad, encoded = [], 0
+    rows_of = Rows(images, args.image_size)
+    with data.open_loader(rows_of, batches, workers, torch.device("cpu"), list, stop) as loader:
         for batch in loader:
+            if isinstance(batch, data.NoBatch):
+                raise UserError(f"{batch}; repeat the command to go on")
+            encoded += len(batch)
             readable = []
             for row, image in batch:
                 if isinstance(image, data.Unreadable):
@@ -89,7 +97,7 @@ def encode_chunk(writer: CacheWriter, rows: range, images: data.ImageList, vae: 
                     readable.append((row, image))
             if readable:
                 encode_batch(writer, readable, images.labels, vae, args.flip)
-    return bad
+    return bad if encoded == len(rows) else None
 
 
 def encode_batch(writer: CacheWriter, batch: list[tuple], labels: np.ndarray, vae: VAE, flip: bool) -> None:
@@ -145,9 +153,12 @@ def main(argv: list[str] | None = None) -> None:
     if finished:
         distributed.on_main(writer.write_paths, images)
         return logger.info(done)
-    logger.info(f"encoding {size}")
-    distributed.on_main(writer.create)
-    fill(writer, images, vae, args, logger)
+    with distributed.hold(args.latents_dir, f"--latents-dir {str(args.latents_dir)!r}", logger.info):
+        if distributed.on_main(writer.check):  # by another command, meanwhile
+            return logger.info(done)
+        logger.info(f"encoding {size}")
+        distributed.on_main(writer.create)
+        fill(writer, images, vae, args, logger)
 
 
 def fill(writer: CacheWriter, images: data.ImageList, vae: VAE, args, logger) -> None:
@@ -155,8 +166,9 @@ def fill(writer: CacheWriter, images: data.ImageList, vae: VAE, args, logger) ->
     with distributed.agreed_failure(f"--latents-dir {str(args.latents_dir)!r}"):
         outcome = encode_missing(writer, images, vae, args, logger)
     outcomes = distributed.gather(outcome)
-    if any(stopped for stopped, _ in outcomes):
-        return logger.info("stopped on request; repeat the same command to go on")
+    if any(number for number, _ in outcomes):
+        logger.info("stopped on request; repeat the same command to go on")
+        distributed.exit_stopped(max(number for number, _ in outcomes))
     bad = [text for _, texts in outcomes for text in texts]
     if bad and not args.skip_unreadable:
         raise UserError(f"{bad[0]}; {len(bad)} in all; pass --skip-unreadable to leave such images out")

@@ -1,9 +1,11 @@
 """Files written whole or not at all, JSON, and what an OSError means to the user."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import BinaryIO
 from runtime.options import UserError
 
 PARTIAL = ".partial"  # suffix of a file being written
+LOCK = ".lock"
 
 
 @contextmanager
@@ -84,6 +87,44 @@ def remove_partial(folder: Path) -> None:
     """Delete what a killed process left half-written."""
     for partial in folder.glob(f"*{PARTIAL}"):
         partial.unlink()
+
+
+class FolderLock:
+    """The lock of a folder into which one process writes at a time; readers need none.
+
+    lockf and not flock: a record lock dies with its process even when a data worker outlives it, and reaches over NFS.
+    A process loses it with the first of its handles that is closed, so nothing else opens the file.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self._file = folder, None
+
+    def holder(self) -> str | None:
+        """Lock the folder, unless another process did: who that is. Raises OSError."""
+        if self._file is None:
+            self._file = open(self.folder / LOCK, "a+", encoding="utf-8", errors="replace")
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self._file.seek(0)
+            return self._file.read(200).strip() or "another process"
+        return None
+
+    def take(self) -> str | None:
+        """As holder, in a folder that is made where it is missing; the lock then tells of this process."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        holder = self.holder()
+        if holder is None:
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self._file.flush()
+            os.fsync(self._file.fileno())  # for readers on other machines
+        return holder
+
+    def close(self) -> None:
+        """Give it back, if it was taken."""
+        if self._file is not None:
+            self._file.close()
 
 
 @contextmanager

@@ -5,12 +5,10 @@ has all its steps, finished.json.
 """
 
 import argparse
-import fcntl
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from logging import Logger
 from pathlib import Path
-from typing import TextIO
 
 import torch
 
@@ -20,7 +18,6 @@ from runtime.options import UserError
 from runtime.training import NonFiniteWatch, Trainer
 from runtime.vae import VAE
 
-LOCK = ".lock"
 NOT_STORED = ("dry_run", "planned")  # arguments that a run never has
 
 
@@ -88,9 +85,10 @@ def steps_done(folder: Path, config: RunConfig, report: Callable[[str], None]) -
 
     Raises UserError as RunFolder and its resume do; checkpoints that do not verify are reported.
     """
-    if (folder / LOCK).exists():
-        with files.cannot_write(f"--results-dir {str(folder)!r}"), open(folder / LOCK, "r+") as file:
-            take_lock(file, folder)
+    if (folder / files.LOCK).exists():
+        lock = files.FolderLock(folder)
+        with files.cannot_write(f"--results-dir {str(folder)!r}"), closing(lock):
+            refuse_second(folder, lock.holder())
     path = checkpoint.latest(folder / "checkpoints", report)
     if path is None:
         return 0
@@ -103,15 +101,10 @@ def steps_done(folder: Path, config: RunConfig, report: Callable[[str], None]) -
     return step
 
 
-def take_lock(file: TextIO, folder: Path) -> None:
-    """Lock a run's folder by its open file LOCK, until that is closed. Raises UserError when another process did."""
-    try:
-        # lockf and not flock: a record lock dies with this process even when a data worker outlives it.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UserError(
-            f"--results-dir {str(folder)!r} is in use by another run; wait for it or choose another"
-        ) from error
+def refuse_second(folder: Path, holder: str | None) -> None:
+    """Raise UserError where another process has the lock of a run's folder."""
+    if holder is not None:
+        raise UserError(f"--results-dir {str(folder)!r} is in use by {holder}; wait for it, end it, or choose another")
 
 
 class RunFolder:
@@ -126,20 +119,19 @@ class RunFolder:
         self.args = {name: _as_stored(value) for name, value in vars(args).items() if name not in NOT_STORED}
         self.keep_checkpoints, self.max_bad_steps = args.keep_checkpoints, args.max_bad_steps
         self.checkpoints, self.finished = path / "checkpoints", path / "finished.json"
-        self._lock = None
+        self._lock = files.FolderLock(path)
         distributed.on_main(self._take)
         self.logger: Logger = monitor.make_logger(path)
 
     def _take(self) -> None:
         with files.cannot_write(f"--results-dir {str(self.path)!r}"):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / LOCK, "w")
-        take_lock(self._lock, self.path)
+            holder = self._lock.take()
+        refuse_second(self.path, holder)
         files.remove_partial(self.checkpoints)
 
     def close(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.close()
 
     def resume(self, trainer: Trainer) -> dict | None:
         """Load the newest checkpoint of the run, and return its args; None where there is none.

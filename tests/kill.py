@@ -45,7 +45,7 @@ import models
 import sample_ddp
 import train
 from demo.digits import write_digits
-from runtime import checkpoint, monitor, pictures, report, sampling
+from runtime import checkpoint, files, monitor, pictures, report, sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_RUN = (
@@ -90,6 +90,27 @@ def ended_by(process) -> int:
     """Exit status of a process, negative for a signal."""
     process.join(timeout=600)
     return process.exitcode
+
+
+class Holder:
+    """A process that has the lock of a folder until release."""
+
+    def __init__(self, folder: Path):
+        self.connection, other = FORKS.Pipe()
+        self.process = start(hold, folder, other)
+        assert self.connection.recv_bytes() == b"locked"
+        self.name = f"process {self.process.pid} on {socket.gethostname()}"
+
+    def release(self) -> None:
+        self.connection.send_bytes(b"release")
+        assert ended_by(self.process) == 0
+
+
+def hold(folder: Path, connection: Connection) -> None:
+    lock = files.FolderLock(folder)
+    assert lock.take() is None
+    connection.send_bytes(b"locked")
+    connection.recv_bytes()
 
 
 def die(*_) -> None:

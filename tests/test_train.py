@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,8 +16,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import two_processes
-from conftest import command_line, contents
-from kill import assert_same_bits, assert_same_run, newest, read_metrics
+from conftest import command_line, contents, stops
+from kill import Holder, assert_same_bits, assert_same_run, newest, read_metrics
 from test_checkpoint import disk_full_at
 
 import evaluate_loss
@@ -47,7 +45,7 @@ def stopped(train_arguments, stop_after_step, tmp_path, capsys):
 
     def stop(steps: int, **changes) -> Path:
         stop_after_step(steps)
-        train.main(train_arguments(tmp_path / "run", **changes))
+        stops(train.main, train_arguments(tmp_path / "run", **changes))
         assert f"stopped on request at step {steps}; repeat the same command to go on\n" in capsys.readouterr().out
         return tmp_path / "run"
 
@@ -81,7 +79,7 @@ def test_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(
         forget_settings(checkpoint.step_path(tmp_path / "run" / "checkpoints", 2))
     for steps, number in ((3, signal.SIGUSR1), (1, signal.SIGINT)):  # at steps 5 and 6
         stop_after_step(steps, number)
-        train.main(arguments)
+        stops(train.main, arguments, number)
     assert newest(tmp_path / "run")["step"] == 6
     train.main(arguments)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
@@ -367,18 +365,15 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(train_arg
 
 def test_a_second_run_in_the_same_folder_is_refused(run, train_arguments, refused, tmp_path):
     results = shutil.copytree(run, tmp_path / "run")
-    hold = "import fcntl; file = open('.lock', 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    holder = subprocess.Popen([sys.executable, "-c", hold], cwd=results, **pipes)
-    assert holder.stdout.readline() == "\n"
+    holder = Holder(results)
     arguments = train_arguments(results, **OF_RUN, max_steps=8)
     message = refused(train.main, arguments)
     assert (
         refused(train.main, [*arguments, "--dry-run"])
         == message
-        == (f"--results-dir {str(results)!r} is in use by another run; wait for it or choose another")
+        == (f"--results-dir {str(results)!r} is in use by {holder.name}; wait for it, end it, or choose another")
     )
-    holder.communicate("\n", timeout=30)
+    holder.release()
     train.main(arguments)
     assert newest(results)["step"] == 8
 
