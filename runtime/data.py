@@ -40,7 +40,7 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class WorkerFailed:
-    """Comes in place of a batch whose worker died, or had no memory for it."""
+    """Comes in place of a batch whose worker died, or found no memory for it."""
 
     reason: str
 
@@ -246,7 +246,7 @@ def collate_shared(collate_fn: Callable, items: list):
         if get_worker_info() is not None:
             share(batch)
     except (RuntimeError, OSError, MemoryError) as error:
-        return WorkerFailed(f"has no memory for a batch ({first_line(error)})")
+        return WorkerFailed(f"could not make a batch ({first_line(error)})")
     return batch
 
 
