@@ -446,13 +446,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("address")
     parser.add_argument("port", type=options.count)
     args = parser.parse_args(argv)
+    heard = [f"heard-{number}" for number in range(args.machines)]
     try:
         store = _open_store((args.address, args.port), args.number == 0)
         _meet(store, args.number, args.machines, "machines")
+        store.set(heard[args.number], "")
+        if args.number == 0:  # the store ends with this process
+            store.wait(heard, datetime.timedelta(seconds=10))
     except RuntimeError as error:
-        raise UserError(f"{args.address}:{args.port} cannot be used ({options.first_line(error)})") from error
-    if args.number == 0:  # the others have to hear of it before the store ends
-        time.sleep(3)
+        where = f"machine {args.number} cannot meet the others at {args.address}:{args.port}"
+        raise UserError(f"{where} ({options.first_line(error)}); set another MASTER_PORT") from error
 
 
 if __name__ == "__main__":

@@ -94,6 +94,12 @@ def call(function: Callable, arguments: tuple, environment: dict) -> None:
     function(*arguments)
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def ended_by(process) -> int:
     """Exit status of a process, negative for a signal."""
     process.join(timeout=600)
@@ -395,9 +401,7 @@ def kill_half_the_npz() -> None:
 
 def start_samplers(arguments: list[str], noise: Path, count: int = 1, moment: str | None = None) -> list:
     """Start the processes of one run of sample_ddp.py. The fault is in the first one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     groups = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     moments = [moment, *[None] * (count - 1)]
     return [

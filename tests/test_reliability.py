@@ -11,7 +11,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -213,14 +212,18 @@ def test_a_second_signal_ends_a_process_at_once():
 # Processes that are missing
 
 
+def test_machines_meet_before_torchrun():
+    port = kill.free_port()
+    machines = [kill.start(distributed.main, ["2", number, "127.0.0.1", port]) for number in ("1", "0")]
+    assert [kill.ended_by(process) for process in machines] == [0, 0]
+
+
 @pytest.mark.parametrize(
     "rank, whom",
     [("0", "2 of 3 processes: number 1, 2"), ("1", "number 0, at 127.0.0.1:PORT ([Errno 111] Connection refused)")],
 )
 def test_a_group_that_is_not_complete_says_for_whom_it_waits(rank, whom, monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = kill.free_port()
     group = {"RANK": rank, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, text in group.items():
         monkeypatch.setenv(name, text)
