@@ -264,7 +264,7 @@ class Batches:
     def __init__(self, loader: DataLoader, stop: StopOnSignal | None):
         self.stop = stop
         # torch raises in the middle of anything when a worker dies; asked for a batch, it notices as well.
-        handler = signal.getsignal(signal.SIGCHLD)
+        handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
         try:
             self.iterator = iter(loader)
         except OSError as error:

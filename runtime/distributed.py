@@ -165,12 +165,13 @@ def _wait(ready: Callable[[], bool], whom: Callable[[], str]) -> None:
 def _interrupted_by_default() -> Iterator[None]:
     """Context in which Ctrl-C ends the process, for calls that wait in C++, where Python would not hear of it."""
     previous = signal.getsignal(signal.SIGINT)
-    if previous is not signal.SIG_IGN:
+    if previous is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        if previous is signal.default_int_handler:
+            signal.signal(signal.SIGINT, previous)
 
 
 def _leave() -> None:
@@ -339,7 +340,7 @@ class StopOnSignal:
 
     def __init__(self):
         self.received: signal.Signals | None = None
-        self._waiting, self._elsewhere = False, 0
+        self._waiting, self._elsewhere = False, None
 
     def __enter__(self) -> "StopOnSignal":
         ignored = (signal.SIGHUP,) if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else ()
@@ -371,8 +372,11 @@ class StopOnSignal:
         return int(all_reduce(torch.tensor(int(self.received or 0)), "max"))
 
     def _remember(self, number: int, frame) -> None:
-        self.received = self.received or signal.Signals(self._elsewhere or number)
-        if self._waiting:
+        if number == KICK:
+            number = self._elsewhere or self.received
+        if number is not None:  # a KICK of somebody else means nothing
+            self.received = self.received or signal.Signals(number)
+        if self._waiting and self.received:
             self._waiting = False
             raise Interrupted
 
@@ -392,7 +396,7 @@ class StopOnSignal:
                         os._exit(128 + number)
                 if came is None and self._waiting:
                     # Its own signal can have come between the last line of Python and the system call that waits.
-                    self._elsewhere = 0 if self.received else _told(key)
+                    self._elsewhere = None if self.received else _told(key)
                     if self.received or self._elsewhere:
                         signal.pthread_kill(threading.main_thread().ident, KICK)
 
@@ -413,12 +417,12 @@ def _tell(key: str, number: int) -> None:
             pass
 
 
-def _told(key: str) -> int:
-    """The signal that another process left, 0 for none."""
+def _told(key: str) -> int | None:
+    """The signal that another process left."""
     try:
-        return int(_store.get(key)) if world_size() > 1 and _store.check([key]) else 0
+        return int(_store.get(key)) if world_size() > 1 and _store.check([key]) else None
     except RuntimeError:  # whoever hosted the store is gone, which the next collective tells
-        return 0
+        return None
 
 
 def exit_stopped(number: int) -> None:
