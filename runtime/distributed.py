@@ -38,8 +38,8 @@ PATIENCE = 20.0  # seconds to wait for another process before saying so
 _store: dist.Store | None = None  # what the processes of the group share, once they have met
 
 
-def _environment(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name, "" if default is None else str(default))
+def _environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
     if not text.isdigit():
         raise UserError(f"environment variable {name}={text!r} is not a whole number; unset it or start with torchrun")
     return int(text)
@@ -81,11 +81,13 @@ def setup(tf32: bool = True) -> torch.device:
 
 def _join(device: torch.device, processes: int) -> None:
     global _store
-    own_rank, address = _environment("RANK"), (os.environ.get("MASTER_ADDR", ""), _environment("MASTER_PORT"))
+    names = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    refusal, remedy = f"cannot join the {processes} processes of WORLD_SIZE", "start with torchrun, or unset WORLD_SIZE"
+    if names:
+        raise UserError(f"{refusal} ({names[0]} is not set); {remedy}")
+    own_rank, address = _environment("RANK", 0), (os.environ["MASTER_ADDR"], _environment("MASTER_PORT", 0))
     if own_rank >= processes:
-        raise UserError(
-            f"environment variable RANK={own_rank} is not less than WORLD_SIZE={processes}; start with torchrun"
-        )
+        raise UserError(f"{refusal} (RANK is {own_rank}); {remedy}")
     # torchrun keeps its store over restarts: under the old names, processes would look for those that died.
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     hosts = own_rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -103,9 +105,7 @@ def _join(device: torch.device, processes: int) -> None:
                 device_id=device if device.type == "cuda" else None,
             )
     except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f"cannot join the {processes} processes of WORLD_SIZE ({error}); start with torchrun, or unset WORLD_SIZE"
-        ) from error
+        raise UserError(f"{refusal} ({options.first_line(error)}); {remedy}") from error
     atexit.register(_leave)
 
 

@@ -149,8 +149,8 @@ def test_a_folder_below_one_that_may_not_be_looked_into(tmp_path, monkeypatch):
 ENVIRONMENTS = {
     "WORLD_SIZE=two": "environment variable WORLD_SIZE='two' is not a whole number; unset it or start with torchrun",
     "LOCAL_RANK=-1": "environment variable LOCAL_RANK='-1' is not a whole number; unset it or start with torchrun",
-    "WORLD_SIZE=2": "cannot join the 2 processes of WORLD_SIZE (Error initializing torch.distributed using env:// "
-    "rendezvous: environment variable RANK expected, but not set); start with torchrun, or unset WORLD_SIZE",
+    "WORLD_SIZE=2": "cannot join the 2 processes of WORLD_SIZE (RANK is not set); start with torchrun, or unset "
+    "WORLD_SIZE",
     "WORLD_SIZE=3": "--global-batch-size 8 is not divisible by 3 processes x 1 micro-batches; use a multiple of 3",
 }
 
