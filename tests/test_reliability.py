@@ -237,16 +237,6 @@ def test_a_group_that_is_not_complete_says_for_whom_it_waits(rank, whom, monkeyp
         distributed.setup()
 
 
-@pytest.mark.parametrize("group", [{"RANK": "3"}, {"RANK": "9", "LOCAL_RANK": "1"}])
-def test_another_process_than_the_first_says_its_mistake_a_little_later(group, train_arguments, refused, monkeypatch):
-    for name, text in group.items():
-        monkeypatch.setenv(name, text)
-    slept = []
-    monkeypatch.setattr(time, "sleep", slept.append)
-    assert "'0' is not a number > 0" in refused(train.main, train_arguments(Path("none"), lr=0))
-    assert slept == [2]
-
-
 # Two commands in one folder
 
 

@@ -163,14 +163,16 @@ def test_environments(variable, train_arguments, refused, tmp_path, monkeypatch)
     assert refused(train.main, train_arguments(tmp_path / "run")) == ENVIRONMENTS[variable]
 
 
-def test_only_the_first_of_many_processes_speaks(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("group, seconds", [({}, 0), ({"RANK": "3"}, 2), ({"RANK": "9", "LOCAL_RANK": "2"}, 4)])
+def test_processes_after_the_first_speak_where_torchrun_has_not_ended_them(
+    group, seconds, refused, tmp_path, monkeypatch
+):
     waited = []
-    monkeypatch.setenv("RANK", "1")
+    for name, text in group.items():
+        monkeypatch.setenv(name, text)
     monkeypatch.setattr(options.time, "sleep", waited.append)
-    with pytest.raises(SystemExit) as stopped:
-        sample_ddp.main(["--ckpt", str(tmp_path / "none.pt")])
-    assert stopped.value.code == 2 and waited == [2]
-    assert capsys.readouterr() == ("", "")
+    assert "does not exist" in refused(sample_ddp.main, ["--ckpt", tmp_path / "none.pt"])
+    assert waited == [seconds]
 
 
 def test_more_processes_than_gpus(monkeypatch):
