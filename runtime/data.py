@@ -279,14 +279,11 @@ class Batches:
     def __next__(self):
         try:
             return next(self.iterator) if self.stop is None else self.stop.next_of(self.iterator)
-        except StopIteration:
-            raise
-        except Exception:
+        except (RuntimeError, OSError, EOFError, MemoryError) as error:
             ends = multiprocessing.connection.wait([worker.sentinel for worker in self.workers], timeout=1)
             dead = [worker.exitcode for worker in self.workers if worker.sentinel in ends]
-            if not dead:
-                raise
-            return WorkerFailed(describe_end(dead[0]))
+            last = (str(error).splitlines() or [type(error).__name__])[-1]  # what a worker says ends its traceback
+            return WorkerFailed(describe_end(dead[0]) if dead else f"could not make a batch ({last})")
 
     def close(self) -> None:
         """End the workers, which ignore SIGTERM, also those that wait for a disk."""
