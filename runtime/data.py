@@ -296,7 +296,7 @@ class Batches:
 
 def describe_end(exit_code: int) -> str:
     """What the status of a process that died says."""
-    if exit_code > 0:
+    if exit_code >= 0:
         return f"ended with status {exit_code}"
     causes = {
         signal.SIGKILL: ", as the system does when memory runs out",
