@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
-from runtime.distributed import StopOnSignal, hash_seed, ignore_stop_signals, rank, world_size
+from runtime.distributed import StopOnSignal, begin_worker, hash_seed, rank, world_size
 from runtime.options import UserError, first_line, is_utf8
 
 PREPARATION = "box-halving, bicubic, centre crop; EXIF orientation applied"  # named in every latent cache
@@ -322,7 +322,7 @@ def open_loader(
         num_workers=num_workers,
         collate_fn=functools.partial(collate_shared, collate_fn),
         pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=begin_worker,
         prefetch_factor=4 if num_workers else None,
     )
     iterator = Batches(loader, stop)

@@ -6,6 +6,7 @@ One process without torchrun takes the same lines as many: collectives over one 
 import atexit
 import datetime
 import itertools
+import multiprocessing
 import os
 import select
 import shutil
@@ -434,11 +435,20 @@ def exit_stopped(number: int) -> None:
     sys.exit(0 if made < most else 128 + number)
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """For data workers: a signal to the whole process group is the main process's to answer."""
+def begin_worker(worker: int) -> None:
+    """For data workers: a signal to the whole group of processes is the main one's to answer; they end with that one.
+
+    torch looks at the parent process, which a fork server is that does not end with it.
+    """
     signal.set_wakeup_fd(-1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(process) -> None:
+    process.join()
+    os._exit(1)
 
 
 @options.command

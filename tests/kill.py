@@ -87,6 +87,7 @@ def start(function: Callable, *arguments):
 
 def call(function: Callable, arguments: tuple, environment: dict) -> None:
     os.environ |= environment
+    multiprocessing.set_start_method("fork", force=True)  # of data workers, as without a fork server
     monitor.plot_loss = report.write = lambda _: None
     monitor.tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process would leave
     models.SIZES["XS"].update(TINY_XS)
