@@ -1,6 +1,7 @@
 """Spiral RoPE: rotary position embedding along K uniformly spread directions of the image plane.
 
 Source: Spiral RoPE, arXiv 2602.03227, Eq. 8-13. Axial 2D RoPE is the special case of two directions.
+This file needs torch alone and can be copied into another model: docs/use_in_your_model.md.
 """
 
 import math
@@ -76,7 +77,9 @@ def frequencies(head_dim: int, config: RopeConfig) -> Tensor:
 class SpiralRoPE(nn.Module):
     """Phases by which channel pairs are rotated at each patch of a grid, for D-dimensional heads.
 
-    pt_grid is the grid length, or (rows, columns), that positions refer to: the one the model was built for.
+    The encoding is a table of D/2 frequency vectors in the plane, one a channel pair, and a rule for the border of the
+    grid; a subclass with another table is another encoding. pt_grid is the grid length, or (rows, columns), that
+    positions refer to: the one the model was built for.
     Raises ValueError for a rotate that does not fit head_dim, or an unknown freqs_for or border.
     """
 
@@ -100,38 +103,39 @@ class SpiralRoPE(nn.Module):
             self.freqs = freqs.to(self.freqs.device, torch.float32)
         return self
 
-    def directions(self, pair: Tensor, row_half: Tensor) -> tuple[Tensor, Tensor]:
-        """Direction (x, y) that every pair projects positions on, each (D/2,): Eq. 8, 90/R degrees apart.
+    def table(self) -> tuple[Tensor, Tensor]:
+        """Frequency (D/2,), radians per patch, and direction (D/2, 2), a unit vector (x, y), of every channel pair.
 
-        pair counts the channel pairs, row_half is true for those of base axis y; see docs/extending.md for others.
+        Source: Eq. 8; the directions of either half of the pairs are 90/R degrees apart, and adjacent pairs share one.
         """
         rotations = max(self.config.rotate, 1)  # R; the axes alone are R = 1
+        pair = torch.arange(self.head_dim // 2, device=self.freqs.device)  # (D/2,)
+        row_half = pair < self.head_dim // 4  # pairs of base axis y; the others have x
+        t = pair % (self.head_dim // 4)
+        index = 2 * (t // (2 * rotations)) + t % 2 if self.config.same_theta else t
         alpha = (pair // 2) % rotations * (math.pi / 2 / rotations)
-        return torch.where(row_half, alpha.sin(), alpha.cos()), torch.where(row_half, alpha.cos(), -alpha.sin())
+        x, y = torch.where(row_half, alpha.sin(), alpha.cos()), torch.where(row_half, alpha.cos(), -alpha.sin())
+        return self.freqs[index], torch.stack([x, y], dim=1)
 
     def phases(self, h: int, w: int) -> Tensor:
         """Phase of every channel pair at every patch of an h x w grid: (h*w, D/2) float32, in radians."""
-        device = self.freqs.device
-        pair = torch.arange(self.head_dim // 2, device=device)  # (D/2,)
-        row_half = pair < self.head_dim // 4
-        t = pair % (self.head_dim // 4)
-        index = 2 * (t // (2 * max(self.config.rotate, 1))) + t % 2 if self.config.same_theta else t
-        direction_x, direction_y = self.directions(pair, row_half)
-
-        y = torch.arange(h, device=device, dtype=torch.float32) - (h - 1) / 2
-        x = torch.arange(w, device=device, dtype=torch.float32) - (w - 1) / 2
+        frequency, direction = self.table()  # (D/2,), (D/2, 2)
+        y = torch.arange(h, device=frequency.device, dtype=torch.float32) - (h - 1) / 2
+        x = torch.arange(w, device=frequency.device, dtype=torch.float32) - (w - 1) / 2
         y, x = torch.meshgrid(y, x, indexing="ij")
         y, x = y.reshape(-1, 1), x.reshape(-1, 1)  # (h*w, 1), row-major
         # Eq. 10: the projection u.(x, y). Products and a sum, because a matrix product may run in TF32.
-        position = x * direction_x + y * direction_y  # (h*w, D/2)
+        position = x * direction[:, 0] + y * direction[:, 1]  # (h*w, D/2)
 
-        length = torch.where(row_half, h, w)  # (D/2,) patches along the base axis of the pair
-        trained = torch.where(row_half, *self.pt_grid)
+        # The border: projections of the first half of the pairs are measured by the rows of the grid, of the second by
+        # its columns.
+        row_half = torch.arange(self.head_dim // 2, device=frequency.device) < self.head_dim // 4
+        length, trained = torch.where(row_half, h, w), torch.where(row_half, *self.pt_grid)  # (D/2,) patches
         edge = (length - 1) / 2
         if self.config.border == "clamp":
             position = position.clamp(-edge, edge)
         position = (position + edge) * (trained / length)
-        return position * self.freqs[index]  # (h*w, D/2)
+        return position * frequency  # (h*w, D/2)
 
     def forward(self, h: int, w: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the phases, each (h*w, D/2) float32."""

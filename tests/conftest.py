@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import zlib
 from contextlib import contextmanager
@@ -50,6 +51,21 @@ def golden():
         return json.loads(path.read_text()) if path.suffix == ".json" else np.load(path)
 
     return read
+
+
+@pytest.fixture
+def run_page():
+    """Runs the Python blocks of a section of a page: run_page("extending.md", "A new objective") -> their names."""
+
+    def run(page: str, title: str) -> dict:
+        text = (TESTS.parent / "docs" / page).read_text(encoding="utf-8")
+        (section,) = re.findall(rf"^##? {title}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+        names = {"__name__": page.removesuffix(".md")}
+        for block in re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL):
+            exec(block, names)
+        return names
+
+    return run
 
 
 @pytest.fixture

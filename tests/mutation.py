@@ -50,7 +50,7 @@ DIFFUSION = "diffusion fake_cuda sample sample_grid train validation"
 CHECKPOINT = "checkpoint pretrained export wrong_input sample hub validation train reliability"
 STEP_TESTS = "training train validation benchmark fake_cuda"
 TESTS = {
-    "rope.py": "rope models fake_cuda wrong_input visualize_rope checkpoint",
+    "rope.py": "rope models use_in_your_model fake_cuda wrong_input visualize_rope checkpoint",
     "models.py": "models rope fake_cuda checkpoint sample wrong_input train",
     "diffusion/__init__.py": DIFFUSION,
     "diffusion/gaussian_diffusion.py": DIFFUSION,

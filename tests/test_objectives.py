@@ -1,38 +1,24 @@
 """Objectives: DiT's own in its parts, and what docs/extending.md prints, trained, validated and sampled."""
 
 import json
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_rope import scores, spread_over_positions
 
 import sample_ddp
 import train
 from diffusion import create_diffusion
 from diffusion.objectives import OBJECTIVES
-from rope import RopeConfig
 from runtime import pretrained, sampling
 from runtime.sampling import SamplingConfig
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "extending.md"
-
 
 @pytest.fixture
-def page(monkeypatch):
-    """The names that the Python blocks of a section of the page define: page("A new objective")."""
-
-    def run(title: str) -> dict:
-        (section,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-        names = {"__name__": "extending"}
-        for block in re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL):
-            exec(block, names)
-        return names
-
+def page(run_page):
+    """The names that the Python blocks of a section of docs/extending.md define: page("A new objective")."""
     before = dict(OBJECTIVES)
-    yield run
+    yield lambda title: run_page("extending.md", title)
     OBJECTIVES.clear()
     OBJECTIVES.update(before)
 
@@ -88,13 +74,3 @@ def test_samplers_that_do_not_fit_are_refused_by_name(page, run, sample_argument
         "--sampler euler does not fit a model trained with --objective eps; expected one of ddpm, ddim, dpm++"
     )
     assert not (tmp_path / "samples").exists()
-
-
-@pytest.mark.parametrize("head_dim", [64, 72])
-def test_a_new_position_encoding_depends_on_relative_position_alone(page, head_dim):
-    golden = page("A new position encoding")["GoldenRoPE"]
-    rope = golden(head_dim, 16, RopeConfig(border="exact"))
-    for h, w in ((16, 16), (8, 20)):
-        assert spread_over_positions(scores(rope, h, w), h, w) < 1e-5
-    x, y = rope.directions(torch.arange(head_dim // 2), None)
-    assert len({(round(float(a), 4), round(float(b), 4)) for a, b in zip(x, y, strict=True)}) == head_dim // 2
