@@ -3,6 +3,7 @@
 import copy
 import functools
 import hashlib
+import multiprocessing
 import multiprocessing.connection
 import os
 import signal
@@ -266,6 +267,8 @@ class Batches:
         # torch raises in the middle of anything when a worker dies; asked for a batch, it notices as well.
         handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
         try:
+            if loader.num_workers:
+                multiprocessing.Event()  # which torch needs as well, and without it leaves a traceback
             self.iterator = iter(loader)
         except OSError as error:
             raise UserError(f"data workers cannot be started ({error}); pass --num-workers 0") from error

@@ -339,8 +339,12 @@ def test_a_damaged_checkpoint_is_skipped_and_counts_for_nothing(
     path = results / "checkpoints" / "0000006.pt"
     path.write_bytes(path.read_bytes()[:1000])
     stop_after_step(1)
-    for extra, went_on in (["--dry-run"], "would go on from step 4"), ([], "0000004.pt at step 4"):
-        train.main([*train_arguments(results, keep_checkpoints=1), *extra])
+    arguments = train_arguments(results, keep_checkpoints=1)
+    for went_on, run in (
+        ("would go on from step 4", lambda: train.main([*arguments, "--dry-run"])),
+        ("0000004.pt at step 4", lambda: stops(train.main, arguments)),
+    ):
+        run()
         output = capsys.readouterr().out
         assert f"warning: skipped a checkpoint: checkpoint {str(path)!r} cannot be read (" in output
         assert went_on in output
