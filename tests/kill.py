@@ -58,7 +58,7 @@ SMALL_RUN = (
     "--model=DiT-XS/2 --image-size=32 --use-rope --rope-rotate=2 --global-batch-size=8 --max-steps=240 --ckpt-every=6 "
     "--log-every=3 --keep-checkpoints=3 --lr=0.001 --ema-decay=0.9 --num-workers=1 --precision=fp32"
 )
-SMALL_SAMPLES = "--num-fid-samples=200 --num-sampling-steps=10 --cfg-scale=2 --precision=fp32"
+SMALL_SAMPLES = "--num-sampling-steps=10 --cfg-scale=2 --precision=fp32"
 SMALL_CACHE = "--image-size=32 --no-flip --batch-size=8 --num-workers=1"
 CACHING_MOMENTS = ("random", "half a chunk", "not marked", "not finished")
 TRAINING_MOMENTS = ("random", "half-written", "not renamed")
@@ -456,7 +456,8 @@ def kill_sampling(folder: Path, kills: int, ckpt: Path | None = None, arguments:
     if ckpt is None:
         ckpt = folder / "run"
         assert ended_by(start(train_until, [*small_run(folder), f"--results-dir={ckpt}"], None)) == 0
-    shared = [f"--ckpt={ckpt}", *(arguments or SMALL_SAMPLES.split())]
+    # So many that some are left for the kills before the .npz is packed.
+    shared = [f"--ckpt={ckpt}", *(arguments or [*SMALL_SAMPLES.split(), f"--num-fid-samples={max(200, 27 * kills)}"])]
     killed, noise, survived = folder / "killed", folder / "killed.noise", Counter()
     for name, batch, count in (("one", 32, 1), ("two", 8, 2)):
         arguments = [*shared, f"--sample-dir={folder / name}", f"--per-proc-batch-size={batch}"]
@@ -484,16 +485,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ckpt", type=Path, default=None, help="of the samples")
-    parser.add_argument("arguments", nargs="*", help="of the command, after --")
-    args = parser.parse_args()
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args, given = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]  # after --: of the command
     random.seed(args.seed)
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.what == "training":
-        survived = kill_training(args.folder, args.kills, args.arguments)
+        survived = kill_training(args.folder, args.kills, given)
     elif args.what == "caching":
-        survived = kill_caching(args.folder, args.kills, args.arguments)
+        survived = kill_caching(args.folder, args.kills, given)
     else:
-        survived = kill_sampling(args.folder, args.kills, args.ckpt, args.arguments)
+        survived = kill_sampling(args.folder, args.kills, args.ckpt, given)
     print(f"killed {sum(survived.values())} of {args.kills} times: {dict(survived)}")
 
 
