@@ -20,7 +20,7 @@ from runtime.vae import VAE, check_source, is_surely
 
 
 def build_parser() -> options.Parser:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__)
     add = parser.add_argument
     add("--data-path", type=Path, required=True, help="folder with a sub-folder of images for each class")
     add("--latents-dir", type=Path, required=True, help="where the cache goes")

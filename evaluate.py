@@ -68,13 +68,15 @@ def metric_names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def default_cache() -> Path:
-    """Where programs keep what they can make again, by the XDG convention."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spiral-rope-dit"
+def default_cache() -> Path | None:
+    """Where programs keep what they can make again, by the XDG convention; None for a user without a home."""
+    home = os.path.expanduser("~/.cache")
+    folder = os.environ.get("XDG_CACHE_HOME") or (home if os.path.isabs(home) else None)
+    return folder and Path(folder) / "spiral-rope-dit"
 
 
 def build_parser() -> options.Parser:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__)
     add = parser.add_argument
     add("--samples", type=Path, required=True, help=".npz of sample_ddp.py, or any with images arr_0 (N, H, W, 3)")
     add("--samples-expected", type=options.count, default=None, help="images that --samples must have (None: any)")
@@ -111,6 +113,8 @@ def check(args: argparse.Namespace) -> tuple[NpzImages | None, Reference | None]
     check_enough(args, len(samples) if samples else args.samples_expected, reference)
     files.check_folder(args.samples.parent, "folder of --samples")
     if comparing_images(args.metrics, reference):
+        if args.cache_dir is None:
+            raise UserError("this user has no home folder; pass --cache-dir, or set XDG_CACHE_HOME")
         files.check_folder(args.cache_dir, "--cache-dir")
     return samples, reference
 

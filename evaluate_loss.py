@@ -16,7 +16,7 @@ from runtime.vae import VAE, load_vae
 
 
 def build_parser() -> options.Parser:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__)
     add = parser.add_argument
     add("--data-path", type=Path, required=True, help="folder with a sub-folder of images for each class")
     help = "val: the part of --data-path that the checkpoint's run held out with --val-fraction"

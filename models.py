@@ -4,16 +4,20 @@ Source: Scalable Diffusion Models with Transformers, arXiv 2212.09748. The posit
 sin-cos table of that paper, added to the tokens, or Spiral RoPE, rotating queries and keys of every block.
 """
 
+import inspect
 import math
 from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
 from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rope import RopeConfig, SpiralRoPE, rotate
+
+LONGEST_WRITTEN_OUT = 256  # tokens, up to which training may keep the attention matrix of every head
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -69,8 +73,18 @@ class Attention(nn.Module):
         else:
             qk, v = qkv.split([2 * self.num_heads, self.num_heads], dim=2)
             q, k = rotate(qk, cos, sin).chunk(2, dim=2)
-        x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        x = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, H, N, D/H) -> (B, N, D)
+
+    @staticmethod
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention over (B, H, N, D/H), for which no N x N matrix is kept."""
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def attend_written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same attention in matrix products, keeping an N x N matrix per head for the backward pass."""
+    return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), dim=-1) @ v
 
 
 def mlp(dim: int, hidden: int) -> Mlp:
@@ -114,11 +128,48 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class DiT(nn.Module):
+# Far beyond any DiT that was trained: a config.json that says more is damaged, and refused before memory is asked for.
+LARGEST = dict(input_size=2**17, patch_size=64, in_channels=1024, hidden_size=2**15, depth=512, num_heads=1024)
+LARGEST |= dict(num_classes=10**7)
+
+
+def check_settings(settings: dict) -> None:
+    """Raise ValueError, with the setting's name, where DiT cannot be built with these arguments."""
+    for name, largest in LARGEST.items():
+        value = settings[name]
+        for number in value if name == "input_size" and isinstance(value, list | tuple) else [value]:
+            if type(number) is not int or not 1 <= number <= largest:
+                raise ValueError(f"{name} is {value!r}; expected a whole number from 1 to {largest}")
+    if isinstance(settings["input_size"], list | tuple) and len(settings["input_size"]) != 2:
+        raise ValueError(f"input_size is {settings['input_size']!r}; expected one number, or height and width")
+    if settings["hidden_size"] % settings["num_heads"]:
+        raise ValueError(f"hidden_size {settings['hidden_size']} is not divisible by num_heads {settings['num_heads']}")
+    for name, high in (("mlp_ratio", 64), ("class_dropout_prob", 1)):
+        if type(settings[name]) not in (int, float) or not 0 <= settings[name] <= high:
+            raise ValueError(f"{name} is {settings[name]!r}; expected a number from 0 to {high}")
+    if type(settings["learn_sigma"]) is not bool:
+        raise ValueError(f"learn_sigma is {settings['learn_sigma']!r}; expected true or false")
+
+
+# README.md of save_pretrained and push_to_hub; export.py writes one that knows the run.
+CARD = """---
+{{ card_data }}
+---
+
+A diffusion transformer ([DiT](https://arxiv.org/abs/2212.09748)), with its settings in config.json. With the code that
+wrote it: `models.DiT.from_pretrained`, or `python sample.py --ckpt FOLDER` and `--ckpt hf://user/repo`.
+"""
+
+
+CODERS = {RopeConfig: (asdict, lambda values: RopeConfig(**values))}  # of what is not plain in config.json
+
+
+class DiT(nn.Module, PyTorchModelHubMixin, model_card_template=CARD, tags=["dit", "diffusion"], coders=CODERS):
     """Diffusion transformer over latents (N, C, H, W); its output is (N, 2C, H, W), or C with learn_sigma=False.
 
     input_size is the latent height and width, one number or (height, width), that positions refer to; latents
-    of other sizes run too with RoPE. rope=None adds the fixed sin-cos table instead.
+    of other sizes run too with RoPE. rope=None adds the fixed sin-cos table instead. from_pretrained(folder or
+    "user/repo"), save_pretrained and push_to_hub are huggingface_hub's. Raises ValueError for settings out of range.
     """
 
     def __init__(
@@ -135,12 +186,13 @@ class DiT(nn.Module):
         learn_sigma: bool = True,
         rope: RopeConfig | None = None,
     ):
+        check_settings(locals())
         super().__init__()
         self.patch_size = patch_size
         self.in_channels = in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.num_classes = num_classes
-        self.grad_checkpointing = False
+        self.grad_checkpointing = self.compiled = False
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
         self.grid = (height // patch_size, width // patch_size)  # patches that positions refer to
 
@@ -155,6 +207,18 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
+
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **arguments) -> "DiT":
+        """As the mixin has it, but strict by default, and in evaluation mode with every version of huggingface_hub."""
+        return super()._from_pretrained(strict=strict, **arguments).eval()
+
+    @classmethod
+    def _decode_arg(cls, expected_type, value):
+        """As the mixin has it, but a setting of RoPE that this version does not know is an error, not dropped."""
+        if isinstance(value, dict):
+            return CODERS[RopeConfig][1](value)
+        return super()._decode_arg(expected_type, value)
 
     def initialize_weights(self) -> None:
         """adaLN-Zero (arXiv 2212.09748, section 3.2): every block starts as the identity and the output is 0."""
@@ -171,6 +235,22 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
+    def compile_blocks(self) -> None:
+        """Have the first call compile what all blocks share: once for training, once for inference.
+
+        Each serves every number of rows from two on; a single row, which compilers treat apart, is compiled for itself.
+        """
+        self.compiled = True
+        torch._dynamo.config.optimize_ddp = False  # would cut blocks where buckets of gradients end
+        for block in self.blocks:
+            block.compile(fullgraph=True)
+
+    def write_out_attention(self) -> None:
+        """Attend in matrix products where sequences are short: faster than a CPU's attention kernels in bfloat16."""
+        if math.prod(self.grid) <= LONGEST_WRITTEN_OUT:
+            for block in self.blocks:
+                block.attn.attend = attend_written_out
+
     def unpatchify(self, x: Tensor, h: int, w: int) -> Tensor:
         """Tokens (N, h*w, p*p*C) to images (N, C, h*p, w*p)."""
         p = self.patch_size
@@ -182,7 +262,7 @@ class DiT(nn.Module):
         p = self.patch_size
         h, w = x.shape[2] // p, x.shape[3] // p
         assert x.shape[2:] == (h * p, w * p), f"latents {tuple(x.shape)} do not divide into {p} x {p} patches"
-        x = self.x_embedder(x)  # (N, C, H, W) -> (N, h*w, D)
+        x = self.x_embedder(x).contiguous()  # (N, C, H, W) -> (N, h*w, D), a layout that all blocks keep
         if self.rope_embedder is None:
             assert (h, w) == self.grid, f"{(h, w)} patches, position table for {self.grid}"
             x = x + self.pos_embed
@@ -190,6 +270,9 @@ class DiT(nn.Module):
         else:
             cos, sin = self.rope_embedder(h, w)  # (h*w, D/H/2), once for all blocks
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        if self.compiled:  # for whatever number of rows comes later
+            torch._dynamo.mark_dynamic(x, 0)
+            torch._dynamo.mark_dynamic(c, 0)
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, c, cos, sin, use_reentrant=False, preserve_rng_state=False)
@@ -246,6 +329,24 @@ def _constructor(size: dict, patch_size: int):
 
 
 DiT_models = {f"DiT-{name}/{patch}": _constructor(size, patch) for name, size in SIZES.items() for patch in (2, 4, 8)}
+DEFAULTS = {p.name: p.default for p in inspect.signature(DiT).parameters.values()}  # of the arguments of DiT
+
+
+def name_of(hidden_size: int, depth: int, patch_size: int, **others) -> str:
+    """The key of DiT_models that has these settings, and as others, num_heads and mlp_ratio, its own.
+
+    Raises ValueError where there is none.
+    """
+    for name, size in SIZES.items():
+        found = {**size, "mlp_ratio": DEFAULTS["mlp_ratio"]}
+        asked = {"hidden_size": hidden_size, "depth": depth, **others}
+        if f"DiT-{name}/{patch_size}" in DiT_models and asked == {key: found[key] for key in asked}:
+            return f"DiT-{name}/{patch_size}"
+    described = "".join(f", {name} {value}" for name, value in others.items())
+    raise ValueError(
+        f"hidden_size {hidden_size}, depth {depth}, patch_size {patch_size}{described} are those of none of "
+        f"DiT-{{{'|'.join(SIZES)}}}/{{2|4|8}}"
+    )
 
 
 @dataclass(frozen=True)
@@ -265,9 +366,22 @@ class ModelConfig:
         return int(self.model.split("/")[1])
 
     @property
+    def size(self) -> str:
+        """A key of SIZES."""
+        return self.model.split("/")[0].removeprefix("DiT-")
+
+    @property
+    def hidden_size(self) -> int:
+        return SIZES[self.size]["hidden_size"]
+
+    @property
     def head_dim(self) -> int:
-        size = SIZES[self.model.split("/")[0].removeprefix("DiT-")]
-        return size["hidden_size"] // size["num_heads"]
+        return self.hidden_size // SIZES[self.size]["num_heads"]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches that positions refer to."""
+        return self.input_size[0] // self.patch_size, self.input_size[1] // self.patch_size
 
     def build(self) -> DiT:
         """The model, freshly initialised."""
@@ -277,6 +391,21 @@ class ModelConfig:
     def to_dict(self) -> dict:
         """As plain types."""
         return {**asdict(self), "input_size": list(self.input_size)}
+
+    def arguments(self) -> dict:
+        """What DiT takes to be this model, as plain types, such as stand in config.json on the Hugging Face hub."""
+        values = {**self.to_dict(), **SIZES[self.size], "patch_size": self.patch_size}
+        return {name: values.get(name, default) for name, default in DEFAULTS.items()}
+
+    @classmethod
+    def from_arguments(cls, values: dict) -> "ModelConfig":
+        """Inverse of arguments, among which others may stand. Raises TypeError, or ValueError for no DiT_models."""
+        values = {name: values.get(name, default) for name, default in DEFAULTS.items()}
+        check_settings(values)
+        given = {name: values.pop(name) for name in ("hidden_size", "depth", "num_heads", "mlp_ratio", "patch_size")}
+        size = values["input_size"]
+        size = [size, size] if isinstance(size, int) else size
+        return cls.from_dict({"model": name_of(**given), **values, "input_size": size})
 
     @classmethod
     def from_dict(cls, values: dict) -> "ModelConfig":

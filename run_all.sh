@@ -4,6 +4,8 @@
 set -euo pipefail
 unset CDPATH # with it, cd could go elsewhere
 
+{ : 3>&1; } 2>/dev/null || exec >/dev/null # it is closed, which must not end a run
+: 3>&2 || exec 2>/dev/null
 START_DIR=$(pwd -P)
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 
@@ -40,6 +42,11 @@ RESULTS_BASE, LATENTS_DIR, CACHE_LATENTS, SAMPLE_SEED, SAMPLE_VAE, SAMPLING_STEP
 MASTER_ADDR and MASTER_PORT for several machines; FID_REFERENCE, FID_METRICS and INCEPTION_WEIGHTS, which measure FID.
 Relative paths are taken from the folder in which you run the command.
 USAGE
+}
+
+say() { # FORMAT VALUE...: where nobody can read it any more, the run goes on
+  # shellcheck disable=SC2059 # the format is the caller's
+  printf "$@" 2>/dev/null || true
 }
 
 make_plan() { # ARGUMENT...: asks runtime/pipeline.py; sets what it names, and the arguments of each stage
@@ -84,12 +91,12 @@ on_signal() { # NAME
 
 end_at() { # STAGE STATUS: ends this script with work left, and says how to go on
   if [[ -n $STOPPED ]]; then
-    printf '\nrun_all.sh: stopped during %s; run the same command again to go on from there\n' "$1"
+    say '\nrun_all.sh: stopped during %s; run the same command again to go on from there\n' "$1"
     exit $((128 + $(kill -l "$STOPPED")))
   fi
   local how="failed with status $2; see its message above"
   if (($2 > 128)); then how="was ended by signal $(($2 - 128))"; fi
-  printf '\nrun_all.sh: %s %s. Run again, it goes on from there.\n' "$1" "$how" >&2
+  say '\nrun_all.sh: %s %s. Run again, it goes on from there.\n' "$1" "$how" >&2
   exit "$2"
 }
 
@@ -97,9 +104,9 @@ run_stage() { # STAGE COMMAND...: shows the command and runs it to its end
   local stage=$1 status=0
   shift
   if [[ -n $STOPPED ]]; then end_at "$stage" 1; fi
-  printf '\n%s\n ' "$stage"
-  printf ' %q' "$@"
-  printf '\n'
+  say '\n%s\n ' "$stage"
+  say ' %q' "$@"
+  say '\n'
   # In the background with wait, since bash would hold back a signal until a foreground command ends.
   "$@" &
   CHILD=$!
@@ -153,9 +160,9 @@ run_stages() { # sets NPZ
 
 print_results() { # the folder once, then what lies in it
   local file
-  printf '\nFinished. Results in %s:\n' "$RUN_DIR"
+  say '\nFinished. Results in %s:\n' "$RUN_DIR"
   for file in "$RUN_DIR"/{checkpoints,loss.png,report.html} "${NPZ%.npz}"{.npz,.png,.*metrics.json}; do
-    if [[ -e $file ]]; then printf '  %s\n' "${file#"$RUN_DIR"/}"; fi
+    if [[ -e $file ]]; then say '  %s\n' "${file#"$RUN_DIR"/}"; fi
   done
 }
 
@@ -177,6 +184,7 @@ main() {
     # shellcheck disable=SC2064 # the name of now
     trap "on_signal $name" "$name"
   done
+  trap '' PIPE
   export PYTHONUNBUFFERED=1 # so that a log file has the lines of all stages in their order
   run_stages
   print_results

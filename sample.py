@@ -24,7 +24,7 @@ FRAMES = 10
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__)
     options.add_checkpoint_options(parser, none="DiT-XL/2 as published, of --image-size")
     add = parser.add_argument
     add(
@@ -116,7 +116,7 @@ def columns_of(labels: list[int], per_class: int) -> int:
 
 def describe(trained: Trained, config: SamplingConfig) -> str:
     """The settings in a line, to stand above the pictures."""
-    parts = [trained.config.model.model, trained.path.stem, f"cfg {config.cfg_scale:g}"]
+    parts = [trained.config.model.model, trained.label, f"cfg {config.cfg_scale:g}"]
     parts += [f"{config.sampler} {config.steps} steps", f"seed {config.seed}"]
     if trained.rope_extend:
         parts.append(f"{options.format_size(trained.image_size)} by {trained.rope_extend}")
@@ -128,13 +128,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     config = sampling.config_from_args(args, args.seed)
     trained = load_trained(args.ckpt, args.weights, options.given_model(args))
-    sampling.check_sampler(config, trained.config.objective)
+    sampling.check_sampler(config, trained.config)
     labels = chosen_labels(args, trained)
     device = distributed.setup(args.tf32)
     if distributed.world_size() > 1:
         raise UserError(
             f"sample.py is one process, not {distributed.world_size()}; use python sample.py, or sample_ddp.py"
         )
+    if args.compile:
+        distributed.check_compiler(device)
+        trained.model.compile_blocks()
     vae = load_vae(args.vae, trained, device, args.vae_precision)
     if args.dry_run:
         return print(f"dry run: would draw {len(labels)} images to {args.out}: {describe(trained, config)}")

@@ -29,7 +29,7 @@ PNG_END = b"IEND\xaeB`\x82"  # type and checksum of the chunk that ends every PN
 
 
 def build_parser() -> options.Parser:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__)
     options.add_checkpoint_options(parser, none="DiT-XL/2 as published, of --image-size")
     add = parser.add_argument
     add("--sample-dir", type=Path, default=Path("samples"), help="where the folder of images and the .npz go")
@@ -57,7 +57,7 @@ def run_name(found: Description, vae_source: str, args: argparse.Namespace) -> s
     model = found.config.model.model.replace("/", "-")
     size, vae = options.format_size(found.image_size), Path(vae_source).resolve().name
     size += f"-{found.rope_extend}" if found.rope_extend else ""
-    return f"{model}-{found.path.stem}-size-{size}-vae-{vae}-cfg-{args.cfg_scale}-seed-{args.global_seed}"
+    return f"{model}-{found.label}-size-{size}-vae-{vae}-cfg-{args.cfg_scale}-seed-{args.global_seed}"
 
 
 class SampleFolder:
@@ -239,13 +239,16 @@ def main(argv: list[str] | None = None) -> None:
     folder = SampleFolder(args.sample_dir, run_name(found, vae_source, args))
     if args.print_name:
         return print(folder.npz)
-    sampling.check_sampler(args.sampling, found.config.objective)
+    sampling.check_sampler(args.sampling, found.config)
     device, logger = distributed.setup(args.tf32), monitor.make_logger()
     places = f"images: {folder.images}\ngrid: {folder.grid}\nsamples: {folder.npz}"
     done = f"nothing to do: all {args.num_fid_samples:,} samples are there"
     if distributed.on_main(is_finished, found, folder, vae_source, args, device):
         return logger.info(f"{done}\n{places}")
     trained = pretrained.load_trained(args.ckpt, args.weights, options.given_model(args))
+    if args.compile:
+        distributed.check_compiler(device)
+        trained.model.compile_blocks()
     vae = load_vae(vae_source, trained, device, args.vae_precision)
     settings = settings_of(trained, trained.sha256, vae_source, vae.config.sha256, args, device)
     distributed.on_main(folder.check, settings)

@@ -25,7 +25,7 @@ HALVES = (("row half of the channels (base axis y)", "C0", "o"), ("column half (
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="picture to write: .png, .pdf or .svg")
     add("--only", choices=list(PARTS), default=None, help="draw one part (None: all)")

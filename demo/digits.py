@@ -80,7 +80,7 @@ def check_digits(root: Path, size: int) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to write it")
     parser.add_argument("--size", type=options.count, default=64, help="height and width in pixels")
     return parser.parse_args(argv)

@@ -83,7 +83,7 @@ def describe(samples: NpzImages) -> dict:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__)
     help = ".npz of sample_ddp.py: images arr_0 (N, H, W, 3), labels arr_1 (N,)"
     parser.add_argument("--samples", type=Path, required=True, help=help)
     options.add_dry_run(parser, planned=True)

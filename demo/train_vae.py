@@ -31,7 +31,7 @@ LOG_EVERY = 50  # steps
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=monitor.REPOSITORY / "assets/demo_vae", help="folder of the model")
     parser.add_argument("--steps", type=options.number(int, WARM_UP + 1), default=1500, help="training steps")
     options.add_dry_run(parser)

@@ -277,7 +277,7 @@ BUDGET = options.number(float, 0, FREE, open_low=True)  # with more, double prec
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__)
     add = parser.add_argument
     add("--figures", type=Path, default=IMAGES, help="folder for kernels.png and kernels_errors.png")
     add("--tables", action="store_true", help="print the tables of docs/evidence.md; draw nothing")

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__)
     help = "digits alone, four variants, two seeds, 150 steps: ten minutes; results in --work-dir"
     parser.add_argument("--quick", action="store_true", help=help)
     args = runs.parse_args(parser, PUBLISHED, argv)

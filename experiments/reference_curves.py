@@ -118,7 +118,7 @@ def bands_table(reference: Bands) -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__)
     parser.add_argument("--check", type=Path, metavar="RESULTS_DIR", help="train nothing; compare this run")
     return runs.parse_args(parser, PUBLISHED, argv)
 

@@ -1,6 +1,8 @@
-"""Checkpoints as files: written whole or not at all, read without running code, verified."""
+"""Checkpoints as files: written whole or not at all and beside training, read without running code, verified."""
 
 import argparse
+import concurrent.futures
+import copy
 import hashlib
 import json
 import pickle
@@ -8,18 +10,23 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from models import DiT
-from runtime import files
+from runtime import files, memory
 from runtime.options import UserError
 
 METADATA = "spiral_rope_dit"  # key of a safetensors file under which export.py describes the weights, as JSON
 METADATA_LIMIT = 2**24  # characters
+INTERRUPTED = "interrupted"  # key, true, of a checkpoint that is there only because its run was interrupted
+PIECE = 2**28  # bytes that are allocated at a time for the copy of a state
+ALIGNMENT = 64  # bytes
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -36,12 +43,118 @@ def save(path: Path, state: dict) -> None:
         raise SaveError(f"checkpoint {str(path)!r} could not be written: {error}") from error
 
 
+class BackgroundWriter:
+    """Writes checkpoints in a thread while training goes on, one at a time, from a copy of the state.
+
+    Where the memory cannot hold a copy, training waits until the checkpoint is written.
+    """
+
+    def __init__(self, report: Callable[[str], None]):
+        self._copy, self._thread = HostCopy(report), ThreadPoolExecutor(1, "checkpoint")
+        self._path: Path | None = None
+        self._writing: Future | None = None
+
+    def begin(self, path: Path, state: dict) -> None:
+        """Begin to write a state, which may change from then on. finished tells what became of it."""
+        assert self._writing is None, "finished has not been asked about the one before"
+        copied = self._copy.of(state)
+        self._path, self._writing = path, self._thread.submit(save, path, state if copied is None else copied)
+        if copied is None:
+            concurrent.futures.wait([self._writing])
+
+    def finished(self, wait: bool) -> Path | None:
+        """The checkpoint that was written since this was last asked; None without any, and while it is being written.
+
+        Raises SaveError, or whatever else the thread met.
+        """
+        if self._writing is None or not (wait or self._writing.done()):
+            return None
+        concurrent.futures.wait([self._writing])
+        path, written = self._path, self._writing
+        self._path = self._writing = None
+        written.result()
+        return path
+
+    def close(self) -> None:
+        """Wait for the thread."""
+        self._thread.shutdown()
+
+
+class HostCopy:
+    """Room in host memory for the copy of a state, kept from one to the next; pinned for a state on CUDA.
+
+    That the memory cannot hold a copy is found out, and reported, with the first.
+    """
+
+    def __init__(self, report: Callable[[str], None]):
+        self._report = report
+        self._room: list[Tensor] | None = None  # empty: there is none
+
+    def of(self, state: dict) -> dict | None:
+        """A copy of nested dicts and lists of tensors, valid until the next one; None where memory cannot hold it."""
+        tensors = tensors_in(state)
+        if self._room is None:
+            self._room = _room_for(tensors)
+            if not self._room:
+                size, free = tensor_bytes(state), max(memory.available(), 0)
+                self._report(
+                    f"training waits while checkpoints are written: a copy takes {files.format_bytes(size)} of memory, "
+                    f"{files.format_bytes(free)} are free"
+                )
+        if not self._room:
+            return None
+        on_gpu = any(tensor.is_cuda for tensor in tensors)
+        torch._foreach_copy_(self._room, tensors, non_blocking=on_gpu)
+        if on_gpu:
+            torch.cuda.synchronize()
+        room = iter(self._room)
+        return _mapped(state, lambda _: next(room))
+
+
+def _room_for(tensors: list[Tensor]) -> list[Tensor]:
+    """Tensors like these in host memory that are yet to be filled; none where the memory cannot hold them.
+
+    They are cut from a few large pieces, since PyTorch rounds each pinned one up to a power of two. Each has a storage
+    of its own, since torch.save writes storages.
+    """
+    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+    left, pinned = sum(sizes), any(tensor.is_cuda for tensor in tensors)
+    if left > memory.available():
+        return []
+    room, piece, used = [], [], 0
+    for tensor, size in zip(tensors, sizes, strict=True):
+        if used + size > len(piece):
+            try:
+                piece = torch.empty(max(size, min(left, PIECE)), dtype=torch.uint8, pin_memory=pinned).numpy()
+            except RuntimeError:  # a limit of the process, or of what may be pinned
+                return []
+            used = 0
+        room.append(torch.from_numpy(piece[used : used + tensor.nbytes]).view(tensor.dtype).view(tensor.shape))
+        used, left = used + size, left - size
+    return room
+
+
+def _mapped(state, function: Callable[[Tensor], Tensor | None]):
+    """Nested dicts and lists with a function applied to their tensors."""
+    if isinstance(state, Tensor):
+        return function(state)
+    if isinstance(state, dict):
+        found = copy.copy(state)  # with what PyTorch adds to a state dict, so that the file has it too
+        found.update((key, _mapped(value, function)) for key, value in state.items())
+        return found
+    return type(state)(_mapped(value, function) for value in state) if isinstance(state, list | tuple) else state
+
+
+def tensors_in(state) -> list[Tensor]:
+    """All tensors in nested dicts and lists."""
+    found = []
+    _mapped(state, found.append)
+    return found
+
+
 def tensor_bytes(state) -> int:
     """Bytes of all tensors in nested dicts and lists."""
-    if isinstance(state, Tensor):
-        return state.nbytes
-    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
-    return sum(tensor_bytes(value) for value in values)
+    return sum(tensor.nbytes for tensor in tensors_in(state))
 
 
 def step_path(folder: Path, step: int) -> Path:
@@ -83,6 +196,18 @@ def prune(newest: Path, keep: int | None) -> None:
             path.unlink()
 
 
+def interruptions(folder: Path, every: int) -> list[Path]:
+    """Checkpoints of a run that are there only because it was interrupted; none of those of every so many steps."""
+    found = []
+    for path in training_checkpoints(folder):
+        if int(path.stem) % every:
+            try:
+                found += [path] if load(path).get(INTERRUPTED) is True else []
+            except UserError:  # damaged: left for its owner
+                continue
+    return found
+
+
 def load(path: str | Path, verify: bool = False) -> dict:
     """Read a checkpoint into a dict of plain types and CPU tensors, mapped from the file rather than copied.
 
@@ -92,7 +217,9 @@ def load(path: str | Path, verify: bool = False) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"checkpoint {str(path)!r} does not exist; expected a file such as checkpoints/0050000.pt")
+        raise UserError(
+            f"checkpoint {str(path)!r} does not exist; expected a file such as checkpoints/0050000.pt, or a folder"
+        )
     try:
         if path.suffix == ".safetensors":
             return _load_safetensors(path)
@@ -156,14 +283,46 @@ def _check_archive(path: Path, verify: bool) -> None:
 
 
 def _load_safetensors(path: Path) -> dict:
-    """The weights of a safetensors file: alone, or as "ema" or "model" with what export.py says about them."""
+    """The weights of a safetensors file: alone, or with what export.py says about them."""
     with safe_open(path, framework="pt") as file:
-        tensors, text = file.get_tensors(), (file.metadata() or {}).get(METADATA)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        text = (file.metadata() or {}).get(METADATA)
     if text is None:
         return tensors
     if len(text) > METADATA_LIMIT:
         raise UserError(f"checkpoint {str(path)!r} is refused: its metadata has more than {METADATA_LIMIT} characters")
     about = json.loads(text)
+    state = described(tensors, about, path)
+    check_seal(about, path)
+    return state
+
+
+def save_safetensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
+    """Write weights, and what export.py says about them, whole or not at all. Raises OSError."""
+    metadata = {"format": "pt", METADATA: json.dumps(about)}
+    with files.whole_file(path) as file:
+        file.write(safetensors.torch.save(tensors, metadata))  # its own save_file would keep others from reading
+
+
+def sealed(values: dict) -> dict:
+    """A JSON object with a checksum of the rest of it."""
+    return {**values, "sha256": _json_hash(values)}
+
+
+def check_seal(values: dict, path: Path) -> None:
+    """Raise UserError unless a JSON object is what it was when sealed; early versions sealed nothing."""
+    if values.get("sha256", _json_hash(values)) != _json_hash(values):
+        raise UserError(f"checkpoint {str(path)!r} is damaged: its settings are not the exported ones; export it again")
+
+
+def _json_hash(values: dict) -> str:
+    """Hash of a JSON object, in whatever way it is written, but for its entry "sha256"."""
+    values = {key: value for key, value in values.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def described(tensors: dict[str, Tensor], about: dict, path: Path) -> dict:
+    """Weights under "ema" or "model", with what export.py says about them. Raises UserError unless it wrote that."""
     known = isinstance(about, dict) and about.get("weights") in ("ema", "model")
     if not (known and isinstance(about.get("config"), dict)):
         raise UserError(f"checkpoint {str(path)!r} has metadata that export.py does not write; export it again")

@@ -4,9 +4,11 @@ Stored settings are completed by the defaults that stand here, in rope.py and in
 with a default leaves old runs as they are.
 """
 
+import math
 from dataclasses import asdict, dataclass
 
 from models import ModelConfig
+from runtime.classes import imagenet
 
 DEFAULT_OBJECTIVE = "eps"  # a key of diffusion.objectives.OBJECTIVES
 
@@ -22,6 +24,18 @@ class VAEConfig:
     scaling_factor: float = 0.18215  # latents are multiplied by it
     shift_factor: float = 0.0  # subtracted from latents before they are scaled
 
+    @classmethod
+    def from_dict(cls, values: dict) -> "VAEConfig":
+        """Raises KeyError, TypeError or ValueError for what no autoencoder is."""
+        config = cls(**{**values, "source": str(values.get("source", cls.source))})
+        for name in ("downsampling", "latent_channels"):
+            value = getattr(config, name)
+            if type(value) is not int or not 1 <= value <= 1024:
+                raise ValueError(f"vae.{name} is {value!r}")
+        if not (0 < config.scaling_factor < math.inf and math.isfinite(config.shift_factor)):
+            raise ValueError(f"vae.scaling_factor is {config.scaling_factor!r}, shift_factor {config.shift_factor!r}")
+        return config
+
     def is_same(self, other: "VAEConfig") -> bool:
         """Whether both are the same autoencoder, wherever they were found."""
         return self.sha256 is not None and {**asdict(self), "source": ""} == {**asdict(other), "source": ""}
@@ -34,6 +48,17 @@ class DataConfig:
     fingerprint: str | None = None  # of the relative paths of all images, held-out ones included; None = unknown
     images: int | None = None  # trained on
     classes: list[str] | None = None  # names of the class folders by label; None = unknown
+
+    @classmethod
+    def from_dict(cls, values: dict, num_classes: int) -> "DataConfig":
+        """Raises TypeError or ValueError for what no training data are of a model with so many classes."""
+        config = cls(**values)
+        classes = config.classes if config.classes is not None else []
+        if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+            raise ValueError(f"data.classes is a {type(classes).__name__} that is no list of names")
+        if len(classes) > num_classes:
+            raise ValueError(f"data.classes has {len(classes)} names for {num_classes} classes")
+        return config
 
 
 @dataclass(frozen=True)
@@ -104,18 +129,24 @@ class RunConfig:
 
         Raises KeyError, TypeError or ValueError for values that train.py and export.py never wrote.
         """
-        model, vae = ModelConfig.from_dict(values["model"]), VAEConfig(**values["vae"])
-        lengths = [length * int(vae.downsampling) for length in model.input_size]
+        model, vae = ModelConfig.from_dict(values["model"]), VAEConfig.from_dict(values["vae"])
+        lengths = [length * vae.downsampling for length in model.input_size]
         recipe, validation = values.get("recipe"), values.get("validation")
         return cls(
             model=model,
             image_size=(lengths[0], lengths[1]),
-            vae=VAEConfig(**{**asdict(vae), "source": str(vae.source)}),
-            data=DataConfig(**values["data"]),
+            vae=vae,
+            data=DataConfig.from_dict(values["data"], model.num_classes),
             recipe=None if recipe is None else Recipe(**recipe),
             validation=None if validation is None else HeldOutConfig.from_dict(validation),
             objective=str(values.get("objective", DEFAULT_OBJECTIVE)),
         )
+
+
+def from_elsewhere(model: ModelConfig, image_size: tuple[int, int], vae: str = "ema") -> RunConfig:
+    """Of a checkpoint that tells no more than this: files from elsewhere with 1,000 classes are of ImageNet."""
+    data = DataConfig(classes=list(imagenet()) if model.num_classes == 1000 else None)
+    return RunConfig(model, image_size, VAEConfig(source=vae, latent_channels=model.in_channels), data)
 
 
 def flatten(nested: dict, separator: str = ".") -> dict:

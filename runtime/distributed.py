@@ -217,19 +217,26 @@ def autocast(device: torch.device, precision: str):
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """What "auto" means on this device: bf16 where the hardware multiplies it natively, else fp32."""
+    """What "auto" means on this device: bf16 where the hardware multiplies it faster, else fp32."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     elif device.type == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        # Without AMX, AVX512-BF16 was measured on a Xeon at half the rate of float32: docs/benchmark.md.
+        fast = torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and not is_intel())
     else:
         fast = False
     return "bf16" if fast else "fp32"
 
 
-def check_compiler(device: torch.device, remedy: str) -> None:
+def is_intel() -> bool:
+    """Whether the CPU is Intel's, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "GenuineIntel" in info.read_text()
+
+
+def check_compiler(device: torch.device, remedy: str = "leave --compile out") -> None:
     """Raise UserError where a model cannot be compiled for this device, which else its first step would find out."""
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and not shutil.which(compiler):

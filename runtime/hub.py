@@ -1,7 +1,9 @@
-"""Checkpoints by name: published ones, files on the Hugging Face hub, local files; each becomes a local file."""
+"""Checkpoints by name: published ones, files and repositories of the Hugging Face hub, local files; and uploads."""
 
 import difflib
 import os
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -11,12 +13,16 @@ from urllib.parse import urlsplit
 import torch
 
 from rope import RopeConfig
-from runtime import files
+from runtime import files, model_folder
 from runtime.checkpoint import training_checkpoints
 from runtime.options import UserError, format_size, root_cause
 
 SPIRAL_ROPE = "hf://haoyuliu00/Spiral_RoPE"
 DIT = "https://dl.fbaipublicfiles.com/DiT/models"
+REPOSITORY = r"[\w.-]+/[\w.-]+"
+ADDRESS = re.compile(
+    rf"hf://(?:(model|dataset|space)s/)?({REPOSITORY})(?:@(refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/(.+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -29,11 +35,21 @@ class Published:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint's local file, and what is known about it from elsewhere."""
+    """A checkpoint's local file, or the folder of its config.json, and what is known about it from elsewhere."""
 
     path: Path
     name: str | None = None  # under which it was asked for; None = a path
     args: dict = field(default_factory=dict)  # as in Published
+
+    @property
+    def label(self) -> str:
+        """The checkpoint in a word: the file without its ending, or what the folder or the repository is called."""
+        if not self.path.is_dir():
+            return self.path.stem
+        if self.name is not None:
+            return ADDRESS.fullmatch(self.name)[2].split("/")[1]
+        folder = self.path.resolve()
+        return folder.parent.name if folder.name == model_folder.BELOW else folder.name
 
 
 def _spiral(file: str, rotate: int) -> Published:
@@ -76,20 +92,17 @@ def dit_of(given: dict) -> str:
 
 
 def find(name: str | Path) -> Source:
-    """The local file of a path, a key of PUBLISHED or hf://user/repo[@revision]/file, downloaded if need be.
+    """What a path, a key of PUBLISHED, hf://user/repo[@revision] or a file of such a repository stands for.
 
-    The folder of a run stands for its newest checkpoint. A file or folder that exists wins over a name. Of the
-    processes on a node one downloads, and the others wait for its lock. Raises UserError when a name is unknown or
-    its file cannot be fetched.
+    It is downloaded if need be. The folder of a run stands for its newest checkpoint. A file or folder that exists
+    wins over a name. Of the processes on a node one downloads, and the others wait for its lock. Raises UserError
+    when a name is unknown or cannot be fetched.
     """
     text = str(name)
     if os.path.isfile(text):
         return Source(Path(text))
     if os.path.isdir(text):
-        found = training_checkpoints(Path(text) / "checkpoints")
-        if not found:
-            raise UserError(f"checkpoint {text!r} is a folder without checkpoints/0050000.pt or the like; give a file")
-        return Source(found[-1])
+        return Source(_in_folder(Path(text)))
     url = PUBLISHED[text].url if text in PUBLISHED else text
     if "://" in url:
         path, url = _from_url(url) if url.startswith(DIT) else _from_hub(url)
@@ -100,35 +113,95 @@ def find(name: str | Path) -> Source:
         raise UserError(
             f"checkpoint {text!r} is neither a file nor the name of a published checkpoint"
             f"{f'; did you mean {close[0]}?' if close else ''}; expected a path such as checkpoints/0050000.pt, "
-            f"hf://user/repo/file, or one of {', '.join(PUBLISHED)}"
+            f"hf://user/repo, hf://user/repo/file, or one of {', '.join(PUBLISHED)}"
         )
     return Source(Path(text))
 
 
-def _from_hub(url: str) -> tuple[Path, str]:
-    """Path in the cache of huggingface_hub of hf://user/repo[@revision]/file, and the same without the revision."""
-    from huggingface_hub import errors, hf_hub_download, hf_hub_url, parse_hf_uri
+def _in_folder(folder: Path) -> Path:
+    """The newest checkpoint of a run's folder, or the folder itself (or its transformer/) where that is a model."""
+    runs = folder / "checkpoints"
+    newest = training_checkpoints(runs)[-1:]
+    found = newest[0] if newest else None if runs.is_dir() else model_folder.find(folder)
+    if found is None:
+        raise UserError(
+            f"checkpoint {str(folder)!r} is a folder without checkpoints/0050000.pt or the like, or config.json and "
+            f"{model_folder.WEIGHTS}; give a file, the folder of a run, or one that export.py wrote"
+        )
+    return found
+
+
+def _is_repository(name: str) -> bool:
+    """Whether this could be the name of a repository, with its owner."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
-        uri = parse_hf_uri(url)
-    except errors.HfUriError as error:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
+def _from_hub(url: str) -> tuple[Path, str]:
+    """Path in the cache of huggingface_hub of a file or of a repository, and the address without the revision."""
+    match = ADDRESS.fullmatch(url)
+    if match is None or {"", ".", ".."} & set((match[4] or "file").split("/")) or not _is_repository(match[2]):
         raise UserError(
-            f"checkpoint {url!r} is not hf://user/repo/file ({error.msg.strip(' .')}); correct it, or download it by "
-            "hand and pass its path"
-        ) from error
-    if uri.is_bucket or not uri.path_in_repo:
-        raise UserError(f"checkpoint {url!r} names no file of a repository; expected hf://user/repo/file")
-    file = {"repo_id": uri.id, "filename": uri.path_in_repo, "repo_type": uri.type, "revision": uri.revision}
-    reasons = {  # the library's own take several lines
+            f"checkpoint {url!r} is not hf://user/repo or hf://user/repo/file; correct it, or download it by hand and "
+            "pass its path"
+        )
+    kind, repository, revision, file = match.groups()
+    repo = {"repo_id": repository, "repo_type": kind or "model", "revision": revision}
+    if file is None:
+        return _repository_from_hub(url, repo), f"hf://{repository}"
+    return _file_from_hub(url, repo, file), f"hf://{repository}/{file}"
+
+
+def _file_from_hub(url: str, repo: dict, file: str) -> Path:
+    from huggingface_hub import hf_hub_download, hf_hub_url
+
+    with _fetching(url, hf_hub_url(filename=file, **repo), _reasons(repo, f"file {file}")):
+        return Path(hf_hub_download(filename=file, **repo))
+
+
+def _repository_from_hub(url: str, repo: dict) -> Path:
+    """The folder of config.json and weights. Of another kind of model no weights are fetched."""
+    places = ("", f"{model_folder.BELOW}/")
+    folder = _first_from_hub(url, repo, [place + model_folder.CONFIG for place in places]).parent
+    place = places[folder.name == model_folder.BELOW]
+    commit = (folder.parent if place else folder).name  # of config.json: weights of a later one may be others
+    names = model_folder.weights_names(model_folder.read_config(folder)[0])
+    _first_from_hub(url, repo | {"revision": commit}, [place + name for name in names])
+    return folder
+
+
+def _first_from_hub(url: str, repo: dict, names: list[str]) -> Path:
+    """The first of several files that the repository has."""
+    from huggingface_hub import errors, hf_hub_download
+
+    with _fetching(url, f"the repository {repo['repo_id']}", _reasons(repo, " or ".join(names))):
+        for name in names:
+            try:
+                return Path(hf_hub_download(filename=name, **repo))
+            except errors.EntryNotFoundError:  # without a network too, where only the next one is in the cache
+                if name == names[-1]:
+                    raise
+
+
+def _reasons(repo: dict, missing: str) -> dict[type, str]:
+    """What the errors of huggingface_hub mean, whose own texts take several lines."""
+    from huggingface_hub import errors
+
+    kind, name = repo["repo_type"], repo["repo_id"]
+    return {
+        errors.LocalEntryNotFoundError: "",
         errors.GatedRepoError: "it is gated: accept its conditions on the hub, then log in with `hf auth login` or set "
         "HF_TOKEN",
-        errors.RepositoryNotFoundError: f"the hub has no {uri.type} {uri.id}, or it is private: check the name, or log "
-        "in with `hf auth login`",
-        errors.RevisionNotFoundError: f"{uri.id} has no revision {uri.revision}",
-        errors.RemoteEntryNotFoundError: f"{uri.id} has no file {uri.path_in_repo}",
+        errors.RepositoryNotFoundError: f"the hub has no {kind} {name}, or it is private: check the name, or log in "
+        "with `hf auth login`",
+        errors.RevisionNotFoundError: f"{name} has no revision {repo['revision']}",
+        errors.EntryNotFoundError: f"{name} has no {missing}",
     }
-    with _fetching(url, hf_hub_url(**file), reasons):
-        return Path(hf_hub_download(**file)), f"hf://{uri.id}/{uri.path_in_repo}"
 
 
 def _from_url(url: str) -> tuple[Path, str]:
@@ -155,8 +228,51 @@ def _fetching(name: str, url: str, reasons: dict[type, str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever a network, a disk or a server makes the library raise
-        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), root_cause(error))
+        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), "") or root_cause(error)
         raise UserError(
             f"checkpoint {name!r} cannot be fetched: {reason.rstrip('.')}; otherwise download {url} by hand and pass "
             "its path"
         ) from error
+
+
+def check_push(repository: str) -> None:
+    """Raise UserError unless huggingface_hub could upload to this repository, as far as a login tells."""
+    from huggingface_hub import HfApi, get_token
+
+    if not _is_repository(repository):
+        raise UserError(f"--push {repository!r} is not the name of a repository; expected you/repo")
+    if get_token() is None:
+        raise UserError(f"--push {repository} needs a token of the hub; log in with `hf auth login`, or set HF_TOKEN")
+    with _pushing(repository, "check it, or leave --push out"):
+        HfApi().whoami()
+
+
+def push(folder: Path, names: list[str], repository: str) -> str:
+    """Upload these files of a folder in one commit, making the repository if need be; its address."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    with _pushing(repository, f"{str(folder)!r} is whole: `hf upload {repository} {folder}` goes on with it"):
+        api = HfApi()
+        address = api.create_repo(repository, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, allow_patterns=names, commit_message="Weights by export.py"
+        )
+    return str(address)
+
+
+@contextmanager
+def _pushing(repository: str, remedy: str) -> Iterator[None]:
+    """Context of an upload, whose errors become a UserError."""
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        yield
+    except Exception as error:  # whatever a network or a server makes the library raise
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        refused = {401: "the hub does not accept the token", 403: "the token may not write there"}
+        reason = (refused.get(status) or root_cause(error)).rstrip(".")
+        raise UserError(f"--push {repository} failed: {reason}; {remedy}") from error

@@ -1,7 +1,6 @@
 """What a run shows: log, metrics.jsonl, config.json, progress bar and loss plot, written by rank 0."""
 
 import dataclasses
-import errno
 import io
 import json
 import logging
@@ -52,15 +51,9 @@ class TqdmHandler(logging.StreamHandler):
 
 
 def show(line: str) -> None:
-    """Print a line above a progress bar. Where nobody can read it any more, output is dropped and the run goes on."""
-    try:
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
-    except OSError as error:  # the reader of a pipe or the terminal has gone, the disk is full
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr) if error.errno == errno.EIO else (sys.stdout,):  # EIO: the terminal
-            os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+    """Print a line above a progress bar."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
 
 
 class LogFile(logging.FileHandler):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from models import SIZES, DiT_models
 from rope import RopeConfig, valid_rotations
+from runtime import output
 
 
 class UserError(Exception):
@@ -24,7 +25,7 @@ class UserError(Exception):
 
 
 def command(main: Callable) -> Callable:
-    """Turn a UserError raised in main(argv) into its one line on stderr and exit status 2.
+    """Turn a UserError raised in main(argv) into its one line on stderr and exit status 2; output never ends it.
 
     Under torchrun rank 0 speaks; the others give it a moment, because torchrun ends all of them as soon as the first
     one has exited. Where nobody ends them, the mistake is theirs alone, and they speak one after another.
@@ -32,6 +33,7 @@ def command(main: Callable) -> Callable:
     program = Path(inspect.getfile(main)).name
 
     @functools.wraps(main)
+    @output.lasting()
     def wrapped(argv: list[str] | None = None):
         format_warning = warnings.formatwarning
         warnings.formatwarning = lambda message, *_: f"{program}: warning: {one_line(str(message))}\n"
@@ -87,14 +89,18 @@ def differences(stored: dict, current: dict, ignored: tuple[str, ...] = (), show
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes no abbreviated options, suggests corrections, and raises UserError.
 
+    Its description is the first line of a command's docstring, which is None under PYTHONOPTIMIZE=2.
     @FILE stands for the arguments in an argument file: one option a line, with # before comments. Later arguments win,
     and "none" takes back a value where the default is None.
     """
 
     def __init__(self, description: str | None = None, **kwargs):
-        formatter = argparse.ArgumentDefaultsHelpFormatter
         super().__init__(
-            description=description, allow_abbrev=False, formatter_class=formatter, fromfile_prefix_chars="@", **kwargs
+            description=description and description.splitlines()[0],
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            fromfile_prefix_chars="@",
+            **kwargs,
         )
         self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # -1e-4 is a value too, not an option
 
@@ -165,9 +171,11 @@ def number(kind: type, low: float, high: float = math.inf, *, open_low=False, op
             value = kind(text)
         except ValueError:
             value = math.nan
+        if isinstance(value, int) and math.isinf(high) and abs(value) >= 2**63:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of less than 64 bits")
         above = value > low if open_low else value >= low
         below = value < high if open_high else value <= high
-        if not (math.isfinite(value) and above and below):
+        if not (above and below and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bounds}")
         return value
 
@@ -241,10 +249,15 @@ def add_vae(parser: Parser, default: str | None = None, none: str | None = None)
 
 def add_precision(parser: Parser) -> None:
     """Add --precision and --tf32."""
-    help = "bf16: autocast; auto: bf16 where the hardware computes in it"
+    help = "bf16: autocast; auto: bf16 where the hardware is faster in it"
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=help)
     help = "TF32 for float32 products on CUDA"
     parser.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True, help=help)
+
+
+def add_compile(parser: Parser) -> None:
+    """Add --compile."""
+    parser.add_argument("--compile", action="store_true", help="compile the model's blocks")
 
 
 def add_num_workers(parser: Parser, what: str) -> None:
@@ -271,8 +284,8 @@ def add_checkpoint_options(parser: Parser, none: str | None = None) -> None:
         "--ckpt",
         required=none is None,
         default=None,
-        help="a file of train.py, export.py or DiT, a run's folder, hf://user/repo/file, or the name of a published "
-        "one, as in dit_b2" + (f" (None: {none})" if none else ""),
+        help="a file or folder of train.py, export.py, DiT or diffusers, hf://user/repo or hf://user/repo/file, or the "
+        "name of a published one, as in dit_b2" + (f" (None: {none})" if none else ""),
     )
     parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged or raw weights")
     group = parser.add_argument_group("model: needed only where the checkpoint does not tell, or at another image size")
@@ -314,6 +327,20 @@ def check_rope(rope: RopeConfig | None, head_dim: int, model: str) -> None:
         extra = " with --rope-same-theta" if rope.same_theta else ""
         values = ", ".join(map(str, valid))
         raise UserError(f"--rope-rotate {rope.rotate} does not fit {model}{extra}; expected one of {values}")
+
+
+def check_stored_rope(rope: RopeConfig) -> None:
+    """Raise ValueError where a setting is not one that the command line would take."""
+    for field in dataclasses.fields(rope):
+        value, option = getattr(rope, field.name), ROPE_OPTIONS.get(field.name) or _option_of(field.default)
+        kinds = (int, float) if isinstance(field.default, float) else (type(field.default),)
+        try:
+            if type(value) not in kinds or value not in option.get("choices", [value]):
+                raise ValueError(f"expected {option.get('choices') or 'a value such as ' + repr(field.default)}")
+            if callable(option.get("type")) and not isinstance(value, str):
+                option["type"](str(value))
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"rope.{field.name} is {value!r}: {error}") from error
 
 
 def check_image_size(size: tuple[int, int], downsampling: int, patch_size: int) -> tuple[int, int]:

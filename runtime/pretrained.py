@@ -1,4 +1,4 @@
-"""A trained model from any checkpoint: of train.py, of export.py, or of DiT and the method's first release."""
+"""A trained model from any checkpoint: of train.py, of export.py, or of DiT, diffusers, the method's first release."""
 
 import argparse
 import math
@@ -11,19 +11,21 @@ import torch
 from torch import Tensor
 
 from diffusion.objectives import OBJECTIVES
-from models import SIZES, DiT, ModelConfig
+from models import DiT, ModelConfig, name_of
 from rope import RopeConfig
-from runtime import checkpoint, hub
-from runtime.classes import imagenet
-from runtime.config import DataConfig, RunConfig, VAEConfig
-from runtime.options import UserError, check_image_size, check_rope, format_size
+from runtime import checkpoint, files, hub, model_folder
+from runtime.config import RunConfig, from_elsewhere
+from runtime.options import UserError, check_image_size, check_rope, check_stored_rope, format_size
+
+TABLE = "y_embedder.embedding_table.weight"
 
 
 @dataclass(kw_only=True)
 class Description:
     """What a checkpoint and the command line say about its model."""
 
-    path: Path
+    path: Path  # a file, or a folder of the hub
+    label: str  # the checkpoint in a word, for the names of what is made with it
     config: RunConfig  # of the training
     step: int | None  # None when unknown
     image_size: tuple[int, int]  # to run at, as is latent_size; config has the trained one
@@ -63,7 +65,7 @@ def settings(found: Description, sha256: str | None, name: str, weights: str) ->
 
 def weights_sha256(found: Description, weights: str = "ema") -> str:
     """Hash of the checkpoint's weights, for which nothing else of the file is read."""
-    return checkpoint.tensor_hash(_weights(checkpoint.load(found.path), weights, found.path))
+    return checkpoint.tensor_hash(_weights(_load(found.path), weights, found.path, found.config.model))
 
 
 def describe(name: str | Path, weights: str = "ema", given: dict | None = None) -> Description:
@@ -101,12 +103,14 @@ def _read(name, weights: str, given: dict | None, verify: bool) -> tuple[Descrip
     """Description, chosen weights and their exported hash; shapes are checked. verify reads every byte."""
     source, given = hub.find(name), {key: value for key, value in (given or {}).items() if value is not None}
     path = source.path
-    state = checkpoint.load(path, verify=verify)
-    tensors = _weights(state, weights, path)
+    state = _load(path, verify)
+    tensors, step = _weights(state, weights, path), _step(state, path)
     stored = state.get("config") if isinstance(state.get("config"), dict) else None
     try:
         config = RunConfig.from_dict(stored) if stored else _from_foreign(state, tensors, given, source)
         _check_agreement(config.model, given, path)
+        if config.model.rope is not None:
+            check_stored_rope(config.model.rope)
         check_rope(config.model.rope, config.model.head_dim, config.model.model)
         _check_objective(config.objective, path)
         with torch.device("meta"):  # nothing is allocated before the shapes are those of the file
@@ -116,12 +120,13 @@ def _read(name, weights: str, given: dict | None, verify: bool) -> tuple[Descrip
     except Exception as error:  # whatever a config can be made to say
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"checkpoint {str(path)!r} has a config that cannot be read ({reason})") from error
+    tensors = _weights(state, weights, path, config.model)
     checkpoint.check_weights(expected, tensors, path)
-    step = state.get("step", state.get("train_steps"))
     description = Description(
         path=path,
+        label=source.label if path.is_file() or step is None else f"{step:07d}",
         config=config,
-        step=step if isinstance(step, int) else None,
+        step=step,
         image_size=config.image_size,
         latent_size=config.model.input_size,
     )
@@ -132,15 +137,33 @@ def _read(name, weights: str, given: dict | None, verify: bool) -> tuple[Descrip
     return description, tensors, state.get("weights_sha256")
 
 
+def _load(path: Path, verify: bool = False) -> dict:
+    """What a file or a folder of the hub holds."""
+    return model_folder.load(path, verify) if path.is_dir() else checkpoint.load(path, verify)
+
+
+def _step(state: dict, path: Path) -> int | None:
+    """The step of the training, None when unknown. Raises UserError for one that no training has."""
+    step = state.get("step", state.get("train_steps"))
+    if isinstance(step, int) and not 0 <= step < 2**63:
+        raise UserError(f"checkpoint {str(path)!r} has a step that is not from 0 to 2**63; copy it again")
+    return step if isinstance(step, int) else None
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a checkpoint: of the file, or of all that is in the folder."""
+    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file())
+
+
 def _announce(found: Description, name: str) -> None:
     """Say on stderr, once, what a name stood for: the file, its size and the settings of the model."""
     if os.environ.get("RANK", "0") == "0":
-        config, megabytes = found.config.model, found.path.stat().st_size / 1e6
+        config, stored = found.config.model, files.format_bytes(size_of(found.path))
         size, rope = format_size(found.image_size), asdict(config.rope) if config.rope else "none"
         step = "" if found.step is None else f" at step {found.step:,}"
         print(
             f"checkpoint {name}: {config.model}{step}, image size {size}, {config.num_classes} classes, RoPE {rope}; "
-            f"{megabytes:,.1f} MB in {found.path}",
+            f"{stored} in {found.path}",
             file=sys.stderr,
         )
 
@@ -169,8 +192,12 @@ def extended(found: Description, image_size: tuple[int, int], rope_extend: str |
     return replace(found, image_size=image_size, latent_size=latent_size, rope_extend=rope_extend)
 
 
-def _weights(state: dict, which: str, path: Path) -> dict[str, Tensor]:
-    """The chosen weights of a training checkpoint, or the file itself when it is a bare state dict."""
+def _weights(state: dict, which: str, path: Path, config: ModelConfig | None = None) -> dict[str, Tensor]:
+    """The chosen weights of a training checkpoint, or the file itself when it is a bare state dict.
+
+    Once the model is known, a label table without the null class, which is that of a model from elsewhere, gets its
+    row, of zeros: nothing ever looks it up.
+    """
     chosen = state
     if isinstance(state.get("ema"), dict) or isinstance(state.get("model"), dict):
         chosen = state.get(which)
@@ -183,6 +210,10 @@ def _weights(state: dict, which: str, path: Path) -> dict[str, Tensor]:
             f"checkpoint {str(path)!r} holds no DiT weights (no x_embedder.proj.weight); expected a state dict, or a "
             "dict with 'ema' or 'model'"
         )
+    table = tensors.get(TABLE)
+    trained_without = config is not None and not config.class_dropout_prob
+    if trained_without and table is not None and table.shape[:1] == (config.num_classes,):
+        tensors[TABLE] = torch.cat([table, torch.zeros_like(table[:1])])
     return tensors
 
 
@@ -201,10 +232,23 @@ def _from_foreign(state: dict, tensors: dict[str, Tensor], given: dict, source: 
         size = args.get("image_size", asked or 256)
         image_size = (int(size), int(size)) if not isinstance(size, tuple) else size
     patch = int(shapes["model"].split("/")[1])
-    model = ModelConfig(input_size=check_image_size(image_size, 8, patch), rope=rope, **shapes)
-    classes = list(imagenet()) if model.num_classes == 1000 else None  # what files from elsewhere train on
-    vae = VAEConfig(source=str(args.get("vae", "ema")), latent_channels=model.in_channels)
-    return RunConfig(model, image_size, vae, DataConfig(classes=classes))
+    classes = _foreign_classes(shapes.pop("rows"), args.get("num_classes", given.get("num_classes")), path)
+    model = ModelConfig(input_size=check_image_size(image_size, 8, patch), rope=rope, **shapes, **classes)
+    return from_elsewhere(model, image_size, str(args.get("vae", "ema")))
+
+
+def _foreign_classes(rows: int, asked: int | None, path: Path) -> dict:
+    """Classes of a label table, the last row of which is the null class, unless as many classes were trained.
+
+    DiT's code makes no row for the null class where class_dropout_prob is 0. Raises UserError where a file seems to
+    be one of these and neither it nor the command line tells how many classes were trained.
+    """
+    if asked is None and rows == 1000:
+        raise UserError(
+            f"checkpoint {str(path)!r} has a label table of 1000 rows and does not say whether one is the null class; "
+            "pass --num-classes 1000 for a model trained without label dropout, or 999"
+        )
+    return {"num_classes": rows, "class_dropout_prob": 0.0} if asked == rows else {"num_classes": rows - 1}
 
 
 def _foreign_rope(args: dict, given: dict, path: Path) -> RopeConfig:
@@ -224,22 +268,20 @@ def _from_shapes(tensors: dict[str, Tensor], path: Path) -> dict:
         hidden, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
         depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
         rows = tensors["final_layer.linear.weight"].shape[0]
-        classes = tensors["y_embedder.embedding_table.weight"].shape[0] - 1
+        table = tensors[TABLE].shape[0]
         tokens = tensors["pos_embed"].shape[1] if "pos_embed" in tensors else None
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(
             f"checkpoint {str(path)!r} is not a whole DiT ({error}); expected all of its weights"
         ) from error
-    sizes = [name for name, size in SIZES.items() if (size["hidden_size"], size["depth"]) == (hidden, depth)]
-    if not sizes or patch not in (2, 4, 8):
-        raise UserError(
-            f"checkpoint {str(path)!r} has hidden size {hidden}, depth {depth} and patch {patch}, which is none of "
-            f"DiT-{{{'|'.join(SIZES)}}}/{{2|4|8}}"
-        )
+    try:
+        model = name_of(hidden, depth, patch)
+    except ValueError as error:
+        raise UserError(f"checkpoint {str(path)!r}: {error}") from error
     return {
-        "model": f"DiT-{sizes[0]}/{patch}",
+        "model": model,
         "in_channels": channels,
-        "num_classes": classes,
+        "rows": table,
         "learn_sigma": rows == 2 * channels * patch**2,
         "has_rope": "rope_embedder.freqs" in tensors,
         "grid": None if tokens is None else math.isqrt(tokens) * patch,

@@ -85,14 +85,19 @@ def section(title: str, content: str) -> str:
     return f"<section>\n<h2>{escape(title)}</h2>\n{content}</section>\n" if content else ""
 
 
+def positions(config: RunConfig) -> str:
+    """The position encoding in words."""
+    rope = config.model.rope
+    if rope is None:
+        return "sin-cos positions"
+    kind = f"Spiral RoPE, K = {2 * rope.rotate} directions" if rope.rotate else "axial RoPE"
+    return f"{kind}, border {rope.border}"
+
+
 def heading(folder: Path, config: RunConfig, records: list[dict]) -> str:
     """Name and state of the run, and its numbers in short."""
-    position = "sin-cos positions"
-    if rope := config.model.rope:
-        kind = f"Spiral RoPE, K = {2 * rope.rotate} directions" if rope.rotate else "axial RoPE"
-        position = f"{kind}, border {rope.border}"
     size = options.format_size(config.image_size)
-    lines = [f"{position}, {size} pixels, batch {config.recipe.global_batch_size}", str(folder.resolve())]
+    lines = [f"{positions(config)}, {size} pixels, batch {config.recipe.global_batch_size}", str(folder.resolve())]
     about = "".join(f"<p>{escape(line)}</p>\n" for line in lines)
     numbers = summary(config.recipe.global_batch_size, records, (folder / "finished.json").exists())
     return f"<header>\n<h1>{escape(monitor.run_name(config))}</h1>\n{about}{tiles(numbers)}</header>\n"
@@ -175,13 +180,18 @@ def samples(folder: Path) -> str:
 
 
 def picture(path: Path, caption: str) -> str:
-    """A picture as a JPEG of limited size, and its caption."""
+    """A picture and its caption."""
+    return figure(jpeg(path), "jpeg", caption)
+
+
+def jpeg(path: Path) -> bytes:
+    """A picture as a JPEG of limited size."""
     with Image.open(path) as image:
         image = image.convert("RGB")
     image.thumbnail((LONGEST, 3 * LONGEST))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=88, optimize=True)
-    return figure(file.getvalue(), "jpeg", caption)
+    return file.getvalue()
 
 
 def figure(content: bytes, kind: str, caption: str) -> str:
@@ -220,7 +230,7 @@ def text_of(value) -> str:
 
 @options.command
 def main(argv: list[str] | None = None) -> None:
-    parser = options.Parser(prog="report.py", description=__doc__.splitlines()[0])
+    parser = options.Parser(prog="report.py", description=__doc__)
     parser.add_argument("folder", type=Path, help="the run's folder (--results-dir of train.py)")
     help = "files of evaluate.py to show (None: samples/*.metrics.json in the folder)"
     parser.add_argument("--metrics", type=Path, nargs="+", default=None, help=help)

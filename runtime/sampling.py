@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusion.objectives import OBJECTIVES
 from models import DiT
 from runtime import options
-from runtime.config import DEFAULT_OBJECTIVE
+from runtime.config import DEFAULT_OBJECTIVE, RunConfig
 from runtime.distributed import autocast, hash_seed
 from runtime.options import UserError
 
@@ -56,6 +56,7 @@ def add_sampling_options(parser: options.Parser, sampler: str, steps: int, cfg_s
         help="fractions of the schedule (0 clean, 1 noise) between which guidance acts",
     )
     options.add_precision(parser)
+    options.add_compile(parser)
     add("--vae-precision", choices=["fp32", "bf16"], default="fp32", help="of the decoding: float32, or bf16 autocast")
 
 
@@ -98,13 +99,18 @@ class IndexedNoise:
         return torch.stack(rows).to(like.device)
 
 
-def check_sampler(config: SamplingConfig, objective: str) -> None:
-    """Raise UserError unless models of this objective can be sampled so."""
-    possible = OBJECTIVES[objective].samplers
+def check_sampler(config: SamplingConfig, trained: RunConfig) -> None:
+    """Raise UserError unless a model that was trained so can be sampled so."""
+    objective, possible = trained.objective, OBJECTIVES[trained.objective].samplers
     if config.sampler not in possible:
         raise UserError(
             f"--sampler {config.sampler} does not fit a model trained with --objective {objective}; expected one of "
             f"{', '.join(possible)}"
+        )
+    if config.cfg_scale != 1 and not trained.model.class_dropout_prob:
+        raise UserError(
+            f"--cfg-scale {config.cfg_scale:g} is guidance by the null class, which the checkpoint has not learnt (it "
+            "was trained with class_dropout_prob 0); pass --cfg-scale 1"
         )
 
 

@@ -81,8 +81,10 @@ class Trainer:
         self.sums = torch.zeros(4, device=device)  # since the last log line: loss, gradient norm, steps, skipped
         self.watch = NonFiniteWatch(device)
         self.loss = torch.zeros((), device=device)
+        if device.type == "cpu" and precision == "bf16":
+            self.model.write_out_attention()
         if compile_model:
-            self.model.compile()
+            self.model.compile_blocks()
         self.model.train()
         self.distributed_model = distributed.wrap(self.model, device)
 

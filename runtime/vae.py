@@ -151,7 +151,8 @@ def _load(source: str):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # from one library to the other
-            model = AutoencoderKL.from_pretrained(hub_id, local_files_only=local, torch_dtype=torch.float32)
+            how = dict(local_files_only=local, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+            model, found = AutoencoderKL.from_pretrained(hub_id, **how, output_loading_info=True)
     except Exception as error:  # whatever a damaged file or a network makes the libraries raise
         if local:
             raise UserError(
@@ -162,14 +163,14 @@ def _load(source: str):
             f"--vae {source!r}: {hub_id} cannot be fetched from the Hugging Face hub{offline}: {root_cause(error)}; "
             "check the name and the network, or pass a local folder that holds the autoencoder"
         ) from error
+    if found["missing_keys"]:
+        raise UserError(f"--vae {source!r} lacks weights, such as {found['missing_keys'][0]}; copy it again")
     return model
 
 
 def _checked(model, source: str):
     """The autoencoder, if its weights and its scaling factor are numbers. Raises UserError."""
     for name, tensor in model.state_dict().items():
-        if tensor.is_meta:
-            raise UserError(f"--vae {source!r} lacks weights, such as {name}; copy it again")
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"--vae {source!r} has values in {name} that are not finite numbers; copy it again")
     scale = model.config.scaling_factor

@@ -247,8 +247,9 @@ def image_losses(
         x_t = process.noised(x, t, noise)
         for k, model in enumerate(models):
             model.eval()  # no label dropout
-            with distributed.autocast(device, precision):
-                output = model.forward(x_t, t, y)  # past --compile, which would compile for these shapes too
+            # As it is, since --compile would compile for inference too.
+            with distributed.autocast(device, precision), torch.compiler.set_stance("force_eager"):
+                output = model(x_t, t, y)
             losses[k, indices] = process.validation_loss(output, x, t, noise).view(-1, TENTHS).cpu().double()
     return distributed.all_reduce(losses)  # every image is one process's alone: the sum is exact
 

@@ -6,6 +6,7 @@ import re
 import signal
 import zlib
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ TESTS = Path(__file__).resolve().parent
 GOLDEN = TESTS / "golden"
 TINY_RUN = dict(model="DiT-XS/2", image_size=32, global_batch_size=8, max_steps=7, num_workers=0, log_every=3)
 TINY_RUN |= dict(ckpt_every=4, sample_every=0, lr=0.001, precision="fp32")
+os.environ |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}  # before a session with the hub looks at the proxies
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
 TINY_XS = {"depth": 2, "hidden_size": 64}  # head dimension 32; a checkpoint of 3 MB in place of 30
 SLOW = "evaluate validation sample_grid demo benchmark experiments cache_latents train pipeline reliability"
@@ -105,6 +107,18 @@ def tiny(patch: pytest.MonkeyPatch, plots: bool = False):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Counts what is compiled, in place of compiling it to machine code, which takes long."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch.compiler.reset()
+    yield counter
+    torch.compiler.reset()
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,11 @@
     python tests/kill.py caching --kills 30 --folder /tmp/latents
     python tests/kill.py sampling --kills 30 --folder /tmp/samples --ckpt results/checkpoints/0400000.pt
 
-training: kills come in turn at a random moment, half-way through writing a checkpoint, and between writing and renaming
-it. After each one every checkpoint has to verify, and the next start has to go on from the newest. The last start runs
-to the end; a run that is never killed is put beside it in FOLDER/reference, the killed one in FOLDER/killed. Both have
-to end with the same bits and the same metrics. A data worker outlives its process.
+training: kills come in turn at a random moment, half-way through writing a checkpoint, between writing and renaming it,
+and two steps further, with half of it written. After each one every checkpoint has to verify, and the next start has to
+go on from the newest. The last start runs to the end; a run that is never killed is put beside it in FOLDER/reference,
+the killed one in FOLDER/killed. Both have to end with the same bits and the same metrics. A data worker outlives its
+process.
 
 caching: kills come at a random moment, half-way through a chunk, between writing a chunk and marking it, and at last
 before everything is marked as finished. No kill may leave a cache that passes for finished; the last one has to hold
@@ -61,7 +62,7 @@ SMALL_RUN = (
 SMALL_SAMPLES = "--num-sampling-steps=10 --cfg-scale=2 --precision=fp32"
 SMALL_CACHE = "--image-size=32 --no-flip --batch-size=8 --num-workers=1"
 CACHING_MOMENTS = ("random", "half a chunk", "not marked", "not finished")
-TRAINING_MOMENTS = ("random", "half-written", "not renamed")
+TRAINING_MOMENTS = ("random", "half-written", "not renamed", "steps further")
 SAMPLING_MOMENTS = ("random", "half an image", "half the .npz")
 
 
@@ -152,6 +153,8 @@ def train_until(arguments: list[str], moment: str | None, countdown: int = 1, st
         kill_half_written(countdown)
     elif moment == "not renamed":
         kill_before_rename(countdown)
+    elif moment == "steps further":
+        kill_half_written(countdown, steps_further=2)
     train.main(arguments)
 
 
@@ -167,17 +170,23 @@ def report_calls(owner: type, name: str, calls: Connection, delay: float) -> Non
     setattr(owner, name, reported)
 
 
-def kill_half_written(countdown: int) -> None:
-    """Be killed when half of the countdown-th checkpoint is on disk."""
-    save, numbers = torch.save, itertools.count(1)
+def kill_half_written(countdown: int, steps_further: int = 0) -> None:
+    """Be killed when half of the countdown-th checkpoint is on disk, and training is so many steps further."""
+    save, train_step, numbers, reached = torch.save, train.Trainer.train_step, itertools.count(1), [0]
+
+    def stepping(self, batches):
+        train_step(self, batches)
+        reached[0] = self.step
 
     def half(state, file):
         save(state, file)
         if next(numbers) == countdown:
             file.truncate(file.tell() // 2)
+            while reached[0] < state["step"] + steps_further:
+                time.sleep(0.001)
             die()
 
-    torch.save = half
+    torch.save, train.Trainer.train_step = half, stepping
 
 
 def kill_before_rename(countdown: int) -> None:
@@ -270,7 +279,7 @@ def kill_training(folder: Path, kills: int, arguments: list[str] | None = None) 
     arguments, steps = [*arguments, f"--results-dir={killed}"], 2 * newest_step(reference) // kills
     survived, resumed = Counter(), []
     for number in range(kills):
-        before, moment = newest_step(killed), TRAINING_MOMENTS[number % 3]
+        before, moment = newest_step(killed), TRAINING_MOMENTS[number % 4]
         if moment == "random":
             process = kill_at_random(train_until, arguments, steps)
         else:

@@ -1,20 +1,23 @@
 """Checkpoints as files: plain contents, hostile and damaged files, failed writes."""
 
 import argparse
+import io
 import os
 import pickle
 import resource
 import signal
+import threading
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 import sample_ddp
 from models import DiT_models
-from runtime import checkpoint, pretrained
+from runtime import checkpoint, memory, pretrained
 from runtime.options import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
@@ -92,6 +95,58 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
+def test_a_file_written_beside_training_has_the_bytes_of_a_state_that_has_changed_since(tmp_path, monkeypatch):
+    """Of any shape and type, in all that a state dict may hold; and the room of the copy is used again."""
+    layer, go_on, replace = torch.nn.Linear(300, 7), threading.Event(), os.replace
+    state = {"model": layer.state_dict(), "moments": [{"step": torch.tensor(3.0)}, (torch.ones(2, 3).bfloat16(), "x")]}
+    state |= {"none": torch.zeros(0), "flags": torch.tensor([True, False, True]), "number": 5}
+    monkeypatch.setattr(checkpoint, "PIECE", 8000)  # less than the weights, more than the others
+    monkeypatch.setattr(os, "replace", lambda *names: (go_on.wait(60), replace(*names)))
+    writer = checkpoint.BackgroundWriter(pytest.fail)
+    for number in range(2):
+        expected, path = io.BytesIO(), tmp_path / f"{number}.pt"
+        torch.save(state, expected)
+        go_on.clear()
+        writer.begin(path, state)
+        with torch.no_grad():
+            layer.weight += 1
+        assert writer.finished(wait=False) is None and not path.exists()
+        go_on.set()
+        assert writer.finished(wait=True) == path and writer.finished(wait=True) is None
+        assert path.read_bytes() == expected.getvalue()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "version, listed, limit, usage, cache",
+    [
+        (1, "5:cpu:/elsewhere\n4:memory:/job/step", "limit_in_bytes", "usage_in_bytes", "total_inactive_file"),
+        (2, "0::/job/step", "max", "current", "inactive_file"),
+    ],
+)
+def test_memory_that_control_groups_leave(version, listed, limit, usage, cache, tmp_path, monkeypatch):
+    """The least of what the job, its step and the machine leave counts; cached files are as good as free."""
+    root = tmp_path / "memory" if version == 1 else tmp_path
+    for folder, most in ((root / "job", 1000_000), (root / "job" / "step", 2**63 - 4096 if version == 1 else "max")):
+        folder.mkdir(parents=True)
+        for name, value in ((limit, most), (usage, 900_000), ("stat", f"cache 7\n{cache} 300000\nother 5")):
+            (folder / f"memory.{name}").write_text(f"{value}\n")
+    (tmp_path / "cgroup").write_text(f"{listed}\n")
+    monkeypatch.setattr(memory, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "peak", lambda: psutil.Process().memory_info().rss)
+    assert memory.available() == pytest.approx(400_000, abs=100_000)
+    (root / "job" / f"memory.{limit}").unlink()  # of a group outside a container
+    assert memory.available() > 10_000_000
+
+
+def test_memory_of_the_next_peak_is_left_free(monkeypatch):
+    taken = psutil.Process().memory_info().rss
+    monkeypatch.setattr(memory, "peak", lambda: taken + 5_000_000_000)
+    free = psutil.virtual_memory().available
+    assert memory.available() == pytest.approx(free - 5_000_000_000, abs=500_000_000)
+
+
 def test_old_checkpoints_are_pruned_by_number(tmp_path):
     steps = [900_000, 9_000_000, 10_000_000, 100_000_000]
     paths = [checkpoint.step_path(tmp_path, step) for step in steps]
@@ -162,7 +217,10 @@ def test_other_pickles_are_refused(tmp_path):
 def test_files_that_are_no_checkpoints(run, refused, tmp_path):
     (tmp_path / "loop.pt").symlink_to(tmp_path / "loop.pt")
     for path in (tmp_path / "none.pt", tmp_path / "loop.pt"):
-        assert rejection(path) == "checkpoint FILE does not exist; expected a file such as checkpoints/0050000.pt"
+        assert (
+            rejection(path)
+            == "checkpoint FILE does not exist; expected a file such as checkpoints/0050000.pt, or a folder"
+        )
     message = refused(sample_ddp.main, ["--ckpt", tmp_path / "none", "--sample-dir", tmp_path / "samples"])
     assert message.startswith(f"checkpoint {str(tmp_path / 'none')!r} does not exist;")
     whole = (run / "checkpoints" / "0000007.pt").read_bytes()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pwd
 import shutil
 import sys
 import tracemalloc
@@ -261,6 +262,17 @@ def test_metrics_are_told_even_where_they_cannot_be_written(fake, arguments, ref
     found = refused(evaluate.main, arguments(metrics="is"))
     assert found.endswith("samples.metrics.json' cannot be written (Is a directory); free space, or move --samples")
     assert told[0].startswith("Inception Score ")
+
+
+def test_a_user_without_a_home(fake, arguments, refused, monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # which knows nobody
+    given = arguments()
+    del given[(position := given.index("--cache-dir")) : position + 2]
+    message = "this user has no home folder; pass --cache-dir, or set XDG_CACHE_HOME"
+    assert refused(evaluate.main, [*given, "--dry-run"]) == message
+    evaluate.main([*given, "--metrics", "is", "--dry-run"])  # keeps no features
 
 
 @pytest.mark.parametrize("count, bias", [(9999, ["9,999 samples bias FID and sFID upwards"]), (10_000, [])])

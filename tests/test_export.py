@@ -1,7 +1,9 @@
-"""export.py: what the file holds, that it gives the same images, and files that are not what they should be."""
+"""export.py: what file and folder hold, that they give the same images, and files that are not what they should be."""
 
 import argparse
 import json
+import re
+import shutil
 import struct
 
 import pytest
@@ -12,9 +14,10 @@ from test_checkpoint import DAMAGED, build, disk_full_at, rejection, write
 
 import export
 import sample_ddp
+from models import DiT
 from rope import RopeConfig
-from runtime import checkpoint
-from runtime.pretrained import load_trained
+from runtime import checkpoint, model_card
+from runtime.pretrained import describe, load_trained
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
 BIAS = "final_layer.linear.bias"
@@ -56,7 +59,7 @@ def test_the_file_holds_one_set_of_weights(weights, source, tmp_path, capsys):
     sha256 = load_trained(source, weights).sha256
     origin = {"file": "0000007.pt", "weights_sha256": sha256}
     expected = {"weights": weights, "step": 7, "weights_sha256": sha256, "source": origin, "config": state["config"]}
-    assert about(path) == expected
+    assert about(path) == checkpoint.sealed(expected)
     share = path.stat().st_size / source.stat().st_size
     assert 0.24 < share < 0.26  # of weights, average and two moments of Adam
     assert capsys.readouterr().out == (
@@ -75,7 +78,8 @@ def test_an_exported_file_is_loaded_as_what_it_was(source, exported, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True))
     assert rejection(exported, "model") == "checkpoint FILE has no 'model' weights; pass --weights ema"
     again = export_to(tmp_path / "again.safetensors", exported)
-    assert about(again) == about(exported) | {"source": {**about(exported)["source"], "file": exported.name}}
+    source = {**about(exported)["source"], "file": exported.name}
+    assert about(again) == checkpoint.sealed({**about(exported), "source": source})
 
 
 def test_a_folder_of_samples_goes_on_with_the_exported_file(exported, sample_arguments, tmp_path, capsys):
@@ -116,7 +120,201 @@ def test_a_bare_safetensors_file_loads_as_a_bare_state_dict(tmp_path):
     assert (trained.config.model.num_classes, trained.image_size, trained.step) == (3, (32, 32), None)
 
 
+# A folder for the hub
+
+
+@pytest.fixture
+def folder(source, tmp_path):
+    return export_to(tmp_path / "spiral v1.5", source)
+
+
+def edit(path, change) -> None:
+    """Change what a JSON file holds."""
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def same(model, other) -> bool:
+    state, expected = model.state_dict(), other.state_dict()
+    return state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_a_folder_is_the_checkpoint_for_commands_and_for_python(source, folder, tmp_path):
+    """The model in evaluation mode, the same weights to the bit, and the same names of what is made with them."""
+    whole = load_trained(source)
+    assert {"model.safetensors", "config.json", "README.md"} <= {path.name for path in folder.iterdir()}
+    found, model = load_trained(folder), DiT.from_pretrained(folder)
+    for name in ("config", "image_size", "latent_size", "step", "sha256", "label"):
+        assert getattr(found, name) == getattr(whole, name)
+    assert same(found.model, whole.model) and same(model, whole.model) and not model.training
+    assert describe(folder).config == whole.config
+    assert rejection(folder, "model") == "checkpoint FILE has no 'model' weights; pass --weights ema"
+    assert load_trained(folder / "model.safetensors").sha256 == whole.sha256  # the file tells all by itself, too
+    again = load_trained(export_to(tmp_path / "again", folder))
+    assert again.sha256 == whole.sha256 and again.config == whole.config
+
+
+@pytest.mark.parametrize("rope", [None, RopeConfig(rotate=2, theta=100.0, border="exact")])
+def test_what_python_saves_is_a_checkpoint(rope, tmp_path):
+    """save_pretrained knows the model alone: the rest is as for files from elsewhere."""
+    model = build(num_classes=3, rope=rope, input_size=(4, 8))
+    model.save_pretrained(tmp_path / "saved")
+    assert same(DiT.from_pretrained(tmp_path / "saved"), model)
+    trained = load_trained(tmp_path / "saved")
+    assert (trained.image_size, trained.step, trained.label) == ((32, 64), None, "saved")
+    assert same(trained.model, model) and trained.config.model.rope == rope
+    assert export_to(tmp_path / "exported", tmp_path / "saved").is_dir()
+    assert load_trained(tmp_path / "exported").config == trained.config
+    save_file({name: value for name, value in model.state_dict().items() if name != BIAS}, tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").replace(tmp_path / "saved" / "model.safetensors")
+    with pytest.raises(RuntimeError, match=BIAS):
+        DiT.from_pretrained(tmp_path / "saved")
+    assert rejection(tmp_path / "saved") == f"checkpoint FILE lacks 1 weights, such as {BIAS}"
+
+
+def test_half_is_of_the_folder_too(source, tmp_path):
+    folder = export_to(tmp_path / "half", source, "--half")
+    model, expected = DiT.from_pretrained(folder), load_trained(source).model
+    assert model.final_layer.linear.bias.dtype == torch.float32
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), atol=1e-2, rtol=1e-2)
+    assert "in float16" in (folder / "README.md").read_text()
+
+
+def test_a_damaged_folder_is_refused(folder, source, tmp_path):
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    whole, other = (config.read_bytes(), weights.read_bytes()), export_to(tmp_path / "b", source, "--weights", "model")
+    damaged = "checkpoint FILE is damaged: its settings are not the exported ones; export it again"
+    edit(config, lambda values: values | {"num_heads": 4})
+    assert rejection(folder) == damaged
+    edit(config, lambda values: values | {"num_heads": 2, "step": 8})
+    assert rejection(folder) == damaged
+    config.write_bytes(whole[0])
+    weights.write_bytes((other / "model.safetensors").read_bytes())
+    assert rejection(folder) == "checkpoint FILE is damaged: its weights are not the exported ones; copy it again"
+    weights.write_bytes(whole[1][:-1000])
+    assert " cannot be read (" in rejection(folder)
+    weights.unlink()
+    assert rejection(folder) == "checkpoint FILE has no model.safetensors; copy the whole folder"
+    weights.write_bytes(whole[1])
+    for text in (whole[0][:-20], b"", b"[1]", b"[" * 100_000, b'{"depth": ' + b"9" * 5000 + b"}"):
+        config.write_bytes(text)
+        message = rejection(folder)
+        assert message.startswith(repr(str(config))) and "\n" not in message
+    config.unlink()
+    assert rejection(folder) == "checkpoint FILE has no config.json; copy the whole folder"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("depth", 10**9),
+        ("depth", True),
+        ("num_classes", -1),
+        ("num_classes", 10**400),
+        ("input_size", [4, 4, 4]),
+        ("input_size", 4.5),
+        ("num_heads", 3),
+        ("hidden_size", 96),
+        ("class_dropout_prob", float("nan")),
+        ("learn_sigma", "yes"),
+        ("rope.rotate", -1),
+        ("rope.rotate", 5),
+        ("rope.theta", float("nan")),
+        ("rope.border", "round"),
+        ("rope.same_theta", 1),
+        ("rope.unknown", 1),
+        ("training.vae.scaling_factor", float("inf")),
+        ("training.vae.downsampling", 0),
+        ("training.data.classes", ["a", "b", "c", "d"]),
+        ("training.objective", "velocity"),
+        ("step", -1),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(name, value, folder, monkeypatch):
+    """Without a checksum, as who edits the file by hand would leave it out; nothing is built with such settings."""
+    *path, last = name.split(".")
+
+    def change(values: dict) -> dict:
+        inner = values
+        for key in path:
+            inner = inner[key]
+        inner[last] = value
+        return {key: entry for key, entry in values.items() if key != "sha256"}
+
+    edit(folder / "config.json", change)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Linear, "reset_parameters", lambda self: pytest.fail("a model was built"))
+        message = rejection(folder)
+    assert last in message and message.count("\n") == 0
+    if not name.startswith(("training", "step")) and name not in ("rope.theta", "rope.same_theta", "hidden_size"):
+        with pytest.raises((ValueError, TypeError), match=last):
+            DiT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("weights", ["ema", "model"])
+def test_the_card_says_what_is_known_of_these_weights(weights, source, sample_arguments, tmp_path, capsys):
+    """Samples and metrics of other weights are no part of it; its Python runs as it stands."""
+    run = tmp_path / "run"
+    shutil.copytree(source.parent.parent, run)
+    capsys.readouterr()
+    for other in ("ema", "model"):
+        sample_ddp.main(sample_arguments(run / "samples" / other, num_fid_samples=2, weights=other))
+        for path in (run / "samples" / other).iterdir():
+            if path.is_file():
+                path.rename(run / "samples" / f"{other}{path.suffix}")
+        settings = json.loads((run / "samples" / f"{other}.json").read_text())
+        metrics = {"fid": 12.5 if other == "ema" else 99.5, "sampling": settings}
+        (run / "samples" / f"{other}.metrics.json").write_text(json.dumps(metrics))
+    folder = export_to(tmp_path / "a card", run, "--weights", weights)
+    text = (folder / "README.md").read_text()
+    assert text.startswith("---\ntags:\n- class-conditional\n") and "# DiT-XS/2, Spiral RoPE, K = 4 directions" in text
+    assert ("| FID (ddpm, 4 steps, guidance 1.5, seed 0) | 12.5 |" in text) == (weights == "ema")
+    assert ("99.5" in text) == (weights == "model")
+    assert (folder / model_card.PICTURE).is_file() and f"({model_card.PICTURE})" in text
+    for row in ("| images | 24 |", "| classes | ant, bee, käfer |", "| recipe.lr | 0.01 |", "| training loss |"):
+        assert row in text
+    assert f"--ckpt '{folder}'" in text and f'DiT.from_pretrained("{folder}")' in text
+    vae = json.loads((run / "config.json").read_text())["vae"]["source"]
+    assert vae not in text and "--vae FOLDER" in text  # a folder of this computer tells others nothing
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].replace('"FOLDER"', repr(vae)).replace('"50"', '"4"')
+    exec(code, scope := {})
+    assert scope["images"].shape == (3, 32, 32, 3) and scope["images"].float().std() > 0
+
+
+def test_the_card_of_a_file_from_elsewhere_tells_no_more_than_is_known(tmp_path):
+    path = write(tmp_path / "a.pt", build(num_classes=3).state_dict())
+    text = (export_to(tmp_path / "folder", path) / "README.md").read_text()
+    assert "sin-cos positions" in text and "These are the weights." in text
+    assert not any(word in text for word in ("## Measured", "![", "None", "recipe", "fingerprint"))
+
+
 # What is refused
+
+
+def test_a_folder_that_is_not_to_be_written(source, folder, refused, tmp_path):
+    (tmp_path / "file").touch()
+    arguments = ["--ckpt", source, "--out"]
+    exists = f"--out {str(folder / 'config.json')!r} exists; choose another name, or pass --overwrite to replace it"
+    assert refused(export.main, [*arguments, folder]) == exists
+    assert refused(export.main, [*arguments, tmp_path / "file"]).endswith("is a file); choose another")
+    assert refused(export.main, [*arguments, tmp_path / "no" / "folder"]).endswith("make the folder first")
+    run = source.parent.parent
+    assert refused(export.main, [*arguments, run, "--overwrite"]) == (
+        f"--out {str(run)!r} is the folder of a run; choose another"
+    )
+    (folder / "notes.txt").write_text("mine")
+    export_to(folder, source, "--overwrite", "--weights", "model")
+    assert load_trained(folder, "model").step == 7 and (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_no_half_folder(source, folder, refused, tmp_path):
+    """A new one is gone; of one that was there, what could not be replaced is not taken for a model."""
+    with disk_full_at(100_000):
+        message = refused(export.main, ["--ckpt", source, "--out", tmp_path / "new"], has_begun=True)
+        reason = "cannot be written (File too large); free some space, or choose another"
+        assert message == f"--out {str(tmp_path / 'new')!r} {reason}"
+        refused(export.main, ["--ckpt", source, "--out", folder, "--overwrite"], has_begun=True)
+    assert not (tmp_path / "new").exists()
+    assert rejection(folder) == "checkpoint FILE has no config.json; copy the whole folder"
 
 
 def test_what_export_refuses(source, exported, refused, tmp_path):

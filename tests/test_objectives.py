@@ -10,7 +10,9 @@ import sample_ddp
 import train
 from diffusion import create_diffusion
 from diffusion.objectives import OBJECTIVES
+from models import ModelConfig
 from runtime import pretrained, sampling
+from runtime.config import RunConfig
 from runtime.sampling import SamplingConfig
 
 
@@ -68,7 +70,7 @@ def test_a_new_objective_is_one_object(page, train_arguments, sample_arguments, 
 
 def test_samplers_that_do_not_fit_are_refused_by_name(page, run, sample_arguments, refused, tiny_commands, tmp_path):
     for sampler in OBJECTIVES["eps"].samplers:
-        sampling.check_sampler(SamplingConfig(sampler=sampler), "eps")
+        sampling.check_sampler(SamplingConfig(sampler=sampler), RunConfig(ModelConfig(), (256, 256)))
     page("A new objective")
     assert refused(sample_ddp.main, sample_arguments(tmp_path / "samples", sampler="euler")) == (
         "--sampler euler does not fit a model trained with --objective eps; expected one of ddpm, ddim, dpm++"

@@ -1,6 +1,8 @@
 """Options that commands share: one for each field of RopeConfig, what belongs together, and argument files."""
 
+import importlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,8 @@ import train
 from rope import RopeConfig
 from runtime import options
 from runtime.options import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,29 @@ def test_a_new_field_gets_its_option_from_its_default(parser):
     for flag, value, kind in (("turn", "nan", "a number"), ("rings", "2.5", "a whole number")):
         with pytest.raises(UserError, match=f"argument --rope-{flag}: '{value}' is not {kind} that is finite"):
             parser.parse_args([f"--rope-{flag}", value])
+
+
+def test_a_number_of_too_many_digits_is_refused(refused):
+    for flag, digits in (("--max-steps", "1" * 400), ("--global-seed", "1" * 400), ("--max-steps", "9" * 5000)):
+        message = refused(train.main, ["--data-path", "a", flag, digits])
+        assert message.startswith(f"argument {flag}: {digits!r} is not a whole number ")
+    assert options.count(str(2**63 - 1)) == 2**63 - 1
+
+
+SCRIPTS = [path.relative_to(ROOT) for folder in ("", "demo", "experiments") for path in (ROOT / folder).glob("*.py")]
+COMMANDS = [script for script in SCRIPTS if "@options.command" in (ROOT / script).read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("name", [".".join(script.with_suffix("").parts) for script in COMMANDS] + ["runtime.report"])
+def test_commands_do_without_docstrings(name, monkeypatch, capsys):
+    """Which PYTHONOPTIMIZE=2 takes away."""
+    command = importlib.import_module(name)
+    first = " ".join(command.__doc__.splitlines()[0].split())
+    for is_described in (True, False):
+        with pytest.raises(SystemExit) as stopped:
+            command.main(["--help"])
+        assert stopped.value.code == 0 and (first in " ".join(capsys.readouterr().out.split())) == is_described
+        monkeypatch.setattr(command, "__doc__", None)
 
 
 def test_every_entry_of_the_table_is_a_field():

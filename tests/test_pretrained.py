@@ -8,11 +8,13 @@ import pytest
 import torch
 from test_checkpoint import build, rejection, write
 
+import export
+import sample
 from diffusion.objectives import OBJECTIVES
 from models import ModelConfig
 from rope import RopeConfig
 from runtime.config import Recipe, RunConfig, VAEConfig
-from runtime.pretrained import describe, load_trained, weights_sha256
+from runtime.pretrained import TABLE, describe, load_trained, weights_sha256
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
 VAE = {"source": "ema", "downsampling": 8}
@@ -70,10 +72,9 @@ def test_what_describes_a_model_is_read_without_its_weights(path, tmp_path):
     assert message.endswith(" differs; copy it again")
 
 
-def test_the_folder_of_a_run_is_its_newest_checkpoint(path, tmp_path):
+def test_the_folder_of_a_run_is_its_newest_checkpoint(path):
     found = load_trained(path.parent.parent)
     assert found.path == path and found.sha256 == load_trained(path).sha256
-    assert rejection(tmp_path) == "checkpoint FILE is a folder without checkpoints/0050000.pt or the like; give a file"
 
 
 def test_settings_that_came_later_have_their_defaults(path, save):
@@ -208,6 +209,55 @@ def test_a_rope_file_that_does_not_say_which_takes_flags(save):
     assert_gives_the_same_images(trained, model)
 
 
+def without_null_class(model) -> dict:
+    """A state dict as DiT's code makes it with class_dropout_prob=0."""
+    state = model.state_dict()
+    return state | {TABLE: state[TABLE][:-1].clone()}
+
+
+def test_a_label_table_without_a_null_class_has_all_its_classes(save, refused, vae_folder, tmp_path):
+    """As its args or the flag tell; it is sampled without guidance, and refuses guidance."""
+    model = build(num_classes=5, class_dropout_prob=0.0)
+    state = without_null_class(model)
+    path = save({"ema": state, "args": argparse.Namespace(num_classes=5)})
+    for file, given in ((path, None), (write(tmp_path / "b.pt", state), {"num_classes": 5})):
+        trained = load_trained(file, given=given)
+        assert (trained.config.model.num_classes, trained.config.model.class_dropout_prob) == (5, 0.0)
+        assert_gives_the_same_images(trained, model)
+        assert torch.equal(trained.model.y_embedder.embedding_table.weight[:5], state[TABLE])
+        assert weights_sha256(trained) == trained.sha256
+    assert load_trained(write(tmp_path / "c.pt", state)).config.model.num_classes == 4
+    export.main(["--ckpt", str(path), "--out", str(tmp_path / "folder")])
+    assert load_trained(tmp_path / "folder").config.model.num_classes == 5
+    arguments = ["--ckpt", path, "--vae", vae_folder, "--classes", "4", "--dry-run", "--out", tmp_path / "a.png"]
+    message = refused(sample.main, arguments)
+    assert message.startswith("--cfg-scale 4 is guidance by the null class, which the checkpoint has not learnt (")
+    sample.main([str(argument) for argument in [*arguments, "--cfg-scale", "1"]])
+
+
+def test_a_thousand_rows_are_not_taken_for_999_classes(save):
+    path = save(without_null_class(build(num_classes=1000)))
+    assert rejection(path) == (
+        "checkpoint FILE has a label table of 1000 rows and does not say whether one is the null class; pass "
+        "--num-classes 1000 for a model trained without label dropout, or 999"
+    )
+    for classes in (999, 1000):
+        trained = load_trained(path, given={"num_classes": classes})
+        assert trained.config.model.num_classes == classes and (trained.classes is None) == (classes == 999)
+
+
+def test_a_folder_is_told_apart_from_a_missing_file(tmp_path):
+    nothing = "checkpoint FILE is a folder without checkpoints/0050000.pt or the like, or config.json and "
+    nothing += "model.safetensors; give a file, the folder of a run, or one that export.py wrote"
+    (tmp_path / "pipeline" / "unet").mkdir(parents=True)
+    (tmp_path / "pipeline" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    for folder in (tmp_path, tmp_path / "pipeline", tmp_path / "run"):
+        assert rejection(folder) == nothing
+    assert rejection(tmp_path / "none").startswith("checkpoint FILE does not exist; expected a file such as ")
+
+
 # Not what they should be
 
 
@@ -239,7 +289,7 @@ def test_wrong_contents_are_named(save):
         (
             {**state, "x_embedder.proj.weight": torch.zeros(96, 4, 2, 2)},
             "ema",
-            "checkpoint FILE has hidden size 96, depth 2 and patch 2, which is none of DiT-{XL|L|B|S|XS}/{2|4|8}",
+            "checkpoint FILE: hidden_size 96, depth 2, patch_size 2 are those of none of DiT-{XL|L|B|S|XS}/{2|4|8}",
         ),
         ({"x_embedder.proj.weight": torch.zeros(64, 4, 2, 2)}, "ema", "checkpoint FILE is not a whole DiT ("),
         ({"ema": state, "args": "a text"}, "ema", "checkpoint FILE has a config that cannot be read ("),
@@ -277,4 +327,4 @@ def test_wrong_contents_are_named(save):
 )
 def test_a_config_that_makes_no_sense_is_refused(config, save):
     state = build(rope=SPIRAL if "rope" in str(config) else None, num_classes=1000).state_dict()
-    assert rejection(save({"ema": state, "config": config})).startswith(("checkpoint FILE", "--rope-rotate two does"))
+    assert rejection(save({"ema": state, "config": config})).startswith("checkpoint FILE")

@@ -49,10 +49,10 @@ def full(*_):
 
 
 def test_training_killed_again_and_again(image_folder, vae_folder, tmp_path):
-    """kill.py in its short form: a random moment, half a checkpoint written, one written and not renamed."""
+    """kill.py in its short form: once at each of its moments."""
     random.seed(0)
     changes = {"data_path": image_folder, "vae": vae_folder, "log_every": 1, "ckpt_every": 2, "max_steps": 30}
-    assert kill.kill_training(tmp_path, 3, command_line(TINY_RUN | changes)) == dict.fromkeys(kill.TRAINING_MOMENTS, 1)
+    assert kill.kill_training(tmp_path, 4, command_line(TINY_RUN | changes)) == dict.fromkeys(kill.TRAINING_MOMENTS, 1)
     assert_same_run(tmp_path / "killed", tmp_path / "reference")
 
 
@@ -513,7 +513,7 @@ def test_real_commands(image_folder, vae_folder, train_arguments, tmp_path):
         ("cache_latents.py", command_line(shared | {"latents_dir": folder}), "--image-size 36 is not divisible by 8 "
          "(VAE down-sampling 8 x patch 1); choose a multiple of 8"),
         ("sample_ddp.py", ["--ckpt=a/none.pt", f"--sample-dir={folder}"], "checkpoint 'a/none.pt' does not exist; "
-         "expected a file such as checkpoints/0050000.pt"),
+         "expected a file such as checkpoints/0050000.pt, or a folder"),
         ("evaluate.py", ["--metrics=is", "--samples=none.npz"], "--samples 'none.npz' does not exist; expected an .npz "
          "with images arr_0 uint8 (N, H, W, 3)"),
         ("visualize_rope.py", ["--rope-theta=-1"], "argument --rope-theta: '-1' is not a number > 0"),

@@ -342,7 +342,12 @@ def test_many_classes_and_many_records_stay_small(finished):
     lines = [json.dumps(record(100 * k)) + "\n" for k in range(1, 20_001)]
     (finished / "metrics.jsonl").write_text("".join(lines))
     monitor.plot_loss(finished)
-    seen = changed_page(finished, lambda config: config["data"].update(classes=[f"n{k:08d}" for k in range(1000)]))
+
+    def rename(config: dict) -> None:
+        config["data"]["classes"] = [f"n{k:08d}" for k in range(1000)]
+        config["model"]["num_classes"] = 1000
+
+    seen = changed_page(finished, rename)
     assert "n00000019 and 980 more" in seen.text and "n00000020" not in seen.text
     assert "2,000,000" in seen.text and len(seen.source) < 1e6
 

@@ -128,6 +128,14 @@ def test_demo_runs_its_stages_in_order_and_says_where_the_results_are(repository
     assert len(calls) == 7 and not any("demo.digits" in call for call in calls)
 
 
+@pytest.mark.parametrize("streams", [">&- 2>&-", "| true", ">/dev/full"])
+def test_a_run_goes_on_where_nobody_reads_its_output(repository, streams):
+    command = ["bash", "-c", f"set -o pipefail; bash run_all.sh {streams}"]
+    ended = subprocess.run(command, cwd=repository.root, env=repository.environment, stderr=subprocess.PIPE)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert "runtime.report" in repository.calls()[-1]
+
+
 def test_data_of_ones_own_is_sampled_and_compared_where_there_is_a_reference(repository):
     _, _, calls = repository.run(STUB_DIGITS="")
     assert [call[0] for call in calls] == ["-m", "train.py", "sample_ddp.py", "sample_ddp.py", "-m"]

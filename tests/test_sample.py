@@ -104,6 +104,14 @@ def test_batches_do_not_change_images(finished, sample, tmp_path):
     assert_same(tmp_path, finished)
 
 
+def test_compiled_blocks_make_the_same_images_and_are_compiled_once(finished, sample, tmp_path, compilations):
+    """With a smaller last batch, and where guidance goes on and off."""
+    sample(tmp_path / "same", compile=True)
+    assert_same(tmp_path / "same", finished)
+    sample(tmp_path / "interval", compile=True, guidance_interval=(0.25, 0.75), num_fid_samples=8)
+    assert compilations.frame_count == 1
+
+
 def test_an_interrupted_run_makes_the_missing_images_only(
     finished, sample, sample_arguments, signal_after, tmp_path, monkeypatch, capsys
 ):
@@ -384,14 +392,16 @@ def test_precision_follows_the_device(monkeypatch):
         ("auto", cuda, (7, 5), "fp32"),
         ("auto", cuda, (8, 0), "bf16"),
         ("auto", torch.device("mps"), None, "fp32"),
-        ("auto", cpu, (False, False), "fp32"),
-        ("auto", cpu, (True, False), "bf16"),
-        ("auto", cpu, (False, True), "bf16"),
-        ("auto", cpu, (True, True), "bf16"),
+        ("auto", cpu, (False, False, False), "fp32"),  # AVX512-BF16, AMX, Intel
+        ("auto", cpu, (True, False, False), "bf16"),
+        ("auto", cpu, (True, False, True), "fp32"),
+        ("auto", cpu, (False, True, True), "bf16"),
+        ("auto", cpu, (True, True, True), "bf16"),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         for number, name in enumerate(("_is_avx512_bf16_supported", "_is_amx_tile_supported")):
             monkeypatch.setattr(torch.cpu, name, lambda found=capability, number=number: found[number])
+        monkeypatch.setattr(distributed, "is_intel", lambda found=capability: found[2])
         assert distributed.resolve_precision(asked, device) == expected
 
 

@@ -63,13 +63,12 @@ def test_nested_values_and_lists_become_paths():
 def test_wandb_offline(train_arguments, tmp_path, monkeypatch):
     """W&B itself, without a network, in one run over an interruption."""
     import wandb
+    from wandb.sdk.wandb_run import Run
 
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB__SERVICE_WAIT": "300"}.items():
         monkeypatch.setenv(name, value)
-    results, sent, log = tmp_path / "run", [], wandb.Run.log
-    monkeypatch.setattr(
-        wandb.Run, "log", lambda run, *args, **named: (sent.append((run, *args)), log(run, *args, **named))
-    )
+    results, sent, log = tmp_path / "run", [], Run.log
+    monkeypatch.setattr(Run, "log", lambda run, *args, **named: (sent.append((run, *args)), log(run, *args, **named)))
     for changes in ({"max_steps": 3}, {}):
         train.main(train_arguments(results, use_wandb=True, wandb_project="digits", **ROPE, **changes))
     wandb.teardown()  # finish() returns before W&B's own process has written its file to the end
