@@ -254,6 +254,7 @@ def samples(folder: Path) -> Subject:
     """Images, .npz, grid and settings of sample_ddp.py: what is taken for whole is what was written."""
     images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
     root, settings, labels = sample_ddp.SampleFolder(folder, "run"), {"steps": 250, "seed": 0}, [0, 1, 2, 0, 1, 2]
+    root.images.mkdir(parents=True)
     root.open(settings)
     for index, pixels in enumerate(images):
         pictures.save_png(Image.fromarray(pixels), root.path(index))
