@@ -16,16 +16,21 @@ SETTINGS |= dict(sample_size=8, patch_size=2, num_embeds_ada_norm=5, norm_type="
 EMB, KINDS = "norm1.emb.", ("weight", "bias")
 
 
-@pytest.fixture
-def theirs():
-    """Diffusers' model of the size of our DiT-XS, with one embedder for all blocks, as its conversion of DiT has it."""
+def random_transformer(**settings) -> DiTTransformer2DModel:
+    """Diffusers' model with random weights, and one embedder for all blocks, as its conversion of DiT has it."""
     torch.manual_seed(0)
-    model = DiTTransformer2DModel(**SETTINGS).eval().requires_grad_(False)
+    model = DiTTransformer2DModel(**SETTINGS | settings).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter += 0.05 * torch.randn_like(parameter)
     for block in model.transformer_blocks[1:]:
         block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
     return model
+
+
+@pytest.fixture
+def theirs():
+    """Of the size of our DiT-XS, which the tests make tiny."""
+    return random_transformer()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Every command that README and docs print is one that the commands take: tried as a dry run, or at least parsed."""
+"""README and docs: commands that they print are tried as a dry run, or at least parsed; their links lead somewhere."""
 
 import importlib
 import re
@@ -15,6 +15,26 @@ PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "d
 # Commands whose dry run needs no file that the page's reader has and a test has not.
 DRY = {"train", "cache_latents", "sample_ddp"}
 OTHER_PROGRAMS = {"conda", "git", "pip", "sbatch", "tensorboard", "export", "source", "cd", "evaluator.py"}
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """What links to the headings of a page name: the words in small letters, joined by hyphens."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "demo.ipynb"])
+def test_links_lead_to_a_file_and_a_heading(page):
+    links = re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", prose(ROOT / page))
+    for path, anchor in links:
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), f"{page} links to {path}"
+        assert not anchor or anchor in anchors(target), f"{page} links to {path}#{anchor}"
 
 
 def commands(page: str) -> list[str]:
