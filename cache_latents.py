@@ -177,7 +177,6 @@ def main(argv: list[str] | None = None) -> None:
             return logger.info(done)
         logger.info(f"encoding {size}")
         distributed.on_main(writer.create, args.changed)
-        writer.open()
         fill(writer, images, vae, args, logger)
 
 
