@@ -101,11 +101,7 @@ class LatentCache:
         self.labels = np.array(labels[self.rows])
 
     def _recorded(self, name: str, shape: list[int], kind: str) -> np.ndarray:
-        """The array in a file that meta.json has the checksum of, where it is not of an early version."""
-        array = files.read_npy(self.root / name, tuple(shape), kind)
-        if name in self.record and checksum(array.data) != self.record[name]:
-            raise ValueError(f"the checksum of {name} differs")
-        return array
+        return read_recorded(self.root / name, tuple(shape), kind, self.record)
 
     def _maps(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Moments, and their checksums where there are any, mapped from their files."""
@@ -217,12 +213,11 @@ class CacheWriter:
 
     def _stamps(self) -> np.ndarray | None:
         """Sizes and times of the images as the cache was made; None where it does not tell."""
+        record = read_settings(self.finished).get("record", {}) if self.finished.exists() else {}
         try:
-            stamps = files.read_npy(self.root / "stamps.npy", (self.shape[0], 2), "int64")
+            return read_recorded(self.root / "stamps.npy", (self.shape[0], 2), "int64", record)
         except (OSError, ValueError):
             return None
-        record = read_settings(self.finished).get("record", {}) if self.finished.exists() else {}
-        return stamps if record.get("stamps.npy", checksum(stamps.data)) == checksum(stamps.data) else None
 
     def _changed(self) -> np.ndarray:
         """Rows that are encoded and whose image has another size or time by now."""
@@ -383,6 +378,14 @@ def read_settings(path: Path) -> dict:
     if {"record", "sha256"} & settings.keys() and not files.is_sealed(settings):
         raise UserError(f"{str(path)!r} is damaged (its checksum differs); {remedy}")
     return settings
+
+
+def read_recorded(path: Path, shape: tuple[int, ...], kind: str, record: dict[str, int]) -> np.ndarray:
+    """The array in a file whose checksum is in the record; early versions recorded none. Raises OSError, ValueError."""
+    array = files.read_npy(path, shape, kind)
+    if path.name in record and checksum(array.data) != record[path.name]:
+        raise ValueError(f"the checksum of {path.name} differs")
+    return array
 
 
 def allocate(path: Path, shape: tuple[int, ...], dtype: str) -> None:
