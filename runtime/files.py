@@ -209,7 +209,12 @@ def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     head = io.BytesIO(file.read(LARGEST_NPY_HEADER))
     version = np.lib.format.read_magic(head)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, column_major, dtype = read(head)
+    try:
+        shape, column_major, dtype = read(head)
+    except ValueError:
+        raise
+    except Exception as error:  # NumPy has Python parse a header, which raises many kinds
+        raise ValueError(f"its header cannot be read ({first_line(error)})") from error
     if any(length < 0 for length in shape):
         raise ValueError(f"its header claims the shape {shape}")
     file.seek(begin + head.tell())

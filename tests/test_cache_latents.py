@@ -312,11 +312,17 @@ def early(cache, tmp_path):
 
 
 def test_a_cache_of_an_early_version_is_used_and_completed(
-    early, cache, cache_arguments, train_arguments, tmp_path, monkeypatch
+    early, cache, cache_arguments, train_arguments, tmp_path, monkeypatch, capsys
 ):
+    """Also where nothing can be added, in a folder that is read alone."""
     train.main(train_arguments(tmp_path / "run", data_path=None, vae=None, latents_dir=early, max_steps=2))
     with monkeypatch.context() as patch:
         patch.setattr(cache_latents, "encode_rows", None)
+        before = contents(early)
+        with patch.context() as read_only:
+            read_only.setattr(os, "access", lambda *_: False)
+            cache_latents.main([*cache_arguments(early), "--verify"])
+        assert "nothing to do" in capsys.readouterr().out and contents(early) == before
         cache_latents.main(cache_arguments(early))
     assert contents(early) == contents(cache)
 
