@@ -442,7 +442,7 @@ def test_a_stop_waits_for_the_checkpoint_that_is_being_written(
     monkeypatch.setattr(os, "replace", lambda *names: (time.sleep(0.3 * (names[1].suffix == ".pt")), replace(*names)))
     stop_after_step(6)
     arguments = train_arguments(tmp_path / "run")
-    train.main(arguments)
+    stops(train.main, arguments)
     log = (tmp_path / "run" / "log.txt").read_text()
     places = [log.index(text) for text in ("0000004.pt\n", "0000006.pt\n", "stopped on request at step 6")]
     assert places == sorted(places)
@@ -485,7 +485,7 @@ def test_checkpoints_of_an_interruption_go_when_the_next_regular_one_is_there(
     assert names() == ["2"]
     for more, left in ((1, ["2", "3"]), (2, ["4", "5"])):
         stop_after_step(more)
-        train.main(arguments)
+        stops(train.main, arguments)
         assert names() == left
     train.main(arguments)
     assert names() == ["4", "7"]
