@@ -48,6 +48,8 @@ def build_parser() -> options.Parser:
     add("--sample-every", type=options.non_negative_int, default=None, help=help)
     add("--keep-checkpoints", type=options.count, default=None, help="newest checkpoints to keep (None: all)")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the images")
+    help = "let other images stand in for unreadable ones of --data-path, and list these in log and checkpoint"
+    add("--skip-unreadable", action="store_true", help=help)
     add_optimisation(parser)
     speed = parser.add_argument_group("speed and memory")
     options.add_precision(speed)
@@ -146,7 +148,7 @@ def plan(args: argparse.Namespace, device: torch.device) -> Job:
     if vae is None:
         dataset = LatentData(training, args.flip, args.global_seed)
     else:
-        dataset = data.ImageData(training, args.image_size, args.flip, args.global_seed)
+        dataset = data.ImageData(training, args.image_size, args.flip, args.global_seed, args.skip_unreadable)
     classes = len(source.classes)
     if args.num_classes is not None and args.num_classes < classes:
         raise UserError(f"--num-classes {args.num_classes} is less than the {classes} class folders; leave it out")
@@ -257,6 +259,8 @@ def log(job: Job, trainer: Trainer, pace: monitor.Pace, logger: Logger) -> dict:
         f"step {trainer.step:07d}: loss {loss}, gradient norm {norm}, {record['images_per_second']:.1f} images/s, "
         f"learning rate {record['lr']:.3g}, ETA {monitor.format_seconds(record['eta_seconds'])}{skipped}"
     )
+    for path in trainer.newly_skipped():
+        logger.info(f"warning: image {path!r} cannot be read; another one stands in for it")
     return record
 
 

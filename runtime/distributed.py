@@ -296,11 +296,11 @@ def only_on_main(function: Callable, *args):
 
 @contextmanager
 def agreed_failure(what: str) -> Iterator[None]:
-    """Context whose OSError on any process, such as a full disk, or UserError becomes one UserError, on all of them."""
+    """Context whose UserError on any process, or OSError about what, is one UserError on all of them."""
     failure = None
     try:
         yield
-    except OSError as error:
+    except OSError as error:  # such as a full disk
         failure = f"{what} cannot be written ({error}); free space there and repeat the command to go on"
     except UserError as error:
         failure = str(error)

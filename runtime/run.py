@@ -6,8 +6,8 @@ has all its steps, finished.json.
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
 from logging import Logger
 from pathlib import Path
 
@@ -47,16 +47,9 @@ def check_same(stored: dict | None, config: RunConfig, path: Path) -> None:
             )
 
 
-@contextmanager
-def going_on_from(path: Path) -> Iterator[None]:
-    """Context in which a checkpoint of whatever content is read: what it makes our lines raise becomes a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"checkpoint {str(path)!r} cannot be resumed ({reason}); use another") from error
+def going_on_from(path: Path) -> AbstractContextManager:
+    """Context in which what a checkpoint holds, whatever that is, is gone on with."""
+    return files.reading(f"checkpoint {str(path)!r}", "it cannot be resumed: use another")
 
 
 def step_of(state: dict, config: RunConfig, path: Path) -> int:
@@ -251,7 +244,7 @@ class RunFolder:
                 path = pictures.save_samples(
                     self.path, trainer.ema, self.config, decoder, trainer.step, trainer.device, trainer.precision
                 )
-            except (OSError, torch.OutOfMemoryError) as error:
+            except (OSError, torch.OutOfMemoryError, UserError) as error:
                 reason = str(error).splitlines()[0]
                 return self.logger.info(
                     f"warning: no samples of step {trainer.step:,}: {reason}; training goes on (--sample-every 0: none)"

@@ -10,7 +10,7 @@ go on from the newest. The last start runs to the end; a run that is never kille
 the killed one in FOLDER/killed. Both have to end with the same bits and the same metrics. A data worker outlives its
 process.
 
-caching: kills come at a random moment, half-way through a chunk, between writing a chunk and marking it, and at last
+caching: kills come at a random moment, half-way through a chunk, between writing an image and its checksum, and at last
 before everything is marked as finished. No kill may leave a cache that passes for finished; the last one has to hold
 the bytes of one that was never killed.
 
@@ -61,7 +61,7 @@ SMALL_RUN = (
 )
 SMALL_SAMPLES = "--num-sampling-steps=10 --cfg-scale=2 --precision=fp32"
 SMALL_CACHE = "--image-size=32 --no-flip --batch-size=8 --num-workers=1"
-CACHING_MOMENTS = ("random", "half a chunk", "not marked", "not finished")
+CACHING_MOMENTS = ("random", "half a chunk", "no checksum", "not finished")
 TRAINING_MOMENTS = ("random", "half-written", "not renamed", "steps further")
 SAMPLING_MOMENTS = ("random", "half an image", "half the .npz")
 
@@ -307,8 +307,8 @@ def cache_until(arguments: list[str], moment: str | None, countdown: int = 1, ro
     if rows is not None:
         report_calls(latents.CacheWriter, "write", rows, 0.02)
     elif moment is not None:
-        name = {"half a chunk": "write", "not marked": "mark", "not finished": "finish"}[moment]
-        die_in(latents.CacheWriter, name, 16 * countdown - 8 if name == "write" else countdown)
+        name = {"half a chunk": "write", "no checksum": "_write_checksums", "not finished": "finish"}[moment]
+        die_in(latents.CacheWriter, name, countdown if name == "finish" else 16 * countdown - 8)
     cache_latents.main(arguments)
 
 

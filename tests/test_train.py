@@ -601,7 +601,7 @@ def test_a_config_that_is_not_ours_is_one_line(extra, run, train_arguments, refu
     state = checkpoint.load(path)
     checkpoint.save(path, state | {"config": state["config"] | {"vae": {"colour": "red"}}})
     assert refused(train.main, [*train_arguments(results, **OF_RUN), extra]).startswith(
-        f"checkpoint {str(path)!r} cannot be resumed (TypeError: "
+        f"checkpoint {str(path)!r} cannot be read (TypeError: VAEConfig.__init__() got an unexpected keyword argument "
     )
 
 
@@ -686,6 +686,25 @@ def test_an_image_that_turns_out_unreadable_loses_nothing(whole, train_arguments
     victim.write_bytes(original)
     train.main(arguments)
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_run_goes_on_without_an_unreadable_image(train_arguments, image_folder, refused, tmp_path, capsys):
+    """The remedy that the message names works, and the images that others stand in for are in log and checkpoint."""
+    images = data.ImageList(shutil.copytree(image_folder, tmp_path / "data"))
+    victim = images.path(next(iter(data.EpochBatches(24, 8, 0, start_step=2)))[0][1])
+    victim.write_bytes(b"damaged")
+    arguments = train_arguments(tmp_path / "run", data_path=images.root)
+    assert "; repair it, or pass --skip-unreadable; everything" in refused(train.main, arguments, has_begun=True)
+    train.main([*arguments, "--skip-unreadable"])
+    printed = capsys.readouterr().out
+    assert "at step 2\n" in printed and "finished at step 7" in printed
+    assert printed.count(f"warning: image {str(victim)!r} cannot be read; another one stands in for it\n") == 1
+    train.main(train_arguments(tmp_path / "whole", data_path=images.root, skip_unreadable=True))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    for results in ("run", "whole"):
+        assert newest(tmp_path / results)["log"]["skipped"] == [str(victim)]
+    train.main(train_arguments(tmp_path / "whole", data_path=images.root, skip_unreadable=True, max_steps=8))
+    assert "stands in" not in capsys.readouterr().out.split("finished at step 7")[-1]  # told before
 
 
 # Dry runs
