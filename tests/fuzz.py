@@ -263,7 +263,7 @@ def samples(folder: Path) -> Subject:
 
     def read() -> bool:
         root.check(settings)
-        missing, packed = root.missing(6, (16, 16)), root.is_packed(labels, (16, 16))
+        missing, packed = root.missing(range(6), (16, 16)), root.is_packed(labels, (16, 16))
         assert all(np.array_equal(root.read(k), images[k]) for k in range(6) if k not in missing)
         if packed:
             with np.load(root.npz) as archive:
