@@ -60,7 +60,7 @@ def test_caching_killed_again_and_again(image_folder, vae_folder, tmp_path):
     """kill.py in its short form, on two chunks."""
     random.seed(0)
     data = {"data_path": image_folder, "vae": vae_folder, "image_size": 32, "num_workers": 0, "batch_size": 4}
-    expected = {"random": 1, "half a chunk": 1, "no checksum": 1, "not finished": 1}
+    expected = {"random": 1, "between images": 1, "no checksum": 1, "not finished": 1}
     assert kill.kill_caching(tmp_path, 4, command_line(data)) == expected
 
 
