@@ -40,12 +40,15 @@ IN_EVERY_BLOCK = {  # diffusers keeps a copy of both embedders in each
 
 
 def arguments(config: dict) -> dict:
-    """The arguments of DiT that a config.json stands for. Raises KeyError, TypeError or ValueError for other models."""
+    """The arguments of DiT that a config.json stands for. Raises KeyError or ValueError for other models."""
     if config["_class_name"] not in KINDS:
         raise ValueError(f"it is of a {config['_class_name']}; expected {' or '.join(KINDS)}")
     for name, value in FIXED.items():
         if config.get(name) != value:
             raise ValueError(f"{name} is {config.get(name)!r}; DiT has {value!r}")
+    for name in ("num_attention_heads", "attention_head_dim", "in_channels"):
+        if type(config.get(name)) is not int:
+            raise ValueError(f"{name} is {config.get(name)!r}; expected a whole number")
     heads, channels = config["num_attention_heads"], config["in_channels"]
     return {
         "input_size": config["sample_size"],

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -249,7 +250,10 @@ def check_push(repository: str) -> None:
 def push(folder: Path, names: list[str], repository: str) -> str:
     """Upload these files of a folder in one commit, making the repository if need be; its address."""
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     with _pushing(repository, f"{str(folder)!r} is whole: `hf upload {repository} {folder}` goes on with it"):
         api = HfApi()
         address = api.create_repo(repository, exist_ok=True)

@@ -280,8 +280,8 @@ def add_checkpoint_options(parser: Parser, none: str | None = None) -> None:
         "--ckpt",
         required=none is None,
         default=None,
-        help="a file of train.py, export.py or DiT, a run's folder, hf://user/repo/file, or the name of a published "
-        "one, as in dit_b2" + (f" (None: {none})" if none else ""),
+        help="a file or folder of train.py, export.py, DiT or diffusers, hf://user/repo or hf://user/repo/file, or the "
+        "name of a published one, as in dit_b2" + (f" (None: {none})" if none else ""),
     )
     parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged or raw weights")
     group = parser.add_argument_group("model: needed only where the checkpoint does not tell, or at another image size")

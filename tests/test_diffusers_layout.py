@@ -100,7 +100,7 @@ def test_older_files_and_the_inner_folder_load_too(theirs, folder):
         ({"norm_type": "ada_norm_single"}, "norm_type is 'ada_norm_single'; DiT has 'ada_norm_zero'"),
         ({"attention_bias": None}, "attention_bias is None; DiT has True"),
         ({"num_layers": 10**9}, "depth is 1000000000; expected a whole number from 1 to 512"),
-        ({"num_attention_heads": "two"}, "TypeError: "),
+        ({"num_attention_heads": "two"}, "num_attention_heads is 'two'; expected a whole number"),
         ({"num_attention_heads": 4, "attention_head_dim": 16}, "hidden_size 64, depth 2, patch_size 2, num_heads 4"),
         ({"num_embeds_ada_norm": -1}, "num_classes is -1; expected a whole number from 1 to 10000000"),
     ],
@@ -127,7 +127,7 @@ def test_other_weights_are_refused(folder):
         ({"more.weight": whole[query]}, f"checkpoint {str(path.parent)!r} has 1 unknown weights, such as more.weight"),
         ({"transformer_blocks.1.attn2.to_q.weight": whole[query]}, f"checkpoint {str(path.parent)!r} has 1 unknown"),
     ):
-        save_file({name: value for name, value in (whole | change).items() if value is not None}, path)
+        save_file({name: value.clone() for name, value in (whole | change).items() if value is not None}, path)
         assert rejection(folder).startswith(message)
     path.unlink()
     assert rejection(folder).startswith(

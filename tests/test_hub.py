@@ -65,8 +65,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server, part = self.server, self.headers.get("Range")
         server.seen.append((self.command, self.path, part))
-        if self.path == "/api/whoami-v2" and self.headers.get("Authorization") == f"Bearer {TOKEN}":
-            return self.answer({"name": "you", "type": "user"})
+        if self.path == "/api/whoami-v2":
+            if self.headers.get("Authorization") == f"Bearer {TOKEN}":
+                return self.answer({"name": "you", "type": "user"})
+            return self.begin(401, {"X-Error-Code": "Unauthorized", "Content-Length": 0})
         contents = server.files.get(self.path)
         if self.path in server.errors or contents is None:
             status, name = server.errors.get(self.path, (404, "EntryNotFound"))
