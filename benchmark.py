@@ -1,4 +1,4 @@
-"""Measure speed: position encodings, precisions, cached latents, tokens, samplers.
+"""Measure speed: position encodings, precisions, cached latents, tokens, samplers, checkpoints.
 
 A part yields its variants: calls to measure, of which a training step is that of runtime/training.py. They alternate in
 one process, one measurement of each a round, so that a slower minute of the machine meets all of them alike.
@@ -12,7 +12,7 @@ from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from math import isqrt
+from math import ceil, isqrt
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import ModelConfig
+from models import DiT, ModelConfig
 from rope import RopeConfig
 from runtime import data, distributed, files, monitor, options
+from runtime.checkpoint import BackgroundWriter, HostCopy, save
 from runtime.config import Recipe, VAEConfig
 from runtime.estimate import made_up_batch, timed
 from runtime.options import UserError
@@ -109,19 +110,19 @@ class Unrotated(nn.Module):
         return None, None
 
 
-def trainer_of(args: Namespace, encoding: str = "spiral", vae: VAE | None = None, compiled: bool = False) -> Trainer:
+def trainer_of(args: Namespace, encoding: str = "spiral", vae: VAE | None = None) -> Trainer:
     """Of a new model. It takes cached moments, or with a VAE images."""
     model = config_of(args, encoding).build()
     if encoding == "none":
         model.rope_embedder = Unrotated()
     encoder = latents_from(vae.config if vae else VAEConfig(), vae)
-    return Trainer(model, Recipe(), 1, encoder, args.device, args.precision, compile_model=compiled)
+    return Trainer(model, Recipe(), 1, encoder, args.device, args.precision)
 
 
-def training_step(args: Namespace, images: int, compiled: bool = False, **changes) -> Callable:
+def training_step(args: Namespace, images: int, **changes) -> Callable:
     """A step on so many cached images, made up; changes are settings other than the command's."""
     args = Namespace(**(vars(args) | changes))
-    return partial(trainer_of(args, compiled=compiled).train_step, [made_up_batch(images, config_of(args))])
+    return partial(trainer_of(args).train_step, [made_up_batch(images, config_of(args))])
 
 
 def flops_of(config: ModelConfig) -> int:
@@ -169,12 +170,21 @@ def infer(trainer: Trainer, moments: Tensor, labels: Tensor) -> None:
 
 
 def precision(args: Namespace, folder: Path) -> Iterator[Variant]:
-    """Training step by precision, eager and compiled, beside the matrix products, whose speed is the peak."""
+    """Training step by precision: as it is, compiled by blocks (--compile) and as a whole; the peak, of products."""
+    from torch._inductor.utils import fresh_inductor_cache
+
+    torch.compiler.reset()
+    ways = {"eager": lambda model: None, "blocks compiled": DiT.compile_blocks, "compiled whole": DiT.compile}
     flops = args.batch_size * flops_of(config_of(args))
     for name in args.precisions:
-        for mode in ("eager", "compiled") if args.compile else ("eager",):
-            step = training_step(args, args.batch_size, mode == "compiled", precision=name)
-            yield Variant({"precision": name, "operation": f"step, {mode}"}, step, args.batch_size, flops)
+        for way, compile_model in ways.items() if args.compile else [*ways.items()][:1]:
+            trainer = trainer_of(Namespace(**(vars(args) | {"precision": name})))
+            compile_model(trainer.model)
+            step = partial(trainer.train_step, [made_up_batch(args.batch_size, config_of(args))])
+            with fresh_inductor_cache():
+                seconds = timed(step, args.device)
+            cells = {"precision": name, "operation": f"step, {way}", "first call, s": seconds}
+            yield Variant(cells, step, args.batch_size, flops)
     yield from peak(args, folder)
 
 
@@ -214,7 +224,32 @@ def sampling(args: Namespace, folder: Path) -> Iterator[Variant]:
     yield Variant({"sampler": "decoding alone"}, decode, count)
 
 
-PARTS = {part.__name__: part for part in (peak, position, precision, latents, tokens, sampling)}
+def checkpoint(args: Namespace, folder: Path) -> Iterator[Variant]:
+    """Steps and a checkpoint, written before them or beside them; and what training stops for: the write, or a copy."""
+    trainer, batches = trainer_of(args), [made_up_batch(args.batch_size, config_of(args))]
+    trainer.train_step(batches)  # which makes the optimizer's moments
+    writer, host_copy, state = BackgroundWriter(print), HostCopy(print), trainer.state()
+    write = partial(save, folder / "0000001.pt", state)
+    write()
+    step = timed(lambda: trainer.train_step(batches), args.device)
+    steps = ceil(2 * timed(write, args.device) / step)  # so that they outlast the writing
+
+    def train() -> None:
+        for _ in range(steps):
+            trainer.train_step(batches)
+
+    def write_beside() -> None:
+        writer.begin(folder / "0000001.pt", state)
+        train()
+        writer.finished(wait=True)
+
+    calls = {"write": write, "copy": partial(host_copy.of, state), f"steps: {steps}": train}
+    calls |= {"steps, after the write": lambda: (write(), train()), "steps, beside the write": write_beside}
+    for name, call in calls.items():
+        yield Variant({"operation": name}, call)
+
+
+PARTS = {part.__name__: part for part in (peak, position, precision, latents, tokens, checkpoint, sampling)}
 
 
 def alternate(calls: list[Callable], rounds: int, device: torch.device) -> list[dict[str, float]]:

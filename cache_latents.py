@@ -5,7 +5,7 @@ An interrupted command goes on where it was.
 """
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,10 @@ def build_parser() -> options.Parser:
     add("--batch-size", type=options.count, default=32, help="images encoded at a time by each process")
     options.add_num_workers(parser, "image-reading processes for each process")
     add("--skip-unreadable", action="store_true", help="leave unreadable images out and list them in skipped.txt")
+    add("--verify", action="store_true", help="read all of a finished cache, and encode again what is damaged")
+    help = "images whose size or time is another than when they were encoded: encode them again, or keep their latents "
+    help += "(None: an error)"
+    add("--changed", choices=["encode", "keep"], default=None, help=help)
     options.add_dry_run(parser, planned=True)
     return parser
 
@@ -46,59 +50,64 @@ class Rows(Dataset):
 
     def __getitem__(self, row: int):
         pixels = data.read_prepared(self.images.path(row), self.size)
-        return row, pixels if isinstance(pixels, data.Unreadable) else data.to_tensor(pixels)
+        if isinstance(pixels, data.Unreadable):
+            return row, replace(pixels, remedy="repair it")
+        return row, data.to_tensor(pixels)
 
 
 def encode_missing(writer: CacheWriter, images: data.ImageList, vae: VAE, args, logger) -> tuple[bool, list[str]]:
-    """Encode this process's share of the chunks. Returns whether it was stopped, and the unreadable images.
+    """Encode this process's share of the rows that do not prove themselves.
 
-    Raises OSError when they cannot be written.
+    Returns whether it was stopped, and the unreadable images. Raises OSError when they cannot be written.
     """
-    remaining = distributed.on_main(writer.remaining)
-    mine = remaining[distributed.rank() :: distributed.world_size()]
-    writer.open()
-    unreadable, total = [], len(images)
-    begun = total - sum(len(writer.rows(chunk)) for chunk in remaining)
-    with distributed.StopOnSignal() as stop, monitor.progress_bar(total, begun, "image", "encoding") as bar:
-        for chunk in mine:
+    unreadable, total, chunks = [], len(images), writer.chunks()
+    with distributed.StopOnSignal() as stop, monitor.progress_bar(total, 0, "image", "encoding") as bar:
+        for chunk in chunks[distributed.rank() :: distributed.world_size()]:
             if stop.received:
                 break
-            bad = encode_chunk(writer, writer.rows(chunk), images, vae, args)
+            rows = writer.unproven(chunk)
+            bad = encode_rows(writer, rows, images, vae, args) if rows else []
             for image in bad:
                 logger.warning(f"warning: {image}")
             unreadable += [str(image) for image in bad]
-            if not bad or args.skip_unreadable:
-                writer.mark(chunk)
-            bar.update(min(len(writer.rows(chunk)) * distributed.world_size(), total - bar.n))
+            bar.update(min(len(chunk) * distributed.world_size(), total - bar.n))
+    writer.sync()
     return stop.received is not None, unreadable
 
 
-def encode_chunk(writer: CacheWriter, rows: range, images: data.ImageList, vae: VAE, args) -> list[data.Unreadable]:
-    """Encode and write some rows. Returns the images that could not be read."""
-    batches = [rows[first : first + args.batch_size] for first in range(0, len(rows), args.batch_size)]
+def encode_rows(writer: CacheWriter, rows: list[int], images: data.ImageList, vae: VAE, args) -> list[data.Unreadable]:
+    """Encode and write some rows of a chunk. Returns the images that could not be read or encoded."""
+    batches = writer.batches(rows, args.batch_size)
     workers = min(args.num_workers, len(batches))
     bad = []
     with data.open_loader(Rows(images, args.image_size), batches, workers, torch.device("cpu"), list) as loader:
         for batch in loader:
-            readable = []
-            for row, image in batch:
-                if isinstance(image, data.Unreadable):
-                    bad.append(image)
-                    writer.write(row, -1, None)
-                else:
-                    readable.append((row, image))
-            if readable:
-                encode_batch(writer, readable, images.labels, vae, args.flip)
+            readable = [item for item in batch if not isinstance(item[1], data.Unreadable)]
+            found = dict(batch) | (encode_batch(readable, images, vae, args.flip) if readable else {})
+            for row in sorted(found.keys() & set(rows)):
+                if not isinstance(found[row], data.Unreadable):
+                    writer.write(row, found[row])
+                    continue
+                bad.append(found[row])
+                if args.skip_unreadable:
+                    writer.write(row, None)
     return bad
 
 
-def encode_batch(writer: CacheWriter, batch: list[tuple], labels: np.ndarray, vae: VAE, flip: bool) -> None:
-    """Encode and write images given as (row, image (3, H, W) uint8)."""
+def encode_batch(
+    batch: list[tuple], images: data.ImageList, vae: VAE, flip: bool
+) -> dict[int, np.ndarray | data.Unreadable]:
+    """Moments (flips, 2C, h, w) float16 by row, of images given as (row, image (3, H, W) uint8)."""
     pixels = torch.stack([image for _, image in batch])
     views = [pixels, pixels.flip(3)] if flip else [pixels]
-    moments = torch.stack([vae.encode(view) for view in views], dim=1)  # (n, flips, 2C, h, w)
-    for (row, _), values in zip(batch, moments.half().cpu().numpy(), strict=True):
-        writer.write(row, int(labels[row]), values)
+    moments, encoded = torch.stack([vae.encode(view) for view in views], dim=1), {}  # (n, flips, 2C, h, w)
+    for (row, _), exact, values in zip(batch, moments, moments.half().cpu().numpy(), strict=True):
+        encoded[row] = values
+        if not np.isfinite(values).all():
+            reason = f"the autoencoder makes {float(exact.abs().max()):g} of it, and float16 ends at 65504"
+            remedy = "use another --vae, train with --data-path in place of a cache"
+            encoded[row] = data.Unreadable(str(images.path(row)), reason, remedy=remedy)
+    return encoded
 
 
 def describe(args, images: data.ImageList, vae: VAEConfig) -> dict:
@@ -117,10 +126,20 @@ def describe(args, images: data.ImageList, vae: VAEConfig) -> dict:
 
 def is_finished(args, images: data.ImageList) -> bool:
     """Whether the folder holds the finished cache of this command; the autoencoder need not be loaded to tell."""
-    if not all((args.latents_dir / name).exists() for name in ("meta.json", "paths.npy")):
+    try:
+        vae = LatentCache(args.latents_dir).vae
+    except UserError:  # there is none, or it will be repaired
         return False
-    vae = LatentCache(args.latents_dir).vae
-    return is_surely(args.vae, vae) and CacheWriter(args.latents_dir, describe(args, images, vae)).check()
+    if args.verify or not is_surely(args.vae, vae):
+        return False
+    return CacheWriter(args.latents_dir, describe(args, images, vae), images).check(args.changed)
+
+
+def is_damaged(writer: CacheWriter) -> bool:
+    """Whether any row of a finished cache does not prove itself. Every process reads its share."""
+    mine = writer.chunks()[distributed.rank() :: distributed.world_size()]
+    found = any(writer.unproven(chunk) for chunk in mine)
+    return int(distributed.all_reduce(torch.tensor(int(found)), "max")) == 1
 
 
 @options.command
@@ -136,17 +155,17 @@ def main(argv: list[str] | None = None) -> None:
     if distributed.on_main(is_finished, args, images):
         return logger.info(done)
     vae = VAE(args.vae, device)
-    writer = CacheWriter(args.latents_dir, describe(args, images, vae.config))
-    finished = distributed.on_main(writer.check)
+    writer = CacheWriter(args.latents_dir, describe(args, images, vae.config), images)
+    finished = distributed.on_main(writer.check, args.changed)
     size = f"{len(images):,} images, {writer.shape[1]} flips each, into {args.latents_dir}: "
     size += files.format_bytes(writer.bytes)
     if args.dry_run:
         return logger.info(f"dry run: {done if finished else f'would encode {size}'}")
-    if finished:
-        distributed.on_main(writer.write_paths, images)
+    if finished and not (args.verify and is_damaged(writer)):
         return logger.info(done)
     logger.info(f"encoding {size}")
-    distributed.on_main(writer.create)
+    distributed.on_main(writer.create, args.changed)
+    writer.open()
     fill(writer, images, vae, args, logger)
 
 
@@ -159,10 +178,10 @@ def fill(writer: CacheWriter, images: data.ImageList, vae: VAE, args, logger) ->
         return logger.info("stopped on request; repeat the same command to go on")
     bad = [text for _, texts in outcomes for text in texts]
     if bad and not args.skip_unreadable:
-        raise UserError(f"{bad[0]}; {len(bad)} in all; pass --skip-unreadable to leave such images out")
+        raise UserError(f"{bad[0]}, or pass --skip-unreadable to leave such images out; {len(bad)} in all")
     with distributed.agreed_failure(f"--latents-dir {str(args.latents_dir)!r}"):
         if distributed.is_main():
-            writer.finish(images)
+            writer.finish()
     logger.info(f"finished: {args.latents_dir}")
 
 

@@ -175,14 +175,17 @@ def deciding(args: argparse.Namespace, weights: str) -> dict:
 def stored_results(args: argparse.Namespace) -> dict | None:
     """The results of an earlier command that has measured all of what this one would; None without any."""
     path = results_path(args)
-    try:
-        stored = files.read_json(path) if path.exists() else {}
-    except UserError:  # damaged: measured again
+    if not path.exists():
         return None
     weights = inception.read_weights(args.inception_weights)[0] if args.inception_weights else inception.PUBLISHED
-    has_metrics = all(METRICS[name].key in stored for name in args.metrics)
-    same = has_metrics and deciding(args, weights).items() <= stored.get("settings", {}).items()
-    return stored if same else None
+    now = deciding(args, weights)
+    try:
+        with files.reading(repr(str(path)), "it is measured again"):
+            stored = files.read_json(path)
+            table(args.metrics, stored)  # of numbers
+            return stored if now.items() <= stored["settings"].items() else None
+    except UserError:  # damaged, or of other metrics
+        return None
 
 
 # Metrics of features

@@ -30,10 +30,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             "--rope-extend is of no use here: the file has the trained size; give it to the sampling command"
         )
     check_out(args.out, args.overwrite)
-    if args.push is not None:
-        if args.out.suffix == FILE:
-            raise UserError(f"--push uploads a folder, and --out {str(args.out)!r} is a file; name a folder")
-        hub.check_push(args.push)
+    if args.push is not None and args.out.suffix == FILE:
+        raise UserError(f"--push uploads a folder, and --out {str(args.out)!r} is a file; name a folder")
     return args
 
 
@@ -90,6 +88,8 @@ def write(args: argparse.Namespace, trained: Trained, tensors: dict[str, Tensor]
 @options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.push is not None:
+        hub.check_push(args.push)
     trained = load_trained(args.ckpt, args.weights, options.given_model(args))
     tensors = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
     tensors = halve(tensors) if args.half else tensors

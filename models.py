@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from rope import RopeConfig, SpiralRoPE, rotate
 
+LONGEST_WRITTEN_OUT = 256  # tokens, up to which training may keep the attention matrix of every head
+
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Shift and scale tokens (B, N, D) by vectors (B, D) that the condition gives."""
@@ -71,8 +73,18 @@ class Attention(nn.Module):
         else:
             qk, v = qkv.split([2 * self.num_heads, self.num_heads], dim=2)
             q, k = rotate(qk, cos, sin).chunk(2, dim=2)
-        x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        x = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, H, N, D/H) -> (B, N, D)
+
+    @staticmethod
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention over (B, H, N, D/H), for which no N x N matrix is kept."""
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def attend_written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same attention in matrix products, keeping an N x N matrix per head for the backward pass."""
+    return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), dim=-1) @ v
 
 
 def mlp(dim: int, hidden: int) -> Mlp:
@@ -180,7 +192,7 @@ class DiT(nn.Module, PyTorchModelHubMixin, model_card_template=CARD, tags=["dit"
         self.in_channels = in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.num_classes = num_classes
-        self.grad_checkpointing = False
+        self.grad_checkpointing = self.compiled = False
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
         self.grid = (height // patch_size, width // patch_size)  # patches that positions refer to
 
@@ -223,6 +235,22 @@ class DiT(nn.Module, PyTorchModelHubMixin, model_card_template=CARD, tags=["dit"
             nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
+    def compile_blocks(self) -> None:
+        """Have the first call compile what all blocks share: once for training, once for inference.
+
+        Each serves every number of rows from two on; a single row, which compilers treat apart, is compiled for itself.
+        """
+        self.compiled = True
+        torch._dynamo.config.optimize_ddp = False  # would cut blocks where buckets of gradients end
+        for block in self.blocks:
+            block.compile(fullgraph=True)
+
+    def write_out_attention(self) -> None:
+        """Attend in matrix products where sequences are short: faster than a CPU's attention kernels in bfloat16."""
+        if math.prod(self.grid) <= LONGEST_WRITTEN_OUT:
+            for block in self.blocks:
+                block.attn.attend = attend_written_out
+
     def unpatchify(self, x: Tensor, h: int, w: int) -> Tensor:
         """Tokens (N, h*w, p*p*C) to images (N, C, h*p, w*p)."""
         p = self.patch_size
@@ -234,7 +262,7 @@ class DiT(nn.Module, PyTorchModelHubMixin, model_card_template=CARD, tags=["dit"
         p = self.patch_size
         h, w = x.shape[2] // p, x.shape[3] // p
         assert x.shape[2:] == (h * p, w * p), f"latents {tuple(x.shape)} do not divide into {p} x {p} patches"
-        x = self.x_embedder(x)  # (N, C, H, W) -> (N, h*w, D)
+        x = self.x_embedder(x).contiguous()  # (N, C, H, W) -> (N, h*w, D), a layout that all blocks keep
         if self.rope_embedder is None:
             assert (h, w) == self.grid, f"{(h, w)} patches, position table for {self.grid}"
             x = x + self.pos_embed
@@ -242,6 +270,9 @@ class DiT(nn.Module, PyTorchModelHubMixin, model_card_template=CARD, tags=["dit"
         else:
             cos, sin = self.rope_embedder(h, w)  # (h*w, D/H/2), once for all blocks
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        if self.compiled:  # for whatever number of rows comes later
+            torch._dynamo.mark_dynamic(x, 0)
+            torch._dynamo.mark_dynamic(c, 0)
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, c, cos, sin, use_reentrant=False, preserve_rng_state=False)

@@ -135,6 +135,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"sample.py is one process, not {distributed.world_size()}; use python sample.py, or sample_ddp.py"
         )
+    if args.compile:
+        distributed.check_compiler(device)
+        trained.model.compile_blocks()
     vae = load_vae(args.vae, trained, device, args.vae_precision)
     if args.dry_run:
         return print(f"dry run: would draw {len(labels)} images to {args.out}: {describe(trained, config)}")

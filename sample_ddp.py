@@ -5,8 +5,11 @@ interrupted command goes on with the missing ones.
 """
 
 import argparse
+import io
 import os
+import struct
 import zipfile
+import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -17,13 +20,14 @@ from PIL import Image
 
 from runtime import distributed, files, hub, monitor, options, pictures, pretrained, sampling
 from runtime.config import VAEConfig
+from runtime.image_sets import NpzImages
 from runtime.options import UserError
 from runtime.pretrained import Description, Trained
-from runtime.sampling import SamplingConfig
 from runtime.vae import VAE, check_unloaded, is_surely, load_vae
 
 GRID_SAMPLES = 100
 WHERE = ("checkpoint", "vae")  # settings that tell where something was found; hashes tell what it is
+PNG_BEGIN = 33  # bytes up to the end of the chunk that tells the size
 PNG_END = b"IEND\xaeB`\x82"  # type and checksum of the chunk that ends every PNG
 
 
@@ -68,7 +72,7 @@ class SampleFolder:
         self.settings, self.npz, self.grid = (root / f"{name}{suffix}" for suffix in (".json", ".npz", ".png"))
 
     def check(self, settings: dict) -> None:
-        """Raise UserError when it was begun with other settings."""
+        """Raise UserError when it was begun with other settings, or with settings that are lost."""
         if self.settings.exists():
             listed = options.differences(files.read_json(self.settings), settings, ignored=WHERE)
             if listed:
@@ -76,6 +80,11 @@ class SampleFolder:
                     f"{str(self.images)!r} was begun with other settings: {listed}; repeat them, or use another "
                     "--sample-dir"
                 )
+        elif any(self.images.glob("*.png")):
+            raise UserError(
+                f"{str(self.images)!r} holds images whose settings are missing ({str(self.settings)!r}); remove it, or "
+                "use another --sample-dir"
+            )
 
     def open(self, settings: dict) -> None:
         """Create it, or go on with it. Raises UserError."""
@@ -87,19 +96,28 @@ class SampleFolder:
     def path(self, index: int) -> Path:
         return self.images / f"{index:06d}.png"
 
-    def is_complete(self, index: int) -> bool:
-        """Whether the image is there, to the last byte of a PNG."""
-        try:
-            with open(self.path(index), "rb") as file:
-                file.seek(-len(PNG_END), os.SEEK_END)
-                return file.read() == PNG_END
-        except OSError:
-            return False
+    def is_complete(self, index: int, size: tuple[int, int], packed: int) -> bool:
+        """Whether the image is there, of this size, to the last byte as it was written.
 
-    def missing(self, total: int) -> list[int]:
+        Of one that is older than packed, the time of an .npz that holds it, only beginning and end are read.
+        """
+        path = self.path(index)
+        try:
+            with open(path, "rb") as file:
+                older = os.fstat(file.fileno()).st_mtime_ns < packed
+                contents = file.read(PNG_BEGIN) if older else file.read()
+                if older:
+                    file.seek(-len(PNG_END), os.SEEK_END)
+                    contents += file.read()
+            check_png(contents, size, whole=not older)
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def missing(self, total: int, size: tuple[int, int], packed: int = 0) -> list[int]:
         """Indices below total without a complete image."""
         with ThreadPoolExecutor(16) as pool:
-            complete = list(pool.map(self.is_complete, range(total)))
+            complete = list(pool.map(lambda index: self.is_complete(index, size, packed), range(total)))
         return [index for index, done in enumerate(complete) if not done]
 
     def check_space(self, missing: int, total: int, size: tuple[int, int]) -> None:
@@ -108,19 +126,42 @@ class SampleFolder:
         needed = size[0] * size[1] * 3 * (missing // 2 + total) - packed
         files.check_folder(self.root, "--sample-dir", max(needed, 0))
 
-    def is_packed(self, total: int) -> bool:
-        """Whether the .npz and the grid of exactly total images are there."""
-        if not (self.npz.exists() and self.grid.exists()):
-            return False
+    def is_packed(self, labels: list[int], size: tuple[int, int]) -> bool:
+        """Whether the grid and the .npz of exactly these images are there, and every byte is as it was written."""
         try:
-            with np.load(self.npz) as archive:
-                return len(archive["arr_1"]) == total
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # damaged: it is made again from the images
+            check_png(self.grid.read_bytes(), None)
+            packed = NpzImages(self.npz, "--sample-dir", labelled=True)
+            with files.open_zip(self.npz, compressed=True) as archive:
+                whole = archive.testzip() is None
+        except (OSError, ValueError, zipfile.BadZipFile, UserError):  # damaged: it is made again from the images
             return False
+        return whole and packed.size == size and packed.labels.tolist() == labels
 
     def read(self, index: int) -> np.ndarray:
         with Image.open(self.path(index)) as image:
             return np.asarray(image.convert("RGB"))
+
+
+def check_png(contents: bytes, size: tuple[int, int] | None, whole: bool = True) -> None:
+    """Raise ValueError unless contents are a PNG of size (height, width), None for any, in colours of 8 bits.
+
+    Where it is whole, every checksum in it is compared, and it is decoded.
+    """
+    width, height, *kind = struct.unpack_from(">II5B", contents.ljust(PNG_BEGIN), 16)
+    if not (contents.startswith(b"\x89PNG\r\n\x1a\n") and contents.endswith(PNG_END) and kind == [8, 2, 0, 0, 0]):
+        raise ValueError("it is not a whole PNG")
+    if size not in (None, (height, width)):
+        raise ValueError(f"it is of {width} x {height} pixels")
+    if not whole:
+        return
+    at = 8
+    while at < len(contents):  # length, type, data and checksum of each chunk
+        end = at + 8 + int.from_bytes(contents[at : at + 4])
+        if contents[end : end + 4] != zlib.crc32(contents[at + 4 : end]).to_bytes(4):
+            raise ValueError("a checksum in it differs")
+        at = end + 4
+    with Image.open(io.BytesIO(contents)) as image:
+        image.load()
 
 
 class BackgroundWriter:
@@ -138,11 +179,11 @@ class BackgroundWriter:
         self.waiting.append(self.decoder.submit(self._write, latents, indices))
 
     def _write(self, latents: torch.Tensor, indices: list[int]) -> None:
-        images = [Image.fromarray(pixels.numpy()) for pixels in self.vae.decode(latents)]
+        images = [Image.fromarray(pixels.numpy()) for pixels in self.vae.decode(latents, indices)]
         list(self.encoders.map(pictures.save_png, images, [self.folder.path(index) for index in indices]))
 
     def close(self) -> None:
-        """Wait for everything to be on disk. Raises OSError when it cannot be written."""
+        """Wait for everything to be on disk. Raises OSError when it cannot be written, UserError for no numbers."""
         for future in self.waiting:
             future.result()
         self.decoder.shutdown()
@@ -191,10 +232,15 @@ def write_npz(folder: SampleFolder, labels: list[int], size: tuple[int, int]) ->
             np.lib.format.write_array(file, np.array(labels, dtype=np.int64))
 
 
-def write_results(folder: SampleFolder, trained: Trained, config: SamplingConfig, total: int) -> None:
+def labels_of(found: Description, args: argparse.Namespace) -> list[int]:
+    """Labels of all images."""
+    classes = found.config.model.num_classes
+    return [sampling.label_of(index, classes, args.sampling) for index in range(args.num_fid_samples)]
+
+
+def write_results(folder: SampleFolder, trained: Trained, labels: list[int]) -> None:
     """The .npz and the labelled grid of the first samples."""
-    labels = [sampling.label_of(index, trained.config.model.num_classes, config) for index in range(total)]
-    images = [folder.read(index) for index in range(min(total, GRID_SAMPLES))]
+    images = [folder.read(index) for index in range(min(len(labels), GRID_SAMPLES))]
     captions = [pictures.class_name(label, trained.classes) for label in labels[: len(images)]]
     grid = pictures.draw_grid(images, captions, columns=10, title=folder.name)
     pictures.save_png(grid, folder.grid)
@@ -216,14 +262,18 @@ def settings_of(found: Description, sha256: str, vae_source: str, vae_sha256: st
 
 def is_finished(found: Description, folder: SampleFolder, vae_source: str, args, device: torch.device) -> bool:
     """Whether everything is there, made with these settings; neither model nor autoencoder is loaded to tell."""
-    if not (folder.settings.exists() and folder.is_packed(args.num_fid_samples)):
+    if not (folder.settings.exists() and folder.npz.exists()):
         return False
     stored = files.read_json(folder.settings)
     made_with = VAEConfig(str(stored.get("vae")), stored.get("vae_sha256"))
     if not is_surely(vae_source, made_with):
         return False
     settings = settings_of(found, stored.get("weights_sha256"), vae_source, made_with.sha256, args, device)
-    if options.differences(stored, settings, ignored=WHERE) or folder.missing(args.num_fid_samples):
+    if options.differences(stored, settings, ignored=WHERE):
+        return False
+    if not folder.is_packed(labels_of(found, args), found.image_size):
+        return False
+    if folder.missing(args.num_fid_samples, found.image_size, packed=folder.npz.stat().st_mtime_ns):
         return False
     return pretrained.weights_sha256(found, args.weights) == stored.get("weights_sha256")
 
@@ -245,10 +295,13 @@ def main(argv: list[str] | None = None) -> None:
     if distributed.on_main(is_finished, found, folder, vae_source, args, device):
         return logger.info(f"{done}\n{places}")
     trained = pretrained.load_trained(args.ckpt, args.weights, options.given_model(args))
+    if args.compile:
+        distributed.check_compiler(device)
+        trained.model.compile_blocks()
     vae = load_vae(vae_source, trained, device, args.vae_precision)
     settings = settings_of(trained, trained.sha256, vae_source, vae.config.sha256, args, device)
     distributed.on_main(folder.check, settings)
-    missing = distributed.on_main(folder.missing, args.num_fid_samples)
+    missing = distributed.on_main(folder.missing, args.num_fid_samples, trained.image_size)
     distributed.on_main(folder.check_space, len(missing), args.num_fid_samples, trained.image_size)
     if args.dry_run:
         return logger.info(
@@ -258,12 +311,13 @@ def main(argv: list[str] | None = None) -> None:
     distributed.on_main(folder.open, settings)
     if not sample_missing(trained, vae, folder, missing, args, device):
         return logger.info("stopped on request; repeat the same command to go on")
-    if distributed.on_main(folder.is_packed, args.num_fid_samples):
+    labels = labels_of(trained, args)
+    if distributed.on_main(folder.is_packed, labels, trained.image_size):
         logger.info(done)
     else:
         with distributed.agreed_failure(f"--sample-dir {str(folder.root)!r}"):
             if distributed.is_main():
-                write_results(folder, trained, args.sampling, args.num_fid_samples)
+                write_results(folder, trained, labels)
     logger.info(places)
 
 

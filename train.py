@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from diffusion.objectives import OBJECTIVES
 from models import ModelConfig
-from runtime import checkpoint, data, distributed, estimate, files, monitor, options, trackers, validation
+from runtime import data, distributed, estimate, files, monitor, options, trackers, validation
 from runtime.config import DEFAULT_OBJECTIVE, DataConfig, Recipe, RunConfig
 from runtime.latents import LatentCache, LatentData
 from runtime.options import UserError, check_image_size, check_rope
@@ -48,11 +48,13 @@ def build_parser() -> options.Parser:
     add("--sample-every", type=options.non_negative_int, default=None, help=help)
     add("--keep-checkpoints", type=options.count, default=None, help="newest checkpoints to keep (None: all)")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the images")
+    help = "let other images stand in for unreadable ones of --data-path, and list these in log and checkpoint"
+    add("--skip-unreadable", action="store_true", help=help)
     add_optimisation(parser)
     speed = parser.add_argument_group("speed and memory")
     options.add_precision(speed)
+    options.add_compile(speed)
     add = speed.add_argument
-    add("--compile", action="store_true", help="compile the model")
     add("--grad-accum-steps", type=options.count, default=1, help="micro-batches a step, for less memory")
     add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass, for less memory")
     validation.add_options(parser)
@@ -146,7 +148,7 @@ def plan(args: argparse.Namespace, device: torch.device) -> Job:
     if vae is None:
         dataset = LatentData(training, args.flip, args.global_seed)
     else:
-        dataset = data.ImageData(training, args.image_size, args.flip, args.global_seed)
+        dataset = data.ImageData(training, args.image_size, args.flip, args.global_seed, args.skip_unreadable)
     classes = len(source.classes)
     if args.num_classes is not None and args.num_classes < classes:
         raise UserError(f"--num-classes {args.num_classes} is less than the {classes} class folders; leave it out")
@@ -227,18 +229,17 @@ def reason_to_end(stop: distributed.StopOnSignal, batches: list, trainer: Traine
     return int(distributed.all_reduce(torch.tensor(status), "max"))
 
 
-def end_early(status: int, batches: list, trainer: Trainer, folder: RunFolder, saved: int) -> None:
+def end_early(status: int, batches: list, trainer: Trainer, folder: RunFolder) -> None:
     """Leave the run so that the same command can go on with it; a user error where that needs a remedy."""
     if status == NON_FINITE:
-        newest = checkpoint.latest(folder.checkpoints, folder.logger.info) if distributed.is_main() else None
+        newest = distributed.on_main(folder.newest)
         raise UserError(
             f"loss or gradient not finite in {trainer.watch.seen} steps in a row, the last at step {trainer.step:,} "
             f"(loss {float(trainer.loss):g}); no such step changed the weights, and the newest checkpoint is {newest}: "
             "repeat the command with --precision fp32 to go on from it, or start again with a lower --lr or "
             "--grad-clip 1 in another --results-dir"
         )
-    if trainer.step != saved:
-        folder.save(trainer, required=True)
+    folder.save(trainer, required=True, interrupted=True)
     folder.write_report()
     if status == UNREADABLE:
         found = [str(batch) for batch in batches if isinstance(batch, data.Unreadable)]
@@ -256,6 +257,8 @@ def log(job: Job, trainer: Trainer, pace: monitor.Pace, logger: Logger) -> dict:
         f"step {trainer.step:07d}: loss {loss}, gradient norm {norm}, {record['images_per_second']:.1f} images/s, "
         f"learning rate {record['lr']:.3g}, ETA {monitor.format_seconds(record['eta_seconds'])}{skipped}"
     )
+    for path in trainer.newly_skipped():
+        logger.info(f"warning: image {path!r} cannot be read; another one stands in for it")
     return record
 
 
@@ -269,7 +272,6 @@ def train(job: Job, trainer: Trainer, folder: RunFolder, decoder: VAE | None) ->
         len(job.dataset), args.global_batch_size, args.global_seed, trainer.step, args.grad_accum_steps
     )
     metrics = folder.open_metrics(args, trainer.step)
-    saved = trainer.step
     if trainer.step and job.samples_due(trainer.step) and not folder.has_samples(trainer.step):
         folder.draw_samples(trainer, decoder, metrics)  # a kill came between the checkpoint and its samples
     pace = monitor.Pace()
@@ -280,7 +282,7 @@ def train(job: Job, trainer: Trainer, folder: RunFolder, decoder: VAE | None) ->
             micro_batches = [next(loader) for _ in range(args.grad_accum_steps)]
             status = reason_to_end(stop, micro_batches, trainer, args.max_bad_steps)
             if status != GO_ON:
-                return end_early(status, micro_batches, trainer, folder, saved)
+                return end_early(status, micro_batches, trainer, folder)
             trainer.train_step(micro_batches)
             pace.steps += 1
             bar.update()
@@ -294,14 +296,28 @@ def train(job: Job, trainer: Trainer, folder: RunFolder, decoder: VAE | None) ->
                 epoch = trainer.step // job.steps_per_epoch
                 metrics.write({"step": trainer.step, "epoch": epoch, **record, **scores})
             with pace.paused():
+                folder.collect()
                 if job.checkpoint_due(trainer.step):
-                    saved = trainer.step if folder.save(trainer, required=last) else saved
+                    folder.save(trainer, required=last)
                 if job.samples_due(trainer.step):
                     folder.draw_samples(trainer, decoder, metrics)
                 if job.checkpoint_due(trainer.step) and not last:
                     folder.write_report()
     folder.finish(trainer.step)
     folder.write_report()
+
+
+def warn_of_changes(before: dict, args: argparse.Namespace, trainer: Trainer, logger: Logger) -> None:
+    """Say which changes that a run may go on with still make it another one; before are its args so far, if any."""
+    lengths = [(found.get("max_steps"), found.get("epochs")) for found in (before or vars(args), vars(args))]
+    if args.lr_schedule == "linear" and lengths[0] != lengths[1]:
+        logger.info("warning: the length of the run changed, so its linear learning rate jumps here")
+    precision = before.get("precision")
+    if precision not in (None, "auto", trainer.precision):  # older checkpoints have auto, whatever that was
+        logger.info(
+            f"warning: this run was trained in {precision} so far, and goes on in {trainer.precision}; --precision "
+            f"{precision} goes on as before"
+        )
 
 
 def dry_run_without_data(args: argparse.Namespace) -> None:
@@ -320,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = distributed.setup(args.tf32)
     if args.compile:
-        distributed.check_compiler(device, "leave --compile out")
+        distributed.check_compiler(device)
     source = args.data_path or args.latents_dir / "meta.json"
     if args.planned and not source.exists():
         return dry_run_without_data(args)
@@ -340,12 +356,7 @@ def main(argv: list[str] | None = None) -> None:
         if trainer.step >= job.total_steps:
             folder.logger.info(f"nothing to do: the run has {trainer.step:,} of {job.total_steps:,} steps")
             return folder.finish(trainer.step)
-        changed = before is not None and (before.get("max_steps"), before.get("epochs")) != (
-            args.max_steps,
-            args.epochs,
-        )
-        if changed and args.lr_schedule == "linear":
-            folder.logger.info("warning: the length of the run changed, so its linear learning rate jumps here")
+        warn_of_changes(before or {}, args, trainer, folder.logger)
         folder.begin(device)
         for line in estimate.describe(job):
             folder.logger.info(line)

@@ -71,7 +71,12 @@ def stored(samples: Path) -> dict | None:
     """The metrics of an earlier start, None where there are none or they are older than the samples."""
     path = metrics_path(samples)
     there = samples.exists() and path.exists() and path.stat().st_mtime_ns >= samples.stat().st_mtime_ns
-    return files.read_json(path) if there else None
+    if not there:
+        return None
+    with files.reading(repr(str(path)), "remove it"):
+        metrics = files.read_json(path)
+        lines(metrics)
+    return metrics
 
 
 def describe(samples: NpzImages) -> dict:

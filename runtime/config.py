@@ -27,7 +27,7 @@ class VAEConfig:
     @classmethod
     def from_dict(cls, values: dict) -> "VAEConfig":
         """Raises KeyError, TypeError or ValueError for what no autoencoder is."""
-        config = cls(**{**values, "source": str(values["source"])})
+        config = cls(**{**values, "source": str(values.get("source", cls.source))})
         for name in ("downsampling", "latent_channels"):
             value = getattr(config, name)
             if type(value) is not int or not 1 <= value <= 1024:

@@ -5,9 +5,10 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 from runtime.distributed import hash_seed, ignore_stop_signals, rank, world_size
 from runtime.options import UserError, is_utf8
 
+STAND_INS = 100  # images tried in place of one that cannot be read
 PREPARATION = "box-halving, bicubic, centre crop; EXIF orientation applied"  # named in every latent cache
 
 
@@ -29,9 +31,11 @@ class Unreadable:
 
     path: str
     reason: str
+    kind: str = "image"
+    remedy: str = "repair it or remove it from the data set"
 
     def __str__(self) -> str:
-        return f"image {self.path!r} cannot be read ({self.reason}); repair it or remove it from the data set"
+        return f"{self.kind} {self.path!r} cannot be read ({self.reason}); {self.remedy}"
 
 
 class ImageList:
@@ -75,7 +79,8 @@ class ImageList:
     def subset(self, chosen: np.ndarray) -> "ImageList":
         """The images whose entry of chosen (N,) is true, with all classes."""
         part = copy.copy(self)
-        part.__dict__.pop("fingerprint", None)
+        for cached in ("fingerprint", "stamps"):
+            part.__dict__.pop(cached, None)
         part.paths, part.labels = self.paths[chosen], self.labels[chosen]
         return part
 
@@ -83,6 +88,25 @@ class ImageList:
     def fingerprint(self) -> str:
         """Hash of the relative paths, which hold the classes; the folder may move, its list may not change."""
         return hash_paths(self.paths)
+
+    @cached_property
+    def stamps(self) -> np.ndarray:
+        """Size in bytes and time of change in nanoseconds of every file (N, 2), which tell whether one was replaced.
+
+        Seconds for a million files. Of a file that cannot be looked at, -1.
+        """
+        parts = [self.paths[first : first + 1000].tolist() for first in range(0, len(self), 1000)]
+        with ThreadPoolExecutor(8) as pool:  # where the file system is far away, they wait together
+            return np.concatenate(list(pool.map(partial(_stamps, os.fsencode(self.root)), parts)))
+
+
+def _stamps(root: bytes, paths: list[bytes]) -> np.ndarray:
+    found = np.full((len(paths), 2), -1, dtype=np.int64)
+    for row, path in enumerate(paths):
+        with suppress(OSError):
+            status = os.stat(os.path.join(root, path))
+            found[row] = status.st_size, status.st_mtime_ns
+    return found
 
 
 def hash_paths(paths: np.ndarray) -> str:
@@ -94,20 +118,45 @@ def hash_paths(paths: np.ndarray) -> str:
 
 
 def _is_class(entry: os.DirEntry) -> bool:
-    return entry.is_dir() and not entry.name.startswith(".")  # .ipynb_checkpoints and the like are not classes
+    return _is_folder(entry) and not entry.name.startswith(".")  # .ipynb_checkpoints and the like are not classes
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether it is one, or a link to one; is_dir would raise for a link to itself."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def images_below(root: Path, name: str) -> list[bytes]:
-    found = []
-    for folder, subfolders, files in os.walk(root / name, followlinks=True):
-        subfolders.sort()
-        relative = os.path.relpath(folder, root)
-        found += [
-            os.fsencode(os.path.join(relative, file))
-            for file in sorted(files)
-            if has_file_allowed_extension(file, IMG_EXTENSIONS)
-        ]
+    """Paths, relative to root, of the images in its folder name: of each folder files first, then folders, by name.
+
+    Links are followed, but not back to a folder that they are in, of which a warning tells. Raises UserError for a
+    folder that cannot be looked into.
+    """
+    found, waiting = [], [(name, (os.path.realpath(root / name),))]
+    while waiting:
+        folder, places = waiting.pop()  # places: where the folder and those above it really are
+        try:
+            entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"folder {str(root / folder)!r} cannot be read ({error.strerror}); remove it") from error
+        subfolders = []
+        for entry in entries:
+            path = os.path.join(folder, entry.name)
+            if not _is_folder(entry):
+                found += [os.fsencode(path)] if has_file_allowed_extension(entry.name, IMG_EXTENSIONS) else []
+            elif not entry.is_symlink():
+                subfolders.append((path, (*places, os.path.join(places[-1], entry.name))))
+            elif any(is_within(place, target := os.path.realpath(root / path)) for place in places):
+                warnings.warn(f"link {str(root / path)!r} leads back to {target!r}; it was left out", stacklevel=2)
+            else:
+                subfolders.append((path, (*places, target)))
+        waiting += reversed(subfolders)
     return found
+
+
+def is_within(folder: str, other: str) -> bool:
+    """Whether a real path is another one, or below it."""
+    return folder == other or folder.startswith(other.rstrip(os.sep) + os.sep)
 
 
 def read_image(path: Path) -> Image.Image:
@@ -148,20 +197,34 @@ def prepare(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
 class ImageData(Dataset):
     """Images of a list, prepared: item (epoch, index) is (image (3, H, W) uint8, label).
 
-    With flip, half the images of an epoch are mirrored, as (seed, epoch, index) decides.
+    With flip, half the images of an epoch are mirrored, as (seed, epoch, index) decides. With skip, which is None where
+    nobody can ask for it, another image stands in for one that cannot be read, always the same, and the item has the
+    path of the latter as its third part.
     """
 
-    def __init__(self, images: ImageList, size: tuple[int, int], flip: bool, seed: int):
-        self.images, self.size, self.flip, self.seed = images, size, flip, seed
+    def __init__(self, images: ImageList, size: tuple[int, int], flip: bool, seed: int, skip: bool | None = None):
+        self.images, self.size, self.flip, self.seed, self.skip = images, size, flip, seed, skip
 
     def __getitem__(self, item: tuple[int, int]):
         epoch, index = item
-        pixels = read_prepared(self.images.path(index), self.size)
+        pixels, skipped = self._read(index), ()
+        if self.skip and isinstance(pixels, Unreadable):
+            skipped = (pixels.path,)
+            for attempt in range(STAND_INS):
+                index = hash_seed(self.seed, "stand-in", item[1], attempt) % len(self.images)
+                if not isinstance(pixels := self._read(index), Unreadable):
+                    break
         if isinstance(pixels, Unreadable):
             return pixels
         if self.flip and is_flipped(self.seed, epoch, index):
             pixels = pixels[:, ::-1]
-        return to_tensor(pixels), int(self.images.labels[index])
+        return to_tensor(pixels), int(self.images.labels[index]), *skipped
+
+    def _read(self, index: int) -> np.ndarray | Unreadable:
+        pixels = read_prepared(self.images.path(index), self.size)
+        if isinstance(pixels, Unreadable) and self.skip is not None:
+            return replace(pixels, remedy="repair it, or pass --skip-unreadable")
+        return pixels
 
     def __len__(self) -> int:
         return len(self.images)
@@ -210,13 +273,17 @@ class EpochBatches(Sampler):
             epoch, step = epoch + 1, 0
 
 
-def collate(items: list) -> tuple[Tensor, Tensor] | Unreadable:
-    """Stack a batch, or hand on the first image that could not be read."""
+def collate(items: list) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, list[str]] | Unreadable:
+    """Stack a batch, or hand on the first image that could not be read.
+
+    Its third part are the paths of images that others stand in for, where there are any.
+    """
     for item in items:
         if isinstance(item, Unreadable):
             return item
-    inputs, labels = zip(*items, strict=True)
-    return torch.stack(inputs), torch.tensor(labels)
+    skipped = [item[2] for item in items if len(item) > 2]
+    batch = torch.stack([item[0] for item in items]), torch.tensor([item[1] for item in items])
+    return (*batch, skipped) if skipped else batch
 
 
 @contextmanager

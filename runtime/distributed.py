@@ -11,6 +11,7 @@ import signal
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -128,19 +129,26 @@ def autocast(device: torch.device, precision: str):
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """What "auto" means on this device: bf16 where the hardware multiplies it natively, else fp32."""
+    """What "auto" means on this device: bf16 where the hardware multiplies it faster, else fp32."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     elif device.type == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        # Without AMX, AVX512-BF16 was measured on a Xeon at half the rate of float32: docs/benchmark.md.
+        fast = torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and not is_intel())
     else:
         fast = False
     return "bf16" if fast else "fp32"
 
 
-def check_compiler(device: torch.device, remedy: str) -> None:
+def is_intel() -> bool:
+    """Whether the CPU is Intel's, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "GenuineIntel" in info.read_text()
+
+
+def check_compiler(device: torch.device, remedy: str = "leave --compile out") -> None:
     """Raise UserError where a model cannot be compiled for this device, which else its first step would find out."""
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and not shutil.which(compiler):
@@ -200,15 +208,17 @@ def only_on_main(function: Callable, *args):
 
 @contextmanager
 def agreed_failure(what: str) -> Iterator[None]:
-    """Context whose OSError on any process, such as a full disk, becomes one UserError about what, on all of them."""
+    """Context whose UserError on any process, or OSError about what, is one UserError on all of them."""
     failure = None
     try:
         yield
-    except OSError as error:
+    except OSError as error:  # such as a full disk
+        failure = f"{what} cannot be written ({error}); free space there and repeat the command to go on"
+    except UserError as error:
         failure = str(error)
     failures = [text for text in gather(failure) if text is not None]
     if failures:
-        raise UserError(f"{what} cannot be written ({failures[0]}); free space there and repeat the command to go on")
+        raise UserError(failures[0])
 
 
 class StopOnSignal:

@@ -2,20 +2,17 @@
 
 import math
 import os
-import re
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import psutil
 import torch
 from torch import Tensor
 
 from models import ModelConfig
-from runtime import distributed, files, monitor, pictures, validation
+from runtime import checkpoint, distributed, files, memory, monitor, pictures, validation
 from runtime.latents import LatentData
 from runtime.training import Trainer
 from runtime.vae import VAE
@@ -75,12 +72,15 @@ def measure(job, decoder: VAE | None, done: int) -> list[str]:
     image_size = None if job.vae is None else job.config.image_size
     count = args.global_batch_size // job.processes // args.grad_accum_steps
     batches = [made_up_batch(count, job.config.model, image_size) for _ in range(args.grad_accum_steps)]
-    seconds = [timed(lambda: trainer.train_step(batches), job.device) for _ in range(WARM_UP + args.dry_run)]
-    step, counted = statistics.median(seconds[WARM_UP:]), sorted(seconds[WARM_UP:])
-    left = job.total_steps - done
+    first, *_ = [timed(lambda: trainer.train_step(batches), job.device) for _ in range(WARM_UP)]
+    host_copy, state = checkpoint.HostCopy(monitor.make_logger().info), trainer.state()
+    if distributed.is_main():
+        host_copy.of(state)  # before the steps that count: a run has both at the same time
+    counted = sorted(timed(lambda: trainer.train_step(batches), job.device) for _ in range(args.dry_run))
+    step, left = statistics.median(counted), job.total_steps - done
     parts = {f"{left:,} steps of {step:.3g} s": left * step}
-    parts |= interruptions(job, trainer, decoder, step, done)
-    parts[f"start-up {started + seconds[0]:.0f} s"] = started + seconds[0]
+    parts |= interruptions(job, trainer, decoder, partial(save_nowhere, host_copy, state), step, done)
+    parts[f"start-up {started + first:.0f} s"] = started + first
     total = sum(parts.values())
     batch = args.global_batch_size
     measured = f"median of {args.dry_run} steps on made-up data, {counted[0]:.3g} to {counted[-1]:.3g} s"
@@ -88,7 +88,7 @@ def measure(job, decoder: VAE | None, done: int) -> list[str]:
         f"speed: {step:.3g} s a step, {batch / step:.4g} images/s with batch {batch} ({measured})",
         f"time: {total / 3600:.3g} hours ({monitor.format_seconds(total)}) = {' + '.join(parts)}; without reading the "
         "data, and without the disk that checkpoints are written to",
-        f"memory: {memory(job.device, args.num_workers)}",
+        f"memory: {memory_taken(job.device, args.num_workers)}",
         f"disk: {cache_disk(job)}",
     ]
 
@@ -111,12 +111,14 @@ def timed(function: Callable, device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def interruptions(job, trainer: Trainer, decoder: VAE | None, step: float, done: int) -> dict[str, float]:
+def interruptions(
+    job, trainer: Trainer, decoder: VAE | None, save_once: Callable, step: float, done: int
+) -> dict[str, float]:
     """Seconds of what training stops for, in the rest of the run: checkpoints, samples, validations."""
     args, parts = job.args, {}
     remaining = range(done + 1, job.total_steps + 1)
     saves = sum(map(job.checkpoint_due, remaining))
-    save = timed(lambda: save_nowhere(trainer), job.device) if distributed.is_main() else 0.0
+    save = timed(save_once, job.device) if distributed.is_main() else 0.0
     parts[f"{saves:,} checkpoints of {save:.2g} s"] = saves * save
     grids = sum(map(job.samples_due, remaining))
     if grids:
@@ -134,30 +136,23 @@ def interruptions(job, trainer: Trainer, decoder: VAE | None, step: float, done:
     return parts
 
 
-def save_nowhere(trainer: Trainer) -> None:
-    """What a checkpoint takes apart from the disk: its bytes, and the plot that is drawn with it."""
-    with open(os.devnull, "wb") as file:
-        torch.save({"ema": trainer.ema.state_dict(), "opt": trainer.optimizer.state_dict()}, file)
+def save_nowhere(host_copy: checkpoint.HostCopy, state: dict) -> None:
+    """What training stops for at a checkpoint: its copy, or all its bytes where there is no room for that; a plot."""
+    if host_copy.of(state) is None:
+        with open(os.devnull, "wb") as file:
+            torch.save(state, file)
     monitor.draw_nowhere()
 
 
-def memory(device: torch.device, workers: int) -> str:
+def memory_taken(device: torch.device, workers: int) -> str:
     """Peak use of this process so far, on the host and on its device."""
-    host = f"{files.format_bytes(host_peak())} of the host at the peak of this process"
+    host = f"{files.format_bytes(memory.peak())} of the host at the peak of this process"
     if workers:
         host += f", and what {workers} data-loading processes take beside it"
     if device.type != "cuda":
         return host
     taken, total = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
     return f"{files.format_bytes(taken)} of {files.format_bytes(total)} of the GPU, and {host}"
-
-
-def host_peak() -> int:
-    """Highest resident memory of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the parent had when it started this process
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def cache_disk(job) -> str:

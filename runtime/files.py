@@ -1,17 +1,27 @@
-"""Files written whole or not at all, JSON, and what an OSError means to the user."""
+"""Files written whole or not at all, files of whatever content read within bounds, and what an error in them means."""
 
+import argparse
 import errno
+import io
 import json
+import math
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from runtime.options import UserError
+import numpy as np
+
+from runtime.options import UserError, first_line
 
 PARTIAL = ".partial"  # suffix of a file being written
+LARGEST_JSON = 2**24  # bytes; parsed it takes up to 25 times as much
+LARGEST_LISTING = 2**24  # bytes of a zip archive's own list of its members, of about 100 each
+LARGEST_NPY_HEADER = 2**14  # bytes
+DEEPEST, MOST_VALUES, MOST_CHARACTERS = 64, 2**18, 2**26  # of values that a file nests; characters with those of names
 
 
 @contextmanager
@@ -69,15 +79,132 @@ def write_json(path: Path, values: dict) -> None:
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises UserError when the file is damaged or holds something else."""
+@contextmanager
+def reading(what: str, remedy: str) -> Iterator[None]:
+    """Context in which a file is read that may hold anything: whatever it makes a reader raise becomes a UserError.
+
+    The line is <what> cannot be read (<reason>); <remedy>.
+    """
     try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = first_line(error)
+        if isinstance(error, OSError):
+            reason = error.strerror or reason
+        elif not isinstance(error, ValueError | zipfile.BadZipFile):  # whose texts say all
+            reason = f"{type(error).__name__}: {reason}"
+        raise UserError(f"{what} cannot be read ({shortened(reason)}); {remedy}") from error
+
+
+def shortened(text: str, limit: int = 300) -> str:
+    """Text of at most so many characters: a hostile file's own can be as long as the file."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def read_json(path: Path, remedy: str = "remove it together with what it describes") -> dict:
+    """A JSON object. Raises UserError, with the remedy, when the file is damaged or holds something else."""
+    with reading(repr(str(path)), remedy):
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it has {path.stat().st_size} bytes; expected at most {LARGEST_JSON}")
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{str(path)!r} cannot be read ({error}); remove it together with what it describes") from error
+        for _ in leaves(values):
+            pass
     if not isinstance(values, dict):
         raise UserError(f"{str(path)!r} holds a JSON {type(values).__name__}; expected an object")
     return values
+
+
+def leaves(values, name: str = "", budget: list[int] | None = None, depth: int = 0) -> Iterator[tuple[str, object]]:
+    """What nested dicts, lists, tuples, sets and namespaces hold, each with its keys joined by dots.
+
+    Raises ValueError for what no file of ours holds and would keep its readers busy: values nested deeply or in
+    themselves, lists in lists that multiply, keys that are neither text nor whole numbers.
+    """
+    budget = [MOST_VALUES, MOST_CHARACTERS] if budget is None else budget
+    budget[0] -= 1
+    budget[1] -= len(name) + (len(values) if isinstance(values, str | bytes) else 0)
+    if depth > DEEPEST or min(budget) < 0:
+        raise ValueError("its values are nested in themselves, too deeply, or too many times")
+    if isinstance(values, dict):
+        items = [*dict.items(values), *vars(values).items()] if hasattr(values, "__dict__") else dict.items(values)
+    elif isinstance(values, argparse.Namespace):
+        items = vars(values).items()
+    elif isinstance(values, list | tuple | set):
+        items = enumerate(values)
+    else:
+        yield name, values
+        return
+    for key, value in items:
+        if not isinstance(key, str | int):
+            raise ValueError(f"it has a key of type {type(key).__name__}; expected text or whole numbers")
+        yield from leaves(value, f"{name}.{key}" if name else str(key), budget, depth + 1)
+
+
+class _Listing(io.FileIO):
+    """A file of which no read takes more than a listing may have, until bounded is False."""
+
+    bounded = True
+
+    def read(self, size: int = -1) -> bytes:
+        if self.bounded and size > LARGEST_LISTING:
+            raise ValueError(f"its list of members has {size} bytes; expected at most {LARGEST_LISTING}")
+        return super().read(size)
+
+
+@contextmanager
+def open_zip(path: Path, compressed: bool) -> Iterator[zipfile.ZipFile]:
+    """A zip archive whose members can be read without unpacking much more than the file has bytes.
+
+    Raises ValueError for members that are compressed where they may not be, or in other ways than NumPy writes them,
+    that claim to be much larger than the file, or of which two share a name; and whatever zipfile does.
+    """
+    with _Listing(path) as file, zipfile.ZipFile(file) as archive:
+        file.bounded, size = False, path.stat().st_size
+        most = LARGEST_JSON + 200 * size if compressed else size
+        for member in archive.infolist():
+            if member.compress_type not in (zipfile.ZIP_STORED, *([zipfile.ZIP_DEFLATED] if compressed else ())):
+                raise ValueError(f"entry {member.filename!r} is compressed in a way that it may not be")
+            if member.file_size > most:
+                raise ValueError(f"entry {member.filename!r} is larger than the file")
+        if len({name.lower() for name in archive.namelist()}) < len(archive.namelist()):
+            raise ValueError("two of its entries share a name")
+        yield archive
+
+
+def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, column-major order and dtype of the .npy that follows; file is at its data afterwards.
+
+    Raises ValueError for no such header and for one that is too long.
+    """
+    begin = file.tell()
+    head = io.BytesIO(file.read(LARGEST_NPY_HEADER))
+    version = np.lib.format.read_magic(head)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, column_major, dtype = read(head)
+    if any(length < 0 for length in shape):
+        raise ValueError(f"its header claims the shape {shape}")
+    file.seek(begin + head.tell())
+    return shape, column_major, dtype
+
+
+def read_npy(path: Path, shape: tuple[int, ...], kind: str) -> np.ndarray:
+    """The array in an .npy, mapped from it. Raises ValueError unless it has this shape, type and length.
+
+    kind is a dtype, byte order included, or "S" for bytes of any length.
+    """
+    with open(path, "rb") as file:
+        try:
+            found, column_major, dtype = npy_header(file)
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from error
+        begin, size = file.tell(), os.fstat(file.fileno()).st_size
+    if found != tuple(shape) or column_major or not (dtype.kind == kind or dtype == np.dtype(kind)):
+        raise ValueError(f"{path.name} holds {dtype} {found}; expected {kind} {tuple(shape)}")
+    if size - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{path.name} has {size} bytes; expected {begin + math.prod(shape) * dtype.itemsize}")
+    return np.memmap(path, dtype, "r", begin, tuple(shape))
 
 
 def remove_partial(folder: Path) -> None:

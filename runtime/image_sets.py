@@ -1,14 +1,13 @@
 """Images to be measured, read a batch at a time: samples in an .npz, and the references that they are compared with."""
 
 import hashlib
+import math
 import os
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -16,11 +15,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from runtime import data
+from runtime import data, files
 from runtime.distributed import rank, world_size
 from runtime.inception import WIDTHS
 from runtime.options import UserError, format_size
 
+LARGEST_ARRAY = 2**28  # bytes, beside the images
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # names in the reference files of ADM
 IMAGES = "images arr_0 uint8 (N, H, W, 3)"
 EXPECTED = f"expected a reference file of ADM, an .npz of {IMAGES}, or a folder of images with or without class folders"
@@ -34,7 +34,7 @@ def checksum(path: Path) -> str:
             held = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
             held += [str(path.resolve()), data.PREPARATION]
         else:  # the archive's own list, which has a checksum of each array
-            with zipfile.ZipFile(path) as archive:
+            with open_archive(path, "file", EXPECTED) as archive:
                 held = [(member.filename, member.file_size, member.CRC) for member in archive.infolist()]
     except OSError as error:
         raise UserError(str(data.Unreadable(error.filename or str(path), error.strerror))) from error
@@ -46,23 +46,20 @@ def open_archive(path: Path, option: str, expected: str) -> Iterator[zipfile.Zip
     """The .npz that option named. Raises UserError where it is missing, or cannot be read within the context."""
     if not path.exists():
         raise UserError(f"{option} {str(path)!r} does not exist; {expected}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{option} {str(path)!r} cannot be read ({error}); {expected}") from error
+    with files.reading(f"{option} {str(path)!r}", expected), files.open_zip(path, compressed=True) as archive:
+        yield archive
 
 
 def read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """A small array, such as labels. Raises ValueError for one that is not all there, or large."""
+    held = archive.getinfo(f"{name}.npy").file_size
     with archive.open(f"{name}.npy") as file:
+        shape, _, dtype = files.npy_header(file)
+        claimed = file.tell() + math.prod(shape) * dtype.itemsize
+        if claimed != held or held > LARGEST_ARRAY:
+            raise ValueError(f"{name} {dtype} {shape} has {held} bytes; expected {min(claimed, LARGEST_ARRAY)}")
+        file.seek(0)
         return np.lib.format.read_array(file, allow_pickle=False)
-
-
-def read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, column-major order and dtype of the .npy that follows."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(file)
 
 
 class NpzImages:
@@ -80,7 +77,7 @@ class NpzImages:
         self.open = partial(open_archive, path, option, expected)
         with self.open() as archive:
             with archive.open("arr_0.npy") as file:
-                shape, fortran_order, dtype = read_header(file)
+                shape, fortran_order, dtype = files.npy_header(file)
                 held = archive.getinfo("arr_0.npy").file_size - file.tell()
             if labelled:
                 self.labels = read_array(archive, "arr_1")
@@ -92,7 +89,7 @@ class NpzImages:
             wrong = found
         elif 0 in shape:
             wrong = "no images"
-        elif held != np.prod(shape, dtype=object):
+        elif held != math.prod(shape):
             wrong = f"{held} bytes for {found}"
         if wrong:
             raise UserError(f"{option} {str(path)!r} holds {wrong}; {expected}")
@@ -104,7 +101,7 @@ class NpzImages:
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """All images in order, (n, H, W, 3) uint8 at a time; after the last the archive's checksum was compared."""
         with self.open() as archive, archive.open("arr_0.npy") as file:
-            read_header(file)
+            files.npy_header(file)
             while chunk := file.read(batch_size * self.size[0] * self.size[1] * 3):
                 yield np.frombuffer(bytearray(chunk), np.uint8).reshape(-1, *self.size, 3)
 

@@ -7,8 +7,8 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
@@ -37,8 +37,8 @@ class Inception:
             network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=checked
             )
-        except RuntimeError as error:
-            differing = textwrap.shorten(str(error).splitlines()[-1], 120, placeholder=" ...")
+        except Exception as error:  # whatever values of other kinds make it raise
+            differing = textwrap.shorten((str(error).splitlines() or [repr(error)])[-1], 120, placeholder=" ...")
             raise UserError(
                 f"--inception-weights {str(path)!r} holds other weights than torch-fidelity's Inception-v3 "
                 f"({differing}); expected {PUBLISHED_NAME}"
@@ -144,7 +144,7 @@ def extract_cached(
         name: folder / f"{contents}-{format_size(images.size)}-{network.weights}-{name}.safetensors" for name in names
     }
     if distributed.is_main():
-        found = {name: load_kept(path, name) for name, path in paths.items()}
+        found = {name: load_kept(path, name, len(images)) for name, path in paths.items()}
         features = {name: values for name, values in found.items() if values is not None}
     missing = distributed.on_main(lambda: [name for name in names if name not in features])
     if missing:
@@ -156,14 +156,18 @@ def extract_cached(
     return features
 
 
-def load_kept(path: Path, name: str) -> Tensor | None:
-    """Features from a file; None without one, and for a damaged one, which is told."""
-    try:
-        return load_file(path)[name]
-    except FileNotFoundError:
+def load_kept(path: Path, name: str, count: int) -> Tensor | None:
+    """Features (count, WIDTHS[name]) from a file; None without one, and for a damaged one, which is told."""
+    if not path.exists():
         return None
-    except (OSError, KeyError, SafetensorError) as error:
-        warnings.warn(f"{str(path)!r} cannot be read ({error}); it is made again", stacklevel=2)
+    try:
+        with files.reading(repr(str(path)), "it is made again"), safe_open(path, framework="pt") as file:
+            values, stored = file.get_tensor(name), (file.metadata() or {}).get("sha256")
+            if values.shape != (count, WIDTHS[name]) or stored != checkpoint.tensor_hash({name: values}):
+                raise ValueError("it has not the features that its checksum is of")
+            return values
+    except UserError as error:
+        warnings.warn(str(error), stacklevel=2)
         return None
 
 
@@ -172,6 +176,6 @@ def keep(path: Path, name: str, values: Tensor) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.whole_file(path) as file:
-            file.write(save({name: values}))
+            file.write(save({name: values}, {"sha256": checkpoint.tensor_hash({name: values})}))
     except OSError as error:
         warnings.warn(f"{str(path)!r} cannot be written ({error}); the next command makes it again", stacklevel=2)

@@ -119,7 +119,7 @@ def newest_picture(run: Path, trained: Trained, weights: str) -> tuple[Path | No
     if grids:
         grid = max(grids, key=lambda path: path.stat().st_mtime_ns)
         made = sampled_with(files.read_json(grid.with_suffix(".json")))
-        return grid, f"the first samples of index 0, 1, ..., not chosen: {made}"
+        return grid, f"the first samples, not chosen: {made}"
     grid = pictures.grid_path(run, trained.step or 0)
     if weights == "ema" and trained.step is not None and grid.is_file():
         return grid, f"samples drawn during training, at step {trained.step:,}"

@@ -9,7 +9,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -121,7 +122,8 @@ class Metrics:
     def __init__(self, folder: Path, step: int, logger: logging.Logger, trackers: Sequence = ()):
         self.path, self.logger, self.trackers = folder / "metrics.jsonl", logger, list(trackers)
         if is_main():
-            kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+            found = read_metrics(self.path, lambda text: logger.info(f"warning: {text}"))
+            kept = [record for record in found if record["step"] <= step]
             files.write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, record: dict) -> None:
@@ -162,15 +164,33 @@ class Metrics:
         self._track("close")
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """Records of a metrics.jsonl; a last line that a killed process left incomplete is not one."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+def read_metrics(path: Path, report: Callable[[str], None] = warnings.warn) -> list[dict]:
+    """Records of a metrics.jsonl. A line that is none is reported and left out.
+
+    So is, without a word, a last line that a killed process left incomplete.
+    """
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    incomplete, records = lines.pop(), []
+    for number, line in enumerate(lines, 1):
+        record = parse_record(line)
+        if record is None:
+            report(f"line {number} of {str(path)!r} is damaged and left out")
+        else:
+            records.append(record)
+    last = parse_record(incomplete)
+    return records if last is None else [*records, last]
+
+
+def parse_record(line: bytes) -> dict | None:
+    """A line of metrics.jsonl: a step, and numbers, None or lists of them by name; None for anything else."""
+    try:
+        record = json.loads(line) if len(line) < files.LARGEST_JSON else None
+        values = [value for _, value in files.leaves(record)]
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int or record["step"] < 0:
+        return None
+    return record if all(value is None or isinstance(value, int | float) for value in values) else None
 
 
 def describe_environment(device: torch.device) -> dict:

@@ -250,10 +250,15 @@ def add_vae(parser: Parser, default: str | None = None, none: str | None = None)
 
 def add_precision(parser: Parser) -> None:
     """Add --precision and --tf32."""
-    help = "bf16: autocast; auto: bf16 where the hardware computes in it"
+    help = "bf16: autocast; auto: bf16 where the hardware is faster in it"
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=help)
     help = "TF32 for float32 products on CUDA"
     parser.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True, help=help)
+
+
+def add_compile(parser: Parser) -> None:
+    """Add --compile."""
+    parser.add_argument("--compile", action="store_true", help="compile the model's blocks")
 
 
 def add_num_workers(parser: Parser, what: str) -> None:

@@ -48,7 +48,7 @@ OTHER_NAMES = {  # those that are not named like their option, most because trai
     "FID_METRICS": ("evaluate", "--metrics"),
     "INCEPTION_WEIGHTS": ("evaluate", "--inception-weights"),
 }
-SAMPLE_TOO = ("--precision", "--tf32")  # what else train.py and sample_ddp.py share, the checkpoint tells
+SAMPLE_TOO = ("--precision", "--tf32", "--compile")  # what else train.py and sample_ddp.py share, the checkpoint tells
 # Options without a variable, the last two since wandb reads theirs itself.
 BY_HAND = ("--help", "--dry-run", "--planned", "--print-name")  # for which a command is started by itself
 NO_VARIABLE = (*BY_HAND, "--ckpt", "--wandb-project", "--wandb-entity")

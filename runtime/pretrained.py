@@ -104,9 +104,9 @@ def _read(name, weights: str, given: dict | None, verify: bool) -> tuple[Descrip
     source, given = hub.find(name), {key: value for key, value in (given or {}).items() if value is not None}
     path = source.path
     state = _load(path, verify)
-    tensors, step = _weights(state, weights, path), _step(state, path)
-    stored = state.get("config") if isinstance(state.get("config"), dict) else None
-    try:
+    with files.reading(f"checkpoint {str(path)!r}", "its settings are none that train.py or export.py writes"):
+        tensors, step = _weights(state, weights, path), _step(state, path)
+        stored = state.get("config") if isinstance(state.get("config"), dict) else None
         config = RunConfig.from_dict(stored) if stored else _from_foreign(state, tensors, given, source)
         _check_agreement(config.model, given, path)
         if config.model.rope is not None:
@@ -115,12 +115,7 @@ def _read(name, weights: str, given: dict | None, verify: bool) -> tuple[Descrip
         _check_objective(config.objective, path)
         with torch.device("meta"):  # nothing is allocated before the shapes are those of the file
             expected = config.model.build().state_dict()
-    except UserError:
-        raise
-    except Exception as error:  # whatever a config can be made to say
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"checkpoint {str(path)!r} has a config that cannot be read ({reason})") from error
-    tensors = _weights(state, weights, path, config.model)
+        tensors = _weights(state, weights, path, config.model)
     checkpoint.check_weights(expected, tensors, path)
     description = Description(
         path=path,

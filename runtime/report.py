@@ -49,18 +49,17 @@ def write(folder: Path, metrics_files: list[Path] | None = None) -> Path:
     """Make report.html of a run folder, whole or not at all; its path. Raises UserError, and OSError when full."""
     path = folder / "report.html"
     stored = files.read_json(folder / "config.json")
-    try:
+    with files.reading(f"config.json in {str(folder)!r}", "it is not one of train.py"):
         config = RunConfig.from_dict(stored | {"recipe": dict(stored["recipe"])})  # which a run always has
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"config.json in {str(folder)!r} is not one of train.py ({error!r})") from error
     records = monitor.read_metrics(folder / "metrics.jsonl")
-    body = [
-        heading(folder, config, records),
-        section("Samples", evaluation(folder, metrics_files)),
-        section("Curves", curves(folder)),
-        section("Samples during training", samples(folder)),
-        section("Settings", settings(config.to_dict(), stored)),
-    ]
+    with files.reading(f"what the report of {str(folder)!r} shows", "remove what is damaged"):
+        body = [
+            heading(folder, config, records),
+            section("Samples", evaluation(folder, metrics_files)),
+            section("Curves", curves(folder)),
+            section("Samples during training", samples(folder)),
+            section("Settings", settings(config.to_dict(), stored)),
+        ]
     files.write_text(
         path,
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'

@@ -6,8 +6,9 @@ has all its steps, finished.json.
 
 import argparse
 import fcntl
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from logging import Logger
 from pathlib import Path
 from typing import TextIO
@@ -49,16 +50,9 @@ def check_same(stored: dict | None, config: RunConfig, path: Path) -> None:
             )
 
 
-@contextmanager
-def going_on_from(path: Path) -> Iterator[None]:
-    """Context in which a checkpoint of whatever content is read: what it makes our lines raise becomes a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"checkpoint {str(path)!r} cannot be resumed ({reason}); use another") from error
+def going_on_from(path: Path) -> AbstractContextManager:
+    """Context in which what a checkpoint holds, whatever that is, is gone on with."""
+    return files.reading(f"checkpoint {str(path)!r}", "it cannot be resumed: use another")
 
 
 def step_of(state: dict, config: RunConfig, path: Path) -> int:
@@ -86,11 +80,15 @@ def is_finished(folder: Path, config: RunConfig, total_steps: int) -> bool:
 def steps_done(folder: Path, config: RunConfig, report: Callable[[str], None]) -> int:
     """Step from which a run would go on in this folder, 0 for a fresh start; nothing is left locked.
 
-    Raises UserError as RunFolder and its resume do; checkpoints that do not verify are reported.
+    Raises UserError as the resume of RunFolder does. A run that uses the folder is reported, and checkpoints that do
+    not verify are.
     """
     if (folder / LOCK).exists():
         with files.cannot_write(f"--results-dir {str(folder)!r}"), open(folder / LOCK, "r+") as file:
-            take_lock(file, folder)
+            try:
+                take_lock(file, folder)
+            except UserError as error:
+                report(f"warning: {error}")
     path = checkpoint.latest(folder / "checkpoints", report)
     if path is None:
         return 0
@@ -125,10 +123,14 @@ class RunFolder:
         self.path, self.config = path, config
         self.args = {name: _as_stored(value) for name, value in vars(args).items() if name not in NOT_STORED}
         self.keep_checkpoints, self.max_bad_steps = args.keep_checkpoints, args.max_bad_steps
+        self.ckpt_every = args.ckpt_every
         self.checkpoints, self.finished = path / "checkpoints", path / "finished.json"
         self._lock = None
         distributed.on_main(self._take)
         self.logger: Logger = monitor.make_logger(path)
+        self.saved = 0  # step of the newest checkpoint that is known to be whole; 0: none is
+        self._superseded: list[Path] = []  # checkpoints to delete once the next one is there
+        self._writer = checkpoint.BackgroundWriter(self.logger.info)  # in use on rank 0
 
     def _take(self) -> None:
         with files.cannot_write(f"--results-dir {str(self.path)!r}"):
@@ -138,15 +140,25 @@ class RunFolder:
         files.remove_partial(self.checkpoints)
 
     def close(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        """Wait for the checkpoint that is being written, and give the folder back."""
+        try:
+            self.collect(wait=True)
+        finally:
+            self._writer.close()
+            if self._lock is not None:
+                self._lock.close()
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that verifies, the one being written included; see checkpoint.latest."""
+        self.collect(wait=True)
+        return checkpoint.latest(self.checkpoints, self.logger.info)
 
     def resume(self, trainer: Trainer) -> dict | None:
         """Load the newest checkpoint of the run, and return its args; None where there is none.
 
         Raises UserError when it is of another model, data set or recipe.
         """
-        path = distributed.on_main(checkpoint.latest, self.checkpoints, self.logger.info)
+        path = distributed.on_main(self.newest)
         if path is None:
             return None
         state = checkpoint.load(path)
@@ -155,6 +167,8 @@ class RunFolder:
             checkpoint.check_training_state(state, trainer.model, path)
             trainer.load(state)
             args = dict(state["args"])
+        self.saved = trainer.step
+        self._superseded = distributed.on_main(checkpoint.interruptions, self.checkpoints, self.ckpt_every)
         if trainer.watch.seen >= self.max_bad_steps:  # a run that a streak has ended gets all its tries again
             trainer.watch = NonFiniteWatch(trainer.device)
         self.logger.info(f"resumed from {path} at step {trainer.step:,}")
@@ -174,33 +188,61 @@ class RunFolder:
             found = distributed.only_on_main(trackers.open_trackers, args, self.config, self.path, step)
             return monitor.Metrics(self.path, step, self.logger, found or ())
 
-    def save(self, trainer: Trainer, required: bool) -> bool:
-        """Write a checkpoint and return whether it is there. A failure is a warning, unless the run ends with it."""
+    def save(self, trainer: Trainer, required: bool, interrupted: bool = False) -> None:
+        """Begin to write a checkpoint, unless that of this step is there; collect tells what became of it.
+
+        One that the run ends with is required: it is waited for, and a failure is a UserError on all ranks. One that an
+        interruption ends it with is deleted when the run has gone on to its next.
+        """
         found = trainer.state()
         log = found.pop("log")
-        state = {**found, "config": self.config.to_dict(), "args": self.args, "log": log}
+        args = self.args | {"precision": trainer.precision}  # what "auto" was
+        state = {**found, "config": self.config.to_dict(), "args": args, "log": log}
+        if interrupted:
+            state[checkpoint.INTERRUPTED] = True
 
-        def write() -> bool:
-            path = checkpoint.step_path(self.checkpoints, trainer.step)
+        def begin() -> None:
+            self.collect(wait=True)
+            if self.saved == trainer.step:
+                return
+            if interrupted:
+                self._superseded = []  # until a regular one is there
+            self._writer.begin(checkpoint.step_path(self.checkpoints, trainer.step), state)
             try:
-                checkpoint.save(path, state)
-            except checkpoint.SaveError as error:
-                if required:
-                    raise UserError(
-                        f"{error}; earlier checkpoints are whole: free space and repeat the command"
-                    ) from error
-                self.logger.info(f"warning: {error}; training goes on, earlier checkpoints are whole")
-                return False
-            self.logger.info(f"saved {path}")
-            try:
-                checkpoint.prune(path, self.keep_checkpoints)
                 monitor.plot_loss(self.path)
             except OSError as error:
-                left = f"{self.path / 'loss.png'} and old checkpoints are left as they were"
-                self.logger.info(f"warning: {left}: {error}")
-            return True
+                self.logger.info(f"warning: {self.path / 'loss.png'} is left as it was: {error}")
+            if required:
+                self.collect(wait=True, required=True)
 
-        return distributed.on_main(write)
+        distributed.on_main(begin)
+
+    def collect(self, wait: bool = False, required: bool = False) -> None:
+        """Log and tidy up after a checkpoint that was written meanwhile; with wait, after the one being written.
+
+        A failure is a warning, or with required a UserError. Only rank 0 has any, and no other rank needs to know.
+        """
+        try:
+            path = self._writer.finished(wait)
+        except checkpoint.SaveError as error:
+            newest = checkpoint.step_path(self.checkpoints, self.saved)
+            whole = f"{newest} is whole" if os.path.exists(newest) else f"{self.checkpoints} has no earlier one"
+            if required:
+                raise UserError(
+                    f"{error}; {whole}: free space or make the folder writable, and repeat the command"
+                ) from error
+            return self.logger.info(f"warning: {error}; training goes on, {whole}")
+        if path is None:
+            return
+        self.saved = int(path.stem)
+        self.logger.info(f"saved {path}")
+        try:
+            while self._superseded:
+                self._superseded[-1].unlink(missing_ok=True)
+                self._superseded.pop()
+            checkpoint.prune(path, self.keep_checkpoints)
+        except OSError as error:
+            self.logger.info(f"warning: old checkpoints are left as they were: {error}")
 
     def draw_samples(self, trainer: Trainer, decoder: VAE | None, metrics: monitor.Metrics) -> None:
         """The grid of this step, made by rank 0 while the others wait. A failure is a warning; trackers get it too."""
@@ -210,7 +252,7 @@ class RunFolder:
                 path = pictures.save_samples(
                     self.path, trainer.ema, self.config, decoder, trainer.step, trainer.device, trainer.precision
                 )
-            except (OSError, torch.OutOfMemoryError) as error:
+            except (OSError, torch.OutOfMemoryError, UserError) as error:
                 reason = str(error).splitlines()[0]
                 return self.logger.info(
                     f"warning: no samples of step {trainer.step:,}: {reason}; training goes on (--sample-every 0: none)"

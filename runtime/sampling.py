@@ -56,6 +56,7 @@ def add_sampling_options(parser: options.Parser, sampler: str, steps: int, cfg_s
         help="fractions of the schedule (0 clean, 1 noise) between which guidance acts",
     )
     options.add_precision(parser)
+    options.add_compile(parser)
     add("--vae-precision", choices=["fp32", "bf16"], default="fp32", help="of the decoding: float32, or bf16 autocast")
 
 
@@ -159,7 +160,7 @@ def sample_progressive(
     """As sample_latents, yielding (t, latents): the noise, and what each step makes of it.
 
     t is the timestep of the training's noise schedule at which the model sees these latents, 999 at first; None for
-    the result.
+    the result. Raises UserError where that is not finite.
     """
     noise = IndexedNoise(config.seed, indices)
     start = noise(torch.empty(len(indices), *latent_shape, device=device))
@@ -172,4 +173,18 @@ def sample_progressive(
             return predict(x, t, y)
 
     learn_sigma = model.out_channels == 2 * model.in_channels
-    yield from process.sample(predict_autocast, start, y, config.sampler, config.steps, noise, learn_sigma)
+    for t, x in process.sample(predict_autocast, start, y, config.sampler, config.steps, noise, learn_sigma):
+        if t is None:
+            check_finite(x, indices, precision)
+        yield t, x
+
+
+def check_finite(latents: Tensor, indices: list[Index], precision: str) -> None:
+    """Raise UserError, naming the first, where samples are no numbers: they would be drawn black."""
+    wrong = [index for index, values in zip(indices, latents, strict=True) if not bool(torch.isfinite(values).all())]
+    if wrong:
+        remedy = "pass --precision fp32, or a lower --cfg-scale" if precision == "bf16" else "lower --cfg-scale"
+        raise UserError(
+            f"sample {wrong[0]} came out as values that are not finite, {len(wrong)} of {len(indices)} of its batch; "
+            f"{remedy}, or use a checkpoint of earlier steps"
+        )

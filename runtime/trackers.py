@@ -125,12 +125,14 @@ class WeightsAndBiases:
         stored = folder / "wandb.json"
         if not stored.exists():
             files.write_json(stored, {"id": uuid.uuid4().hex[:12]})
+        with files.reading(repr(str(stored)), "remove it"):
+            run_id = str(files.read_json(stored)["id"])
         with starting_wandb():
             self.run = wandb.init(
                 project=project,
                 entity=entity,
                 dir=folder,
-                id=files.read_json(stored)["id"],
+                id=run_id,
                 resume="allow",
                 name=monitor.run_name(config),
                 group=monitor.group_name(config),

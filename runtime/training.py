@@ -81,8 +81,12 @@ class Trainer:
         self.sums = torch.zeros(4, device=device)  # since the last log line: loss, gradient norm, steps, skipped
         self.watch = NonFiniteWatch(device)
         self.loss = torch.zeros((), device=device)
+        if device.type == "cpu" and precision == "bf16":
+            self.model.write_out_attention()
+        self.skipped: set[str] = set()  # unreadable images that others stood in for, in batches of this process
+        self.told: set[str] = set()  # those of all processes that newly_skipped has given
         if compile_model:
-            self.model.compile()
+            self.model.compile_blocks()
         self.model.train()
         self.distributed_model = distributed.wrap(self.model, device)
 
@@ -95,13 +99,17 @@ class Trainer:
         inputs, y = (tensor.to(self.device, non_blocking=True) for tensor in (inputs, labels))
         return self.objective.loss(self.predict, self.latents(inputs), y).mean()
 
-    def train_step(self, batches: list[tuple[Tensor, Tensor]]) -> None:
-        """One update from this process's micro-batches. A non-finite loss or gradient skips it on every process."""
+    def train_step(self, batches: list[tuple]) -> None:
+        """One update from this process's micro-batches, which data.collate makes.
+
+        A non-finite loss or gradient skips it on every process.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step + 1, self.total_steps, self.recipe)
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
-        for k, (inputs, labels) in enumerate(batches):
+        for k, (inputs, labels, *skipped) in enumerate(batches):
+            self.skipped.update(*skipped)
             distributed.seed_step(self.recipe.global_seed, self.step, k)
             with distributed.no_sync(self.distributed_model, last=k == len(batches) - 1):
                 loss = self.micro_batch_loss(inputs, labels) / len(batches)
@@ -140,14 +148,26 @@ class Trainer:
             "skipped": int(skipped),
         }
 
+    def all_skipped(self) -> list[str]:
+        """The images that others stood in for, on any process. Called on every process."""
+        return sorted(set().union(self.told, *distributed.gather(self.skipped)))
+
+    def newly_skipped(self) -> list[str]:
+        """Those of them that it has not given before. Called on every process."""
+        new = [path for path in self.all_skipped() if path not in self.told]
+        self.told.update(new)
+        return new
+
     def state(self) -> dict:
         """What a checkpoint holds of it. Called on every process."""
+        skipped = self.all_skipped()
+        log = {"sums": distributed.gather(self.sums.tolist()), "streak": int(self.watch.streak)}
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "opt": self.optimizer.state_dict(),
             "step": self.step,
-            "log": {"sums": distributed.gather(self.sums.tolist()), "streak": int(self.watch.streak)},
+            "log": log | ({"skipped": skipped} if skipped else {}),
         }
 
     def load(self, state: dict) -> None:
@@ -162,3 +182,4 @@ class Trainer:
             sums = [[loss if rank == 0 else 0.0, *sums[0][1:]] for rank in range(distributed.world_size())]
         self.sums = torch.tensor(sums[distributed.rank()], dtype=torch.float32, device=self.device).view(4)
         self.watch = NonFiniteWatch(self.device, int(state["log"]["streak"]))
+        self.told = {str(path) for path in state["log"].get("skipped", [])}

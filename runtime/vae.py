@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -50,10 +50,20 @@ class VAE:
         return torch.cat([posterior.mean, posterior.std], dim=1)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (N, C, h, w) to images (N, H, W, 3) uint8 on the CPU."""
+    def decode(self, latents: Tensor, names: Sequence | None = None) -> Tensor:
+        """Scaled latents (N, C, h, w) to images (N, H, W, 3) uint8 on the CPU.
+
+        Raises UserError, with its name (None: its row), for one that comes out as values that are not finite.
+        """
         with autocast(self.model.device, self.decode_precision):
             pixels = self.model.decode(latents.float() / self.config.scaling_factor + self.config.shift_factor).sample
+        finite = torch.isfinite(pixels).flatten(1).all(dim=1).tolist()
+        if not all(finite):
+            row = finite.index(False)
+            raise UserError(
+                f"--vae {self.source!r} decodes sample {row if names is None else names[row]} to values that are not "
+                "finite; pass --vae-precision fp32, or use another"
+            )
         pixels = (127.5 * pixels.float() + 128).clamp(0, 255)  # rounds half up once the fraction is cut off
         return pixels.permute(0, 2, 3, 1).to("cpu", torch.uint8)
 

@@ -183,16 +183,22 @@ class EncodedImages:
 
 
 def encode(
-    images: ImageList | LatentCache, size: tuple[int, int], vae: VAE | None, num_workers: int, batch: int = 32
+    images: ImageList | LatentCache,
+    size: tuple[int, int],
+    vae: VAE | None,
+    num_workers: int,
+    batch: int = 32,
+    skip: bool | None = None,
 ) -> EncodedImages:
     """Every image once, unmirrored, shared out over the processes; vae is None for a cache, which has the moments.
 
-    Raises UserError for an image that cannot be read.
+    With skip, others stand in for images that cannot be read, of which a warning tells. Raises UserError for one
+    without.
     """
     indices = list(range(len(images)))[distributed.rank() :: distributed.world_size()]
     batches = [[(0, index) for index in indices[first : first + batch]] for first in range(0, len(indices), batch)]
-    prepared = LatentData(images, flip=False, seed=0) if vae is None else data.ImageData(images, size, False, seed=0)
-    moments, unreadable = [torch.empty(0, dtype=torch.float16)], []
+    prepared = LatentData(images, flip=False, seed=0) if vae is None else data.ImageData(images, size, False, 0, skip)
+    moments, labels, unreadable = [torch.empty(0, dtype=torch.float16)], [torch.empty(0, dtype=torch.int64)], []
     bar = monitor.progress_bar(len(indices), unit="image", description="encoding held-out images")
     workers = min(num_workers, len(batches))
     with bar, data.open_loader(prepared, batches, workers, torch.device("cpu")) as loader:
@@ -201,12 +207,15 @@ def encode(
                 unreadable.append(str(found))
                 break
             moments.append(found[0] if vae is None else vae.encode(found[0]).half().cpu())
+            labels.append(found[1])
+            for path in (path for paths in found[2:] for path in paths):
+                warnings.warn(f"held-out image {path!r} cannot be read; another stands in for it", stacklevel=2)
             bar.update(len(found[0]))
     errors = [text for texts in distributed.gather(unreadable) for text in texts]
     if errors:
         raise UserError(errors[0])
-    labels, config = torch.from_numpy(images.labels[indices]), images.vae if vae is None else vae.config
-    return EncodedImages(indices, len(images), torch.cat(moments), labels, config)
+    config = images.vae if vae is None else vae.config
+    return EncodedImages(indices, len(images), torch.cat(moments), torch.cat(labels), config)
 
 
 def draw(index: int, latent_shape: tuple[int, int, int], num_timesteps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,8 +256,9 @@ def image_losses(
         x_t = process.noised(x, t, noise)
         for k, model in enumerate(models):
             model.eval()  # no label dropout
-            with distributed.autocast(device, precision):
-                output = model.forward(x_t, t, y)  # past --compile, which would compile for these shapes too
+            # As it is, since --compile would compile for inference too.
+            with distributed.autocast(device, precision), torch.compiler.set_stance("force_eager"):
+                output = model(x_t, t, y)
             losses[k, indices] = process.validation_loss(output, x, t, noise).view(-1, TENTHS).cpu().double()
     return distributed.all_reduce(losses)  # every image is one process's alone: the sum is exact
 
@@ -315,7 +325,8 @@ class Validator:
 
     def __init__(self, held_out: HeldOut, args, total_steps: int, device: torch.device, precision: str):
         self.device, self.precision, self.objective = device, precision, args.objective
-        self.images = encode(held_out.images, args.image_size, held_out.vae, args.num_workers)
+        skip = args.skip_unreadable
+        self.images = encode(held_out.images, args.image_size, held_out.vae, args.num_workers, skip=skip)
         micro_batch = args.global_batch_size // distributed.world_size() // args.grad_accum_steps
         self.batch = max(1, micro_batch // TENTHS)  # takes no more memory than training
         self.every = interval(self.images.total, args, total_steps)

@@ -6,6 +6,7 @@ import re
 import signal
 import zlib
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,18 @@ def tiny(patch: pytest.MonkeyPatch, plots: bool = False):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Counts what is compiled, in place of compiling it to machine code, which takes long."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch.compiler.reset()
+    yield counter
+    torch.compiler.reset()
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,11 @@
     python tests/kill.py training --kills 25 --folder /tmp/kills
     python tests/kill.py sampling --kills 12 --folder /tmp/samples --ckpt results/checkpoints/0400000.pt
 
-training: kills come in turn at a random moment, half-way through writing a checkpoint, and between writing and renaming
-it. After each one every checkpoint has to verify, and the next start has to go on from the newest. The last start runs
-to the end; a run that is never killed is put beside it in FOLDER/reference, the killed one in FOLDER/killed. Both have
-to end with the same bits and the same metrics. A data worker outlives its process.
+training: kills come in turn at a random moment, half-way through writing a checkpoint, between writing and renaming it,
+and two steps further, with half of it written. After each one every checkpoint has to verify, and the next start has to
+go on from the newest. The last start runs to the end; a run that is never killed is put beside it in FOLDER/reference,
+the killed one in FOLDER/killed. Both have to end with the same bits and the same metrics. A data worker outlives its
+process.
 
 sampling: the same images are made by one process, by two, and by one or two that are killed: at a random moment,
 half-way through writing an image, and half-way through packing the .npz. Labels and every draw of noise have to be
@@ -53,7 +54,7 @@ SMALL_RUN = (
     "--log-every=3 --keep-checkpoints=3 --lr=0.001 --ema-decay=0.9 --num-workers=1 --precision=fp32"
 )
 SMALL_SAMPLES = "--num-fid-samples=200 --num-sampling-steps=10 --cfg-scale=2 --precision=fp32"
-TRAINING_MOMENTS = ("random", "half-written", "not renamed")
+TRAINING_MOMENTS = ("random", "half-written", "not renamed", "steps further")
 SAMPLING_MOMENTS = ("random", "half an image", "half the .npz")
 
 
@@ -116,6 +117,8 @@ def train_until(arguments: list[str], moment: str | None, countdown: int = 1, st
         kill_half_written(countdown)
     elif moment == "not renamed":
         kill_before_rename(countdown)
+    elif moment == "steps further":
+        kill_half_written(countdown, steps_further=2)
     train.main(arguments)
 
 
@@ -131,17 +134,23 @@ def report_steps(steps: Connection) -> None:
     train.Trainer.train_step = train_step
 
 
-def kill_half_written(countdown: int) -> None:
-    """Be killed when half of the countdown-th checkpoint is on disk."""
-    save, numbers = torch.save, itertools.count(1)
+def kill_half_written(countdown: int, steps_further: int = 0) -> None:
+    """Be killed when half of the countdown-th checkpoint is on disk, and training is so many steps further."""
+    save, train_step, numbers, reached = torch.save, train.Trainer.train_step, itertools.count(1), [0]
+
+    def stepping(self, batches):
+        train_step(self, batches)
+        reached[0] = self.step
 
     def half(state, file):
         save(state, file)
         if next(numbers) == countdown:
             file.truncate(file.tell() // 2)
+            while reached[0] < state["step"] + steps_further:
+                time.sleep(0.001)
             die()
 
-    torch.save = half
+    torch.save, train.Trainer.train_step = half, stepping
 
 
 def kill_before_rename(countdown: int) -> None:
@@ -234,7 +243,7 @@ def kill_training(folder: Path, kills: int, arguments: list[str] | None = None) 
     arguments, steps = [*arguments, f"--results-dir={killed}"], 2 * newest_step(reference) // kills
     survived, resumed = Counter(), []
     for number in range(kills):
-        before, moment = newest_step(killed), TRAINING_MOMENTS[number % 3]
+        before, moment = newest_step(killed), TRAINING_MOMENTS[number % 4]
         if moment == "random":
             process = kill_at_random(arguments, steps)
         else:

@@ -44,12 +44,14 @@ def test_without_position_encoding_nothing_else_changes():
     assert {"aten.cos.default", "aten.mul.Tensor"} <= set(counts["axial"] - counts["none"])
 
 
-@pytest.mark.parametrize("encoding", list(benchmark.ENCODINGS))
-def test_no_attention_matrix_is_ever_made(encoding):
+@pytest.mark.parametrize(
+    ("encoding", "precision"), [*((name, "fp32") for name in benchmark.ENCODINGS), ("spiral", "bf16")]
+)
+def test_no_attention_matrix_is_ever_made(encoding, precision):
     """At 1,024 tokens every tensor of a step stays below one N x N matrix per head and image, and grows as N."""
     largest, images = [], 2
     for size in (256, 512):
-        args = SimpleNamespace(**(vars(ARGS) | {"image_size": size}))
+        args = SimpleNamespace(**(vars(ARGS) | {"image_size": size, "precision": precision}))
         trainer = benchmark.trainer_of(args, encoding)
         batch = benchmark.made_up_batch(images, benchmark.config_of(args, encoding))
         with Operations() as seen:

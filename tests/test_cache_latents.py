@@ -1,6 +1,8 @@
 """The latent cache: equal to encoding online, resumable, recognised, refused by name."""
 
+import contextlib
 import json
+import os
 import shutil
 import weakref
 from pathlib import Path
@@ -15,6 +17,7 @@ from diffusion.gaussian_diffusion import GaussianDiffusion
 from runtime import data, files, latents
 from runtime.data import ImageData, ImageList
 from runtime.latents import LatentCache, LatentData
+from runtime.options import UserError
 from runtime.vae import VAE
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
@@ -30,7 +33,14 @@ def moments(folder: Path) -> np.ndarray:
 
 
 def test_what_is_written(cache, vae_folder):
-    assert sorted(contents(cache)) == ["labels.npy", "meta.json", "moments.npy", "paths.npy"]
+    assert sorted(contents(cache)) == [
+        "checksums.npy",
+        "labels.npy",
+        "meta.json",
+        "moments.npy",
+        "paths.npy",
+        "stamps.npy",
+    ]
     stored, meta = np.load(cache / "moments.npy"), json.loads((cache / "meta.json").read_text())
     assert (stored.dtype, stored.shape) == (np.float16, (24, 2, 8, 4, 4))
     assert meta["vae"]["sha256"] == VAE(str(vae_folder)).config.sha256
@@ -76,7 +86,7 @@ def test_a_run_may_change_between_online_and_cached(cache, train_arguments, tmp_
 def begun(cache_arguments, signal_after, tmp_path, monkeypatch, capsys):
     """A cache that was stopped after ten images."""
     monkeypatch.setattr(latents, "CHUNK", 5)
-    signal_after(cache_latents, "encode_chunk", 2)
+    signal_after(cache_latents, "encode_rows", 2)
     cache_latents.main(cache_arguments(tmp_path / "latents"))
     assert capsys.readouterr().out.endswith("stopped on request; repeat the same command to go on\n")
     return tmp_path / "latents"
@@ -87,13 +97,14 @@ def test_an_interrupted_cache_goes_on(cache, begun, cache_arguments, train_argum
     assert refused(train.main, arguments).endswith(
         "is not a finished latent cache (meta.json is missing); run cache_latents.py with this folder first"
     )
-    encoded, encode = [], cache_latents.encode_chunk
+    encoded, encode = [], cache_latents.encode_rows
 
     def watched(writer, rows, *rest):
-        encoded.append(rows)
+        encoded.append(range(rows[0], rows[-1] + 1))
+        assert rows == list(encoded[-1])
         return encode(writer, rows, *rest)
 
-    monkeypatch.setattr(cache_latents, "encode_chunk", watched)
+    monkeypatch.setattr(cache_latents, "encode_rows", watched)
     cache_latents.main(cache_arguments(begun))
     assert encoded == [range(10, 15), range(15, 20), range(20, 24)]
     cache_latents.main(cache_arguments(tmp_path / "whole"))
@@ -158,14 +169,14 @@ def test_other_settings_are_refused_by_name(
 
 
 def test_the_disk_need_is_printed_before_anything_is_encoded(cache_arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cache_latents, "encode_chunk", None)
+    monkeypatch.setattr(cache_latents, "encode_rows", None)
     expected = f"encode 24 images, 2 flips each, into {tmp_path / 'latents'}: 12.3 kB\n"
     cache_latents.main([*cache_arguments(tmp_path / "latents"), "--dry-run"])
     assert capsys.readouterr().out.endswith(f"dry run: would {expected}") and list(tmp_path.iterdir()) == []
     with pytest.raises(TypeError):
         cache_latents.main(cache_arguments(tmp_path / "latents"))
     assert capsys.readouterr().out.endswith(expected.replace("encode", "encoding"))
-    imagenet = latents.CacheWriter(tmp_path, {"shape": [1_281_167, 2, 8, 32, 32]})
+    imagenet = latents.CacheWriter(tmp_path, {"shape": [1_281_167, 2, 8, 32, 32]}, None)
     assert files.format_bytes(imagenet.bytes) == "42 GB"
 
 
@@ -192,9 +203,7 @@ def test_unreadable_images_are_named_or_left_out(
     arguments = cache_arguments(tmp_path / "latents", data_path=damaged)
     message = refused(cache_latents.main, arguments, has_begun=True)
     assert message.startswith(f"image {str(damaged / names[0])!r} cannot be read (")
-    assert message.endswith(
-        "; repair it or remove it from the data set; 2 in all; pass --skip-unreadable to leave such images out"
-    )
+    assert message.endswith("; repair it, or pass --skip-unreadable to leave such images out; 2 in all")
     assert not (tmp_path / "latents" / "meta.json").exists()
     folder = tmp_path / "without"
     cache_latents.main(cache_arguments(folder, data_path=damaged, skip_unreadable=True))
@@ -251,7 +260,160 @@ def test_a_damaged_cache(name, damage, cache, unfit, tmp_path):
     if name == "meta.json" and damage != "{}":  # not even JSON, or no object
         assert message.startswith(repr(str(broken / name)))
     else:
-        assert message.startswith("DIR is damaged (") and message.endswith("); remove it and make it again")
+        end = "; run cache_latents.py with this folder again, which repairs it"
+        assert message.startswith("DIR cannot be read (") and message.endswith(end)
+
+
+def damaged(path: Path, random) -> None:
+    """Flip a bit, cut, zero or lengthen a file."""
+    whole = bytearray(path.read_bytes())
+    at = random.integers(len(whole))
+    match random.integers(4):
+        case 0:
+            whole[at] ^= 1 << random.integers(8)
+        case 1:
+            del whole[at:]
+        case 2:
+            whole[at : at + 64] = bytes(len(whole[at : at + 64]))
+        case 3:
+            whole += bytes(64)
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", [*latents.RECORDED, "moments.npy", "meta.json"])
+def test_after_any_damage_a_cache_is_repaired_or_refused(name, cache, cache_arguments, tmp_path, capsys):
+    """And never trained on as if it were whole."""
+    whole, random = contents(cache), np.random.default_rng(len(name))
+    expected = [LatentData(LatentCache(cache), True, 0)[0, index] for index in range(24)]
+    broken = shutil.copytree(cache, tmp_path / "broken")
+    for _ in range(5):
+        (broken / name).write_bytes(whole[name])
+        damaged(broken / name, random)
+        with contextlib.suppress(UserError):
+            found = LatentData(LatentCache(broken), True, 0)
+            items = [found[0, index] for index in range(24)]
+            for item, (values, label) in zip(items, expected, strict=True):
+                assert isinstance(item, data.Unreadable) or (torch.equal(item[0], values) and item[1] == label)
+        try:
+            cache_latents.main([*cache_arguments(broken), "--verify"])
+        except SystemExit:
+            assert name == "meta.json" and "; remove it and run cache_latents.py" in capsys.readouterr().err
+            (broken / name).unlink()
+            cache_latents.main(cache_arguments(broken))
+        assert contents(broken) == whole
+
+
+def test_training_names_a_row_that_is_damaged_and_keeps_what_it_has(
+    cache, cache_arguments, train_arguments, refused, tmp_path, monkeypatch
+):
+    broken = shutil.copytree(cache, tmp_path / "latents")
+    stored = np.lib.format.open_memmap(broken / "moments.npy", "r+")
+    stored[7] = 0
+    arguments = train_arguments(tmp_path / "run", data_path=None, vae=None, latents_dir=broken)
+    message = refused(train.main, arguments, has_begun=True)
+    reason = "row 7 of moments.npy is not what was written"
+    assert message.startswith(
+        f"latent cache {str(broken)!r} cannot be read ({reason}); repair it with cache_latents.py"
+    )
+    assert "is saved: repeat the command" in message
+    cache_latents.main(cache_arguments(broken))  # in seconds: the moments are read when asked for
+    assert not stored[7].any()
+    encoded, encode = [], cache_latents.encode_rows
+    monkeypatch.setattr(cache_latents, "encode_rows", lambda *args: (encoded.append(args[1]), encode(*args))[1])
+    cache_latents.main([*cache_arguments(broken), "--verify"])
+    assert encoded == [[7]]
+    train.main(arguments)
+
+
+@pytest.mark.parametrize("done", [b"", b"\1", bytes(5)])
+def test_a_mark_of_progress_that_is_lost_or_short_finishes_nothing(done, begun, cache, cache_arguments):
+    """As a power loss leaves it; early versions counted what it did not tell as done."""
+    (begun / "done").write_bytes(done)
+    cache_latents.main(cache_arguments(begun))
+    assert LatentCache(begun).labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    np.testing.assert_allclose(moments(begun), moments(cache), **ROUNDING)
+
+
+@pytest.fixture
+def early(cache, tmp_path):
+    """A cache as early versions made it: without checksums, paths, sizes and times."""
+    folder = shutil.copytree(cache, tmp_path / "early")
+    for name in ("checksums.npy", "paths.npy", "stamps.npy"):
+        (folder / name).unlink()
+    settings = json.loads((folder / "meta.json").read_text())
+    files.write_json(
+        folder / "meta.json", {key: settings[key] for key in settings if key not in ("record", "checksum")}
+    )
+    return folder
+
+
+def test_a_cache_of_an_early_version_is_used_and_completed(
+    early, cache, cache_arguments, train_arguments, tmp_path, monkeypatch
+):
+    train.main(train_arguments(tmp_path / "run", data_path=None, vae=None, latents_dir=early, max_steps=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_latents, "encode_rows", None)
+        cache_latents.main(cache_arguments(early))
+    assert contents(early) == contents(cache)
+
+
+def test_rows_that_an_early_version_left_empty_are_encoded(
+    early, cache, cache_arguments, train_arguments, refused, tmp_path
+):
+    np.lib.format.open_memmap(early / "moments.npy", "r+")[20:] = 0
+    arguments = train_arguments(tmp_path / "run", data_path=None, vae=None, latents_dir=early)
+    assert "of moments.npy is not what was written" in refused(train.main, arguments, has_begun=True)
+    cache_latents.main(cache_arguments(early))
+    np.testing.assert_allclose(moments(early), moments(cache), **ROUNDING)
+
+
+def test_images_that_were_replaced_are_noticed(image_folder, cache, cache_arguments, refused, tmp_path, monkeypatch):
+    """A file of the same name, of other pixels or only written anew, and one added to a nested folder."""
+    images, folder = shutil.copytree(image_folder, tmp_path / "images"), tmp_path / "latents"
+    cache_latents.main(cache_arguments(folder, data_path=images))
+    victim, encoded = images / "bee" / "04.png", []
+    kept = victim.stat()
+    shutil.copy(images / "ant" / "00.png", victim)
+    encode = cache_latents.encode_rows
+    monkeypatch.setattr(cache_latents, "encode_rows", lambda *args: (encoded.append(args[1]), encode(*args))[1])
+    message = refused(cache_latents.main, cache_arguments(folder, data_path=images))
+    assert message == (
+        f"--latents-dir {str(folder)!r} was made of other images: {str(victim)!r} has another "
+        f"{'size' if victim.stat().st_size != kept.st_size else 'time'} by now, 1 in all; pass --changed encode to "
+        "encode these again, or --changed keep where only their times are others, as in a copy of the data set"
+    )
+    cache_latents.main(cache_arguments(folder, data_path=images, changed="encode"))
+    assert encoded == [[9]]  # bee: 8 to 15, of 01, 04, ...
+    np.testing.assert_allclose(moments(folder)[9], moments(folder)[0], **ROUNDING)
+    os.utime(victim, ns=(1, 1))
+    assert "has another time by now, 1 in all" in refused(cache_latents.main, cache_arguments(folder, data_path=images))
+    cache_latents.main(cache_arguments(folder, data_path=images, changed="keep"))
+    cache_latents.main(cache_arguments(folder, data_path=images))
+    assert encoded == [[9]]
+    (folder / "meta.json").unlink()  # what proves itself is kept, if the images are still those
+    os.utime(victim, ns=(2, 2))
+    assert "has another time by now, 1 in all" in refused(cache_latents.main, cache_arguments(folder, data_path=images))
+    cache_latents.main(cache_arguments(folder, data_path=images, changed="keep"))
+    assert encoded == [[9]]
+    before = contents(folder)
+    cache_latents.main([*cache_arguments(folder, data_path=images), "--verify"])
+    assert contents(folder) == before and encoded == [[9]]
+    (images / "bee" / "more").mkdir()
+    shutil.copy(victim, images / "bee" / "more")
+    assert "made with other settings: fingerprint" in refused(
+        cache_latents.main, cache_arguments(folder, data_path=images)
+    )
+
+
+def test_moments_beyond_float16_are_noticed_when_they_are_cached(
+    cache_arguments, refused, image_folder, tmp_path, monkeypatch
+):
+    encode = VAE.encode
+    monkeypatch.setattr(VAE, "encode", lambda self, images: encode(self, images) * 1e6)
+    message = refused(cache_latents.main, cache_arguments(tmp_path / "latents"), has_begun=True)
+    assert message.startswith(f"image {str(image_folder / 'ant' / '00.png')!r} cannot be read (the autoencoder makes ")
+    assert " of it, and float16 ends at 65504); use another --vae, train with --data-path in place of " in message
+    assert not (tmp_path / "latents" / "meta.json").exists()
 
 
 def test_what_cannot_be_cached_is_refused_before_writing(cache_arguments, refused, tmp_path, monkeypatch):

@@ -1,8 +1,11 @@
 """Data: preparation, file formats, batches, flips, the latent cache's reader, the demo digits."""
 
 import itertools
+import os
 import pickle
+import shutil
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -191,6 +194,79 @@ def test_linked_folders_are_followed(tmp_path, image_folder):
     (tmp_path / "classes").mkdir()
     (tmp_path / "classes" / "ant").symlink_to(image_folder / "ant")
     assert len(ImageList(tmp_path / "classes")) == 8
+
+
+def test_a_link_back_is_named_and_every_file_counts_once(tmp_path):
+    """To the folder itself, to one above it, to the data set, through another class's link."""
+    for name in ("ant/deep/1.png", "ant/2.png", "bee/3.png", "elsewhere/cat/4.png"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).touch()
+    (tmp_path / "data" / "elsewhere").rename(tmp_path / "elsewhere")
+    root = tmp_path / "data"
+    loops = {
+        root / "ant" / "self": root / "ant",
+        root / "ant" / "deep" / "up": root / "ant",
+        root / "ant" / "deep" / "far": tmp_path,
+        root / "bee" / "all": root,
+        tmp_path / "elsewhere" / "cat" / "back": tmp_path / "elsewhere",
+    }
+    (root / "cat").symlink_to(tmp_path / "elsewhere" / "cat")
+    for link, target in loops.items():
+        link.symlink_to(target)
+    for path in (root / "loop", root / "bee" / "loop.png"):  # to nothing but itself: the latter cannot be read
+        path.symlink_to(path)
+    (root / "bee" / "also").symlink_to(root / "ant" / "deep")  # no loop until its own link is met
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        images = ImageList(root)
+    assert images.paths.tolist() == [b"ant/2.png", b"ant/deep/1.png", b"bee/3.png", b"bee/loop.png"] + [
+        b"bee/also/1.png",
+        b"cat/4.png",
+    ]
+    said = "".join(str(warning.message) for warning in told)
+    for link, target in loops.items():
+        name = str(link).replace(str(tmp_path / "elsewhere" / "cat"), str(root / "cat"))
+        assert f"link {name!r} leads back to {str(target)!r}; it was left out" in said
+    assert len(told) == len(loops) + 2  # of bee/also, up and far
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path, image_folder, monkeypatch):
+    (tmp_path / "ant" / "deep").mkdir(parents=True)
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(UserError, match=r"folder '.*/ant/deep' cannot be read \(Permission denied\); remove it"):
+        ImageList(tmp_path)
+
+
+def test_stamps_are_sizes_and_times(tmp_path):
+    (tmp_path / "ant").mkdir()
+    (tmp_path / "ant" / "1.png").write_bytes(b"four")
+    os.utime(tmp_path / "ant" / "1.png", ns=(0, 1234567890123))
+    (tmp_path / "ant" / "2.png").symlink_to("none")
+    assert ImageList(tmp_path).stamps.tolist() == [[4, 1234567890123], [-1, -1]]
+
+
+def test_another_image_stands_in_for_an_unreadable_one(image_folder, tmp_path):
+    images = ImageList(shutil.copytree(image_folder, tmp_path / "images"))
+    images.path(9).write_bytes(b"damaged")
+    dataset = ImageData(images, (32, 32), True, 5, skip=True)
+    pixels, label, skipped = dataset[2, 9]
+    assert skipped == str(images.path(9)) and torch.equal(pixels, dataset[2, 9][0])
+    twins = [index for index in range(24) if index != 9 for flipped in (False, True)
+             if torch.equal(pixels, dataset[0, index][0].flip(2) if flipped else dataset[0, index][0])]  # fmt: skip
+    assert len(twins) == 1 and label == images.labels[twins[0]]
+    inputs, labels, paths = data.collate([dataset[0, 8], dataset[0, 9]])
+    assert inputs.shape == (2, 3, 32, 32) and len(labels) == 2 and paths == [skipped]
+    assert str(ImageData(images, (32, 32), True, 5, skip=False)[0, 9]).endswith("pass --skip-unreadable")
+    for index in range(24):
+        images.path(index).write_bytes(b"damaged")
+    assert isinstance(dataset[0, 3], Unreadable)
 
 
 def test_the_fingerprint_is_of_the_list_and_not_of_its_place(tmp_path):

@@ -115,8 +115,8 @@ def test_another_kind_of_model_is_refused(change, message, folder):
 
 def test_other_weights_are_refused(folder):
     path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    whole = {name: value.clone() for name, value in load_file(path).items()}  # the file is about to change
     query = "transformer_blocks.1.attn1.to_q.weight"
-    whole = {name: value.clone() for name, value in load_file(path).items()}  # of the file itself, which changes below
     bias = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"
     no_dit = f"checkpoint {str(path)!r} is no DiT in diffusers' layout ("
     for change, message in (
@@ -128,7 +128,8 @@ def test_other_weights_are_refused(folder):
         ({"more.weight": whole[query]}, f"checkpoint {str(path.parent)!r} has 1 unknown weights, such as more.weight"),
         ({"transformer_blocks.1.attn2.to_q.weight": whole[query]}, f"checkpoint {str(path.parent)!r} has 1 unknown"),
     ):
-        save_file({name: value.clone() for name, value in (whole | change).items() if value is not None}, path)
+        changed = {name: value.clone() for name, value in (whole | change).items() if value is not None}
+        save_file(changed, path)
         assert rejection(folder).startswith(message)
     path.unlink()
     assert rejection(folder).startswith(

@@ -1,13 +1,17 @@
 """Evaluation: agreement with torch-fidelity and closed forms, references, streaming, cache, processes, mistakes."""
 
 import hashlib
+import io
 import json
 import os
 import pwd
+import resource
 import shutil
 import sys
+import time
 import tracemalloc
 import urllib.error
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +20,10 @@ import torch
 import torch_fidelity.feature_extractor_inceptionv3 as torch_fidelity_inception
 from conftest import command_line, contents, tiny
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import evaluate
-from runtime import data, distributed, files, inception
+from runtime import checkpoint, data, distributed, files, inception
 from runtime.image_sets import FolderImages, NpzImages, checksum
 from runtime.options import UserError
 
@@ -362,6 +366,21 @@ def test_cached_features_follow_contents_weights_and_size(evaluated, fake, sets,
     assert cached(reference=sets / "reference") == 4
 
 
+@pytest.mark.parametrize("how", ["other values", "other shape", "no checksum"])
+def test_cached_features_that_are_not_as_written_are_made_again(how, evaluated, tmp_path):
+    first = evaluated()
+    (path,) = (tmp_path / "cache").iterdir()
+    whole, values = path.read_bytes(), load_file(path)["pool"]
+    metadata = {"sha256": checkpoint.tensor_hash({"pool": values})}
+    changed = values + 1 if how == "other values" else values[1:] if how == "other shape" else values
+    if how == "other shape":
+        metadata = {"sha256": checkpoint.tensor_hash({"pool": changed})}
+    save_file({"pool": changed.contiguous()}, path, None if how == "no checksum" else metadata)
+    with pytest.warns(UserWarning, match="it has not the features that its checksum is of.*; it is made again"):
+        assert evaluated() == first
+    assert path.read_bytes() == whole
+
+
 def test_cached_features_that_cannot_be_read_or_written(evaluated, tmp_path, monkeypatch):
     first, cache = evaluated(), tmp_path / "cache"
     (path,) = cache.iterdir()
@@ -589,6 +608,50 @@ DAMAGE = [  # what becomes of a whole archive
     (lambda whole: whole[:900] + b"x" + whole[901:], "cannot be read (Bad CRC-32 for file 'arr_0.npy')"),
     (lambda whole: whole.replace(b"(90, 24,", b"(91, 24,"), "holds 129600 bytes for arr_0 uint8 (91, 24, 20, 3)"),
 ]
+
+
+def archived(path: Path, **members: bytes) -> Path:
+    """An archive of deflated .npy files of any content."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, contents in members.items():
+            archive.writestr(f"{name}.npy", contents)
+    return path
+
+
+def npy(shape: tuple, dtype: str, contents: bytes = b"") -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return file.getvalue() + contents
+
+
+ONE = npy((1, 8, 8, 3), "|u1", bytes(192))
+HOSTILE = {  # members of a small archive, what the answer says
+    "a long header": (dict(arr_0=b"\x93NUMPY\2\0" + (10**7).to_bytes(4, "little") + b" " * 10**7), "EOF: "),
+    "images unpacked": (dict(arr_0=npy((10**5, 16, 16, 3), "|u1", bytes(768 * 10**5))), "entry 'arr_0.npy' is larger"),
+    "labels that are not there": (
+        dict(arr_0=ONE, arr_1=npy((10**12,), "<i8")),
+        "arr_1 int64 (1000000000000,) has 128 b",
+    ),
+    "labels unpacked": (dict(arr_0=ONE, arr_1=npy((10**7,), "<i8", bytes(8 * 10**7))), "entry 'arr_1.npy' is larger"),
+    "lengths that multiply to the size": (
+        dict(arr_0=npy((-1, -8, 8, 3), "|u1", bytes(192))),
+        "claims the shape (-1, -8",
+    ),
+    "nested deeply": (dict(arr_0=b"\x93NUMPY\1\0\x88\x13" + b"(" * 5000), "ValueError"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_small_archive_cannot_claim_much_memory(case, tmp_path):
+    members, expected = HOSTILE[case]
+    path = archived(tmp_path / "hostile.npz", **{"arr_1": npy((1,), "<i8", bytes(8))} | members)
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    with pytest.raises(UserError) as error:
+        NpzImages(path, "--samples", labelled=True)
+    assert str(error.value).startswith(f"--samples {str(path)!r} cannot be read (") and "\n" not in str(error.value)
+    assert expected in str(error.value) or expected == "ValueError"
+    assert time.perf_counter() - started < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
 
 
 @pytest.mark.parametrize("images, message", NO_IMAGES + DAMAGE)

@@ -164,6 +164,11 @@ def test_what_python_saves_is_a_checkpoint(rope, tmp_path):
     assert same(trained.model, model) and trained.config.model.rope == rope
     assert export_to(tmp_path / "exported", tmp_path / "saved").is_dir()
     assert load_trained(tmp_path / "exported").config == trained.config
+    save_file({name: value for name, value in model.state_dict().items() if name != BIAS}, tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").replace(tmp_path / "saved" / "model.safetensors")
+    with pytest.raises(RuntimeError, match=BIAS):
+        DiT.from_pretrained(tmp_path / "saved")
+    assert rejection(tmp_path / "saved") == f"checkpoint FILE lacks 1 weights, such as {BIAS}"
 
 
 def test_half_is_of_the_folder_too(source, tmp_path):

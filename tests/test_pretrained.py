@@ -265,7 +265,7 @@ def test_wrong_contents_are_named(save):
     state = build(num_classes=5).state_dict()
     bad = {value: state[BIAS].index_fill(0, torch.tensor(3), float(value)) for value in ("nan", "inf")}
     flawed = f"checkpoint FILE has values in {BIAS} that are not finite numbers; use an earlier one"
-    stored = f"checkpoint FILE: ema.{BIAS} is {{}}; expected numbers stored in full"
+    asks = "checkpoint FILE is refused: it asks for torch._utils._rebuild_{};"
     other = "checkpoint FILE has no {!r} weights; pass --weights {}"
     for contents, weights, message in (
         ({**state, BIAS: bad["nan"]}, "ema", flawed),
@@ -292,9 +292,9 @@ def test_wrong_contents_are_named(save):
             "checkpoint FILE: hidden_size 96, depth 2, patch_size 2 are those of none of DiT-{XL|L|B|S|XS}/{2|4|8}",
         ),
         ({"x_embedder.proj.weight": torch.zeros(64, 4, 2, 2)}, "ema", "checkpoint FILE is not a whole DiT ("),
-        ({"ema": state, "args": "a text"}, "ema", "checkpoint FILE has a config that cannot be read ("),
-        ({"ema": {**state, BIAS: torch.zeros(32).to_sparse()}}, "ema", stored.format("sparse_coo on cpu")),
-        ({"ema": {**state, BIAS: torch.zeros(32, device="meta")}}, "ema", stored.format("strided on meta")),
+        ({"ema": state, "args": "a text"}, "ema", "checkpoint FILE cannot be read (dictionary update "),
+        ({"ema": {**state, BIAS: torch.zeros(32).to_sparse()}}, "ema", asks.format("sparse_tensor")),
+        ({"ema": {**state, BIAS: torch.zeros(32, device="meta")}}, "ema", asks.format("meta_tensor_no_storage")),
     ):
         assert rejection(save(contents), weights).startswith(message)
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fuzz_checkpoint
+import fuzz
 import kill
 import numpy as np
 import pytest
@@ -40,10 +40,10 @@ def full(*_):
 
 
 def test_training_killed_again_and_again(image_folder, vae_folder, tmp_path):
-    """kill.py in its short form: a random moment, half a checkpoint written, one written and not renamed."""
+    """kill.py in its short form: once at each of its moments."""
     random.seed(0)
     changes = {"data_path": image_folder, "vae": vae_folder, "log_every": 1, "ckpt_every": 2, "max_steps": 30}
-    assert kill.kill_training(tmp_path, 3, command_line(TINY_RUN | changes)) == dict.fromkeys(kill.TRAINING_MOMENTS, 1)
+    assert kill.kill_training(tmp_path, 4, command_line(TINY_RUN | changes)) == dict.fromkeys(kill.TRAINING_MOMENTS, 1)
     assert_same_run(tmp_path / "killed", tmp_path / "reference")
 
 
@@ -93,18 +93,72 @@ def test_torchrun_recovers_from_a_killed_process(two):
     assert [record["step"] for record in read_metrics(two.folder / "restarted")] == list(range(1, 8))
 
 
-# Hostile checkpoints
+# Hostile files
 
 
-def test_damaged_checkpoints_never_crash_a_reader(image_folder, vae_folder, tmp_path, monkeypatch):
-    """fuzz_checkpoint.py in its short form."""
-    for name, value in fuzz_checkpoint.SMALLEST_XS.items():
+def test_damaged_files_never_crash_a_reader(image_folder, vae_folder, tmp_path, monkeypatch):
+    """fuzz.py in its short form."""
+    for name, value in fuzz.SMALLEST_XS.items():
         monkeypatch.setitem(models.SIZES["XS"], name, value)
-    path, trainer = fuzz_checkpoint.prepare(tmp_path, image_folder, vae_folder)
-    outcomes = fuzz_checkpoint.fuzz(path, trainer, mutations=120)
+    subjects = fuzz.prepare(tmp_path, image_folder, vae_folder)
+    outcomes, _ = fuzz.fuzz(subjects.pop("checkpoint"), mutations=120)
     refusals = {key[:2]: times for key, times in outcomes.items() if key[2] == "refused"}
     assert sum(outcomes.values()) == 2 * 120 and len(refusals) == 6 and min(refusals.values()) > 5
-    assert outcomes["sampling", "values", "loaded"] > 0  # what it does not read may be anything
+    assert outcomes["sampling", "values", "taken"] > 0  # what it does not read may be anything
+    for name, subject in subjects.items():
+        outcomes, _ = fuzz.fuzz(subject, mutations=10 if name == "statistics" else 40)
+        assert sum(times for key, times in outcomes.items() if key[2] != "taken") > 5, name
+
+
+JSON = {  # contents, the reason
+    "not text": (b'{"a": "\xff"}', "'utf-8' codec can't decode"),
+    "cut": (b'{"steps": 2', "Expecting ',' delimiter"),
+    "nested in 100,000 lists": (
+        b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        "RecursionError: maximum recursion",
+    ),
+    "nested in 100 lists": (
+        b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}",
+        "its values are nested in themselves, too deeply",
+    ),
+    "an endless number": (b'{"a": ' + b"1" * 10_000 + b"}", "Exceeds the limit"),
+    "many values": (b'{"a": [' + b"0," * 2**18 + b"0]}", "too many times"),
+    "twenty megabytes": (b'{"a": "' + b"a" * 20_000_000 + b'"}', "it has 20000009 bytes; expected at most 16777216"),
+}
+
+
+@pytest.mark.parametrize("case", JSON)
+def test_json_of_any_content_is_one_line(case, tmp_path):
+    contents, reason = JSON[case]
+    path = tmp_path / "settings.json"
+    path.write_bytes(contents)
+    with pytest.raises(options.UserError) as error:
+        files.read_json(path)
+    assert str(error.value).startswith(f"{str(path)!r} cannot be read (") and reason in str(error.value)
+    assert str(error.value).endswith("); remove it together with what it describes") and len(str(error.value)) < 600
+
+
+def test_a_damaged_line_of_the_metrics_costs_that_line_and_is_told(tmp_path):
+    lines = [json.dumps({"step": step, "loss": 0.5, "tenths": [None, 1]}).encode() for step in range(1, 11)]
+    damage = {
+        2: lines[1][:9],
+        4: b"\xff",
+        5: b"[5]",
+        6: b'{"loss": 1}',
+        7: b"[" * 100_000,
+        8: b'{"step": 8, "loss": "x"}',
+    }
+    for number, contents in damage.items():
+        lines[number - 1] = contents
+    path, told = tmp_path / "metrics.jsonl", []
+    path.write_bytes(b"\n".join(lines) + b'\n{"step": 11, "lo')  # a killed process leaves that
+    assert [record["step"] for record in monitor.read_metrics(path, told.append)] == [1, 3, 9, 10]
+    assert told == [f"line {number} of {str(path)!r} is damaged and left out" for number in damage]
+    logger = monitor.make_logger(tmp_path)
+    metrics = monitor.Metrics(tmp_path, 9, logger)
+    metrics.write({"step": 10, "loss": 0.25})
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 3, 9, 10]
+    assert (tmp_path / "log.txt").read_text().count("warning: line ") == len(damage)
 
 
 BIAS = "x_embedder.proj.bias"
@@ -119,8 +173,8 @@ TRAINING_STATES = {  # where, what is put there, the message
     "no moments": ("opt", "state", {}, "FILE has optimizer states of 0 of 31 weights"),
     "NaN moments": ("opt.state", 1, {"exp_avg": torch.full((64,), torch.nan)}, f"exp_avg of {BIAS} {NOT_FINITE}"),
     "negative step": ("step", -1, "FILE has a step that is no whole number >= 0; use another"),
-    "another log": ("log", "sums", [[1.0, 2.0]], "FILE cannot be resumed (RuntimeError: shape '[4]' is invalid for"),
-    "no log": ("log", {}, "FILE cannot be resumed (KeyError: 'sums'); use another"),
+    "another log": ("log", "sums", [[1.0, 2.0]], "FILE cannot be read (RuntimeError: shape '[4]' is invalid for"),
+    "no log": ("log", {}, "FILE cannot be read (KeyError: 'sums'); it cannot be resumed: use another"),
     "no run of ours": ("config", None, "FILE has no config, so it cannot be resumed; use another --results-dir"),
 }
 

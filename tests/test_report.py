@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import train
-from runtime import checkpoint, monitor, pictures, report
+from runtime import checkpoint, latents, monitor, pictures, report
 from runtime.config import RunConfig
 
 TENTHS = [0.1 + 0.05 * k for k in range(10)]
@@ -88,6 +88,7 @@ def test_samples_of_cached_latents_need_the_vae(cache, vae_folder, make_vae, tra
     other, moved, results = make_vae(seed=1), shutil.copytree(vae_folder, tmp_path / "moved"), tmp_path / "run"
     gone = shutil.copytree(cache, tmp_path / "latents of a VAE that is gone")
     change_json(gone / "meta.json", lambda meta: meta["vae"].update(source="/no/where"))
+    change_json(gone / "meta.json", lambda meta: meta.update(checksum=latents.checksum_of(meta)))
 
     def arguments(latents_dir: Path, **changes) -> list[str]:
         return train_arguments(results, **{"data_path": None, "vae": None, "latents_dir": latents_dir} | changes)
@@ -341,7 +342,12 @@ def test_many_classes_and_many_records_stay_small(finished):
     lines = [json.dumps(record(100 * k)) + "\n" for k in range(1, 20_001)]
     (finished / "metrics.jsonl").write_text("".join(lines))
     monitor.plot_loss(finished)
-    seen = changed_page(finished, lambda config: config["data"].update(classes=[f"n{k:08d}" for k in range(1000)]))
+
+    def rename(config: dict) -> None:
+        config["data"]["classes"] = [f"n{k:08d}" for k in range(1000)]
+        config["model"]["num_classes"] = 1000
+
+    seen = changed_page(finished, rename)
     assert "n00000019 and 980 more" in seen.text and "n00000020" not in seen.text
     assert "2,000,000" in seen.text and len(seen.source) < 1e6
 
@@ -360,4 +366,4 @@ def test_what_is_no_run_is_refused(finished, refused, tmp_path):
     }.items():
         assert refused(report.main, arguments).startswith(message)
     (finished / "config.json").write_text("{}")
-    assert refused(report.main, [finished]).startswith(f"config.json in {str(finished)!r} is not one of train.py (")
+    assert refused(report.main, [finished]).startswith(f"config.json in {str(finished)!r} cannot be read (")

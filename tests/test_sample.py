@@ -104,6 +104,14 @@ def test_batches_do_not_change_images(finished, sample, tmp_path):
     assert_same(tmp_path, finished)
 
 
+def test_compiled_blocks_make_the_same_images_and_are_compiled_once(finished, sample, tmp_path, compilations):
+    """With a smaller last batch, and where guidance goes on and off."""
+    sample(tmp_path / "same", compile=True)
+    assert_same(tmp_path / "same", finished)
+    sample(tmp_path / "interval", compile=True, guidance_interval=(0.25, 0.75), num_fid_samples=8)
+    assert compilations.frame_count == 1
+
+
 def test_an_interrupted_run_makes_the_missing_images_only(finished, sample, signal_after, tmp_path, monkeypatch):
     signal_after(sampling, "sample_latents", 1)
     assert sample(tmp_path).endswith("stopped on request; repeat the same command to go on\n")
@@ -166,6 +174,82 @@ def test_a_damaged_npz_is_made_again_and_more_samples_may_come_later(copy, finis
         images, labels = arrays(copy)
         assert len(images) == len(labels) == len(list(stem(copy).iterdir())) == total
         assert np.array_equal(images[:13], arrays(finished)[0])
+
+
+def broken_image(path: Path, how: str) -> None:
+    whole = bytearray(path.read_bytes())
+    match how:
+        case "flipped":
+            whole[len(whole) // 2] ^= 1
+        case "no image":
+            whole[50:-20] = b""
+        case "another size":
+            with Image.open(path) as image:
+                image.resize((16, 16)).save(path)
+            return
+        case "grey":
+            with Image.open(path) as image:
+                image.convert("L").save(path)
+            return
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("how", ["flipped", "no image", "another size", "grey"])
+def test_an_image_that_is_not_what_was_written_is_made_again(how, packed, copy, finished, sample):
+    """It has the end of a PNG, so its beginning and its checksums have to tell."""
+    path = stem(copy)
+    broken_image(path / "000004.png", how)
+    if not packed:
+        Path(f"{path}.npz").unlink()
+    before = times(copy)
+    assert "nothing to do" not in sample(copy)
+    assert_same(copy, finished)
+    changed = {path.name for path, time in times(copy).items() if path.suffix == ".png" and before.get(path) != time}
+    assert changed == {"000004.png", f"{path.name}.png"}
+
+
+def test_a_damaged_npz_or_grid_is_packed_again(copy, finished, sample):
+    npz, grid = (Path(f"{stem(copy)}{suffix}") for suffix in (".npz", ".png"))
+    for path in (npz, grid):
+        contents = bytearray(path.read_bytes())
+        contents[len(contents) // 2] ^= 1
+        path.write_bytes(contents)
+        assert "nothing to do" not in sample(copy)
+        assert_same(copy, finished)
+    assert "nothing to do" in sample(copy)
+
+
+def test_images_without_their_settings_are_not_adopted(copy, sample_arguments, refused):
+    settings = Path(f"{stem(copy)}.json")
+    settings.unlink()
+    assert refused(sample_ddp.main, sample_arguments(copy)) == (
+        f"{str(stem(copy))!r} holds images whose settings are missing ({str(settings)!r}); remove it, or use another "
+        "--sample-dir"
+    )
+    settings.write_text("{")
+    assert refused(sample_ddp.main, sample_arguments(copy)).startswith(f"{str(settings)!r} cannot be read (")
+
+
+def test_samples_that_are_no_numbers_are_an_error(sample_arguments, refused, tmp_path, monkeypatch):
+    forward, decode = DiT.forward_with_cfg, VAE.decode
+
+    def poisoned(self, x, t, *rest):
+        output = forward(self, x, t, *rest)
+        output[1] += float(x.shape[0] == 5 and int(t[0]) < 500) * torch.nan
+        return output
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiT, "forward_with_cfg", poisoned)
+        message = refused(sample_ddp.main, sample_arguments(tmp_path / "a"), has_begun=True)
+    assert message == (
+        "sample 1 came out as values that are not finite, 1 of 5 of its batch; lower --cfg-scale, or use a checkpoint "
+        "of earlier steps"
+    )
+    monkeypatch.setattr(VAE, "decode", lambda self, latents, names=None: decode(self, latents * torch.inf, names))
+    message = refused(sample_ddp.main, sample_arguments(tmp_path / "b"), has_begun=True)
+    assert " decodes sample 0 to values that are not finite; pass --vae-precision fp32, or use another" in message
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_a_folder_begun_with_other_settings_is_refused_by_name(copy, sample_arguments, refused):
@@ -381,14 +465,16 @@ def test_precision_follows_the_device(monkeypatch):
         ("auto", cuda, (7, 5), "fp32"),
         ("auto", cuda, (8, 0), "bf16"),
         ("auto", torch.device("mps"), None, "fp32"),
-        ("auto", cpu, (False, False), "fp32"),
-        ("auto", cpu, (True, False), "bf16"),
-        ("auto", cpu, (False, True), "bf16"),
-        ("auto", cpu, (True, True), "bf16"),
+        ("auto", cpu, (False, False, False), "fp32"),  # AVX512-BF16, AMX, Intel
+        ("auto", cpu, (True, False, False), "bf16"),
+        ("auto", cpu, (True, False, True), "fp32"),
+        ("auto", cpu, (False, True, True), "bf16"),
+        ("auto", cpu, (True, True, True), "bf16"),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         for number, name in enumerate(("_is_avx512_bf16_supported", "_is_amx_tile_supported")):
             monkeypatch.setattr(torch.cpu, name, lambda found=capability, number=number: found[number])
+        monkeypatch.setattr(distributed, "is_intel", lambda found=capability: found[2])
         assert distributed.resolve_precision(asked, device) == expected
 
 

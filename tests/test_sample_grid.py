@@ -66,6 +66,15 @@ def assert_same(images, reference) -> None:
     assert np.abs(np.stack(images).astype(int) - np.stack(reference).astype(int)).max() <= 1
 
 
+def test_compiled_blocks_draw_the_same_images(draw, arguments, compilations, refused, monkeypatch):
+    """Compiled once, also for the smaller last batch; refused where there is no compiler."""
+    expected, compiled = (draw(classes="bee", per_class=3, batch_size=2, compile=flag) for flag in (None, True))
+    assert_same(compiled["draw_grid"][0], expected["draw_grid"][0])
+    assert compilations.frame_count == 1
+    monkeypatch.setenv("CXX", "none")
+    assert "needs the C++ compiler 'none'" in refused(sample.main, arguments(compile=True))
+
+
 # Names of classes
 
 

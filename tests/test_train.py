@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,8 +25,8 @@ from test_checkpoint import disk_full_at
 
 import evaluate_loss
 import train
-from models import DiT, ModelConfig
-from runtime import checkpoint, data, estimate, monitor, vae
+from models import ModelConfig, attend_written_out
+from runtime import checkpoint, data, distributed, estimate, files, memory, monitor, vae
 from runtime.config import Recipe
 from runtime.run import RunFolder
 from runtime.training import Trainer, initial_model, learning_rate
@@ -33,6 +34,7 @@ from runtime.training import Trainer, initial_model, learning_rate
 pytestmark = pytest.mark.usefixtures("tiny_commands")
 OF_RUN = dict(lr=0.01, ema_decay=0.5, use_rope=True, rope_rotate=2)  # the fixture's options
 FULL = OSError(28, "No space left on device")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -196,12 +198,21 @@ def make_job(train_arguments, tmp_path):
     return make
 
 
-def test_the_model_is_compiled_on_request_alone(make_job, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(DiT, "compile", lambda model: compiled.append(model))
-    for changes in ({}, dict(compile=True)):
-        trainer = make_job(**changes).trainer()
-        assert compiled == ([trainer.model] if changes else [])
+def test_a_run_compiles_once_and_on_request_alone(make_job, train_arguments, compilations, tmp_path):
+    """Learning rates change; samples of the average and validation run as they are."""
+    assert not make_job().trainer().model.compiled
+    changes = dict(lr_schedule="linear", warmup_steps=2, sample_every=4, val_fraction=0.3, val_every=3)
+    train.main(train_arguments(tmp_path / "run", compile=True, **changes))
+    assert compilations.frame_count == 1
+    assert len(list((tmp_path / "run").glob("samples/0*.png"))) == 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attention_is_written_out_in_bfloat16_training_alone(make_job, precision):
+    """Of the weights that are trained; their average samples by the kernels."""
+    trainer = make_job(precision=precision).trainer()
+    for model, written_out in ((trainer.model, precision == "bf16"), (trainer.ema, False)):
+        assert all((block.attn.attend is attend_written_out) == written_out for block in model.blocks)
 
 
 def test_the_average_follows_the_weights(make_job):
@@ -278,23 +289,75 @@ def full_disk_at(monkeypatch):
     return fail
 
 
-def test_a_full_disk_in_mid_run_is_survived(train_arguments, full_disk_at, tmp_path, capsys):
-    full_disk_at(4)
-    train.main(train_arguments(tmp_path / "run", ckpt_every=2))
-    path = tmp_path / "run" / "checkpoints" / "0000004.pt"
-    warning = f"warning: checkpoint {str(path)!r} could not be written: [Errno 28] No space left on device; training "
-    assert f"{warning}goes on, earlier checkpoints are whole" in capsys.readouterr().out
-    assert sorted(file.name for file in path.parent.iterdir()) == ["0000002.pt", "0000006.pt", "0000007.pt"]
-    for file in path.parent.iterdir():
-        checkpoint.load(file, verify=True)
+def cannot_be_opened(monkeypatch, folder: Path) -> None:
+    """Make a folder one of a disk that has been mounted read-only, for root too."""
+
+    def opened(path, *mode):
+        if Path(path).parent == folder:
+            raise OSError(30, "Read-only file system")
+        return open(path, *mode)
+
+    monkeypatch.setattr(files, "open", opened, raising=False)
+
+
+MISHAPS = {"full": FULL, "vanished": "[Errno 2] No such file or directory: ", "read-only": "[Errno 30] Read-only file"}
+
+
+@pytest.fixture
+def mishap(monkeypatch, full_disk_at):
+    """Makes something happen, as step 3 ends, to the folder of a run's checkpoints; "full" concerns one of them."""
+
+    def happen(what: str, results: Path, step: int) -> None:
+        train_step, folder = Trainer.train_step, results / "checkpoints"
+
+        def then(self, batches):
+            train_step(self, batches)
+            if self.step == 3 and what == "vanished":
+                shutil.rmtree(folder)
+            if self.step == 3 and what == "read-only":
+                cannot_be_opened(monkeypatch, folder)
+
+        monkeypatch.setattr(Trainer, "train_step", then)
+        if what == "full":
+            full_disk_at(step)
+
+    return happen
+
+
+@pytest.mark.parametrize("what", MISHAPS)
+def test_a_checkpoint_that_cannot_be_written_in_mid_run_is_a_warning(what, train_arguments, mishap, tmp_path, capsys):
+    results = tmp_path / "run"
+    mishap(what, results, step=4)
+    arguments, path = train_arguments(results, ckpt_every=2), results / "checkpoints" / "0000004.pt"
+    if what == "full":  # for a while
+        train.main(arguments)
+        output = capsys.readouterr().out
+        assert sorted(file.name for file in path.parent.iterdir()) == ["0000002.pt", "0000006.pt", "0000007.pt"]
+        for file in path.parent.iterdir():
+            checkpoint.load(file, verify=True)
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            train.main(arguments)
+        output, errors = capsys.readouterr()
+        whole = f"{path.parent} has no earlier one" if what == "vanished" else f"{path.with_stem('0000002')} is whole"
+        end = f"; {whole}: free space or make the folder writable, and repeat the command\n"
+        assert stopped.value.code == 2 and errors.count("\n") == 1 and errors.endswith(end)
+        assert f"{str(path.with_stem('0000007'))!r} could not be written: {MISHAPS[what]}" in errors
+        assert [record["step"] for record in read_metrics(results)] == [3, 6, 7]
+    warning = f"warning: checkpoint {str(path)!r} could not be written: {MISHAPS[what]}"
+    assert warning in output and output.index(warning) < output.index("step 0000006: ")
+    goes_on = "has no earlier one" if what == "vanished" else "0000002.pt is whole"
+    assert f"; training goes on, {path.parent}" in output and goes_on in output
 
 
 def test_a_full_disk_at_the_end_leaves_what_was_there(whole, train_arguments, full_disk_at, refused, tmp_path):
     full_disk_at(7)
     path, arguments = tmp_path / "run" / "checkpoints" / "0000007.pt", train_arguments(tmp_path / "run")
     message = refused(train.main, arguments, has_begun=True)
-    assert message.startswith(f"checkpoint {str(path)!r} could not be written: [Errno 28] No space left on device; ")
-    assert message.endswith("free space and repeat the command")
+    assert message == (
+        f"checkpoint {str(path)!r} could not be written: {FULL}; {path.with_stem('0000004')} is whole: free space or "
+        "make the folder writable, and repeat the command"
+    )
     assert [file.name for file in path.parent.iterdir()] == ["0000004.pt"]
     assert not (tmp_path / "run" / "finished.json").exists()
     full_disk_at(99)
@@ -325,12 +388,122 @@ def test_a_disk_too_full_for_metrics_and_plots_is_survived(train_arguments, tmp_
     train.main(train_arguments(tmp_path / "run"))
     output, path = capsys.readouterr().out, tmp_path / "run" / "metrics.jsonl"
     assert f"warning: step 6 is missing in {path}: [Errno 27] File too large" in output
-    assert "loss.png and old checkpoints are left as they were: [Errno 28] No space left on device" in output
+    assert "loss.png is left as it was: [Errno 28] No space left on device" in output
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [3, 7]
     assert newest(tmp_path / "run")["step"] == 7
 
 
+# Beside training
+
+
+@pytest.fixture
+def slow_write(monkeypatch):
+    """Lets the checkpoint of a step be written when a later step ends, and not before; returns steps of begin."""
+    save, train_step, steps, began = torch.save, Trainer.train_step, [0], []
+    changed = threading.Condition()
+
+    def stepping(self, batches):
+        train_step(self, batches)
+        with changed:
+            steps.append(self.step)
+            changed.notify_all()
+
+    def slow(until: dict[int, int]) -> list[int]:
+        def saving(state, file):
+            began.append(steps[-1])
+            with changed:
+                assert changed.wait_for(lambda: steps[-1] >= until.get(state["step"], 0), timeout=60)
+            save(state, file)
+
+        monkeypatch.setattr(torch, "save", saving)
+        return began
+
+    monkeypatch.setattr(Trainer, "train_step", stepping)
+    return slow
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(whole, train_arguments, slow_write, tmp_path):
+    """It holds the bits of its step; and the log tells of it at the step after it is there."""
+    began = slow_write({4: 6})
+    train.main(train_arguments(tmp_path / "run"))
+    assert len(began) == 2
+    assert_same_run(tmp_path / "run", whole)
+    one, other = (checkpoint.load(root / "checkpoints" / "0000004.pt") for root in (tmp_path / "run", whole))
+    for key in ("model", "ema", "opt", "step", "config", "log"):
+        assert_same_bits(one[key], other[key])
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.index("step 0000006: ") < log.index("saved ")
+
+
+def test_a_stop_waits_for_the_checkpoint_that_is_being_written(
+    whole, train_arguments, slow_write, stop_after_step, monkeypatch, tmp_path
+):
+    """The signal comes two steps after the write began, which takes a while yet; then comes that of the stop."""
+    slow_write({4: 6})
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *names: (time.sleep(0.3 * (names[1].suffix == ".pt")), replace(*names)))
+    stop_after_step(6)
+    arguments = train_arguments(tmp_path / "run")
+    train.main(arguments)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    places = [log.index(text) for text in ("0000004.pt\n", "0000006.pt\n", "stopped on request at step 6")]
+    assert places == sorted(places)
+    train.main(arguments)
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_where_no_copy_fits_training_waits_and_says_so_once(
+    whole, train_arguments, slow_write, monkeypatch, tmp_path, capsys
+):
+    began = slow_write({})
+    monkeypatch.setattr(memory, "available", lambda: 2_900_000)
+    train.main(train_arguments(tmp_path / "run", ckpt_every=2))
+    line = "training waits while checkpoints are written: a copy takes 2.91 MB of memory, 2.9 MB are free\n"
+    assert capsys.readouterr().out.count(line) == 1 and began == [2, 4, 6, 7]
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_whatever_the_writing_thread_meets_is_not_lost(train_arguments, monkeypatch, tmp_path):
+    def broken(*_):
+        raise ValueError("not what a disk says")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="not what a disk says"):
+        patch.setattr(torch, "save", broken)
+        train.main(train_arguments(tmp_path / "run", max_steps=50))
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    train.main(train_arguments(tmp_path / "run", max_steps=5))  # nothing was left locked
+    assert newest(tmp_path / "run")["step"] == 5
+
+
 # Which checkpoint
+
+
+def test_checkpoints_of_an_interruption_go_when_the_next_regular_one_is_there(
+    whole, train_arguments, stopped, stop_after_step, tmp_path
+):
+    """Those between which the run was stopped are all there until then; the last of a shorter run stays."""
+    names = lambda: sorted(file.stem[-1] for file in (tmp_path / "run" / "checkpoints").iterdir())  # noqa: E731
+    arguments = train_arguments(stopped(2))
+    assert names() == ["2"]
+    for more, left in ((1, ["2", "3"]), (2, ["4", "5"])):
+        stop_after_step(more)
+        train.main(arguments)
+        assert names() == left
+    train.main(arguments)
+    assert names() == ["4", "7"]
+    assert_same_run(tmp_path / "run", whole)
+    train.main([*arguments, "--max-steps=9"])
+    assert names() == ["4", "7", "8", "9"]
+
+
+def test_another_precision_on_resume_is_a_warning(train_arguments, stopped, capsys):
+    """Also where both were chosen automatically, for other hardware."""
+    results = stopped(2, precision="auto" if distributed.resolve_precision("auto", CPU) == "bf16" else "bf16")
+    train.main(train_arguments(results, max_steps=3))
+    warning = "warning: this run was trained in bf16 so far, and goes on in fp32; --precision bf16 goes on as before"
+    assert capsys.readouterr().out.count(warning) == 1
+    train.main(train_arguments(results, max_steps=4))
+    assert "trained in" not in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_is_skipped_and_counts_for_nothing(
@@ -365,7 +538,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(train_arg
 # One run in a folder, one recipe in a run
 
 
-def test_a_second_run_in_the_same_folder_is_refused(run, train_arguments, refused, tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused(run, train_arguments, refused, tmp_path, capsys):
     results = shutil.copytree(run, tmp_path / "run")
     hold = "import fcntl; file = open('.lock', 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -373,11 +546,11 @@ def test_a_second_run_in_the_same_folder_is_refused(run, train_arguments, refuse
     assert holder.stdout.readline() == "\n"
     arguments = train_arguments(results, **OF_RUN, max_steps=8)
     message = refused(train.main, arguments)
-    assert (
-        refused(train.main, [*arguments, "--dry-run"])
-        == message
-        == (f"--results-dir {str(results)!r} is in use by another run; wait for it or choose another")
-    )
+    assert message == f"--results-dir {str(results)!r} is in use by another run; wait for it or choose another"
+    before = contents(results)
+    train.main([*arguments, "--dry-run"])  # may look while it is in use
+    output = capsys.readouterr().out
+    assert f"warning: {message}\n" in output and "would go on from step 7" in output and contents(results) == before
     holder.communicate("\n", timeout=30)
     train.main(arguments)
     assert newest(results)["step"] == 8
@@ -427,7 +600,7 @@ def test_a_config_that_is_not_ours_is_one_line(extra, run, train_arguments, refu
     state = checkpoint.load(path)
     checkpoint.save(path, state | {"config": state["config"] | {"vae": {"colour": "red"}}})
     assert refused(train.main, [*train_arguments(results, **OF_RUN), extra]).startswith(
-        f"checkpoint {str(path)!r} cannot be resumed (TypeError: "
+        f"checkpoint {str(path)!r} cannot be read (KeyError: 'source'"
     )
 
 
@@ -514,6 +687,25 @@ def test_an_image_that_turns_out_unreadable_loses_nothing(whole, train_arguments
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_a_run_goes_on_without_an_unreadable_image(train_arguments, image_folder, refused, tmp_path, capsys):
+    """The remedy that the message names works, and the images that others stand in for are in log and checkpoint."""
+    images = data.ImageList(shutil.copytree(image_folder, tmp_path / "data"))
+    victim = images.path(next(iter(data.EpochBatches(24, 8, 0, start_step=2)))[0][1])
+    victim.write_bytes(b"damaged")
+    arguments = train_arguments(tmp_path / "run", data_path=images.root)
+    assert "; repair it, or pass --skip-unreadable; everything" in refused(train.main, arguments, has_begun=True)
+    train.main([*arguments, "--skip-unreadable"])
+    printed = capsys.readouterr().out
+    assert "at step 2\n" in printed and "finished at step 7" in printed
+    assert printed.count(f"warning: image {str(victim)!r} cannot be read; another one stands in for it\n") == 1
+    train.main(train_arguments(tmp_path / "whole", data_path=images.root, skip_unreadable=True))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    for results in ("run", "whole"):
+        assert newest(tmp_path / results)["log"]["skipped"] == [str(victim)]
+    train.main(train_arguments(tmp_path / "whole", data_path=images.root, skip_unreadable=True, max_steps=8))
+    assert "stands in" not in capsys.readouterr().out.split("finished at step 7")[-1]  # told before
+
+
 # Dry runs
 
 
@@ -584,10 +776,14 @@ def test_a_measured_dry_run_adds_up(train_arguments, stopped, tmp_path, monkeypa
     process = SimpleNamespace(create_time=lambda: time.time() - 2)
     monkeypatch.setattr(estimate, "psutil", SimpleNamespace(Process=lambda: process))
     monkeypatch.setattr(Trainer, "train_step", lambda self, batches: (steps.append(batches), step(self, batches)))
+    copies, copy_of = [], checkpoint.HostCopy.of
+    copying = lambda self, state: copies.append(len(steps)) or copy_of(self, state)  # noqa: E731
+    monkeypatch.setattr(checkpoint.HostCopy, "of", copying)
     before = contents(tmp_path)
     train.main([*train_arguments(results, **options), "--dry-run=3"])
     assert contents(tmp_path) == before
     assert len(steps) == estimate.WARM_UP + 3 and steps[0][0][0].shape == (8, 3, 32, 32)
+    assert copies == [estimate.WARM_UP, len(steps)]  # kept beside the steps that count, as in a run
     output = capsys.readouterr().out
     hours, listed = re.search(r"time: ([\d.e-]+) hours \([\d:]+\) = (.*) start-up", output).groups()
     parts = re.findall(r"([\d,]+) ([a-z ]+) of (?:about )?([\d.e-]+) s", listed)

@@ -476,7 +476,7 @@ def test_a_cache_without_paths_is_refused_and_completed(cache, cache_arguments, 
     paths, before = latents / "paths.npy", (latents / "paths.npy").read_bytes()
     arguments = train_arguments(tmp_path / "run", latents_dir=latents, val_fraction=0.25, max_steps=1, **CACHED)
     paths.write_bytes(b"damaged")
-    assert names(refused(train.main, arguments), latents, "is damaged (paths.npy: ", "remove paths.npy")
+    assert names(refused(train.main, arguments), latents, "cannot be read (paths.npy: ", "which repairs it")
     paths.unlink()
     assert names(refused(train.main, arguments), latents, "paths.npy is missing", "run cache_latents.py")
     cache_latents.main(cache_arguments(latents))

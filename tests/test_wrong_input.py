@@ -62,7 +62,7 @@ SAMPLE = (
     "num-fid-samples=0 per-proc-batch-size=0 num-sampling-steps=0 num-sampling-steps=1001 cfg-scale=0.5 cfg-channels=4 "
     "global-seed=-1 sampler=euler weights=best precision=fp16 vae-precision=fp16 rope-extend=far model=DiT planned=0"
 )
-CACHE = "batch-size=0 num-workers=-1 image-size=0 planned=0"
+CACHE = "batch-size=0 num-workers=-1 image-size=0 planned=0 changed=all"
 
 
 @pytest.mark.parametrize(

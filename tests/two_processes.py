@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 from unittest.mock import patch
 
@@ -73,9 +74,9 @@ def stopped(results: Path, images: Path, vae: str) -> dict:
         if distributed.rank() == 1 and self.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def saved(self, trainer, required):
+    def saved(self, trainer, **how):
         seen.append(trainer.step)
-        return save(self, trainer, required)
+        save(self, trainer, **how)
 
     with patch.object(Trainer, "train_step", train_step), patch.object(RunFolder, "save", saved):
         train.main(arguments(results, images, vae))
@@ -136,8 +137,20 @@ def validated(results: Path, images: Path, vae: str) -> None:
 
 
 def trained(results: Path, images: Path, vae: str) -> None:
-    """A whole run."""
-    train.main(arguments(results, images, vae, max_steps=7, log_every=3, lr=0.01, use_rope=True, rope_rotate=2))
+    """A whole run, whose first checkpoint, of step 4, is written when both processes are two steps further."""
+    step, save, further = Trainer.train_step, torch.save, threading.Event()
+
+    def train_step(self, batches):
+        step(self, batches)
+        if self.step == 6:
+            further.set()
+
+    def saving(state, file):
+        assert further.wait(timeout=60)
+        save(state, file)
+
+    with patch.object(Trainer, "train_step", train_step), patch.object(torch, "save", saving):
+        train.main(arguments(results, images, vae, max_steps=7, log_every=3, lr=0.01, use_rope=True, rope_rotate=2))
 
 
 def sampled(results: Path, images: Path, vae: str) -> None:
