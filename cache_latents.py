@@ -55,10 +55,11 @@ class Rows(Dataset):
         return row, data.to_tensor(pixels)
 
 
-def encode_missing(writer: CacheWriter, images: data.ImageList, vae: VAE, args, logger) -> tuple[bool, list[str]]:
+def encode_missing(writer: CacheWriter, images: data.ImageList, vae: VAE, args, logger) -> tuple[int, list[str]]:
     """Encode this process's share of the rows that do not prove themselves.
 
-    Returns whether it was stopped, and the unreadable images. Raises OSError when they cannot be written.
+    Returns the signal that stopped it, or 0, and the unreadable images. Raises OSError when they cannot be written, and
+    UserError.
     """
     unreadable, total, chunks = [], len(images), writer.chunks()
     with distributed.StopOnSignal() as stop, monitor.progress_bar(total, 0, "image", "encoding") as bar:
@@ -66,22 +67,30 @@ def encode_missing(writer: CacheWriter, images: data.ImageList, vae: VAE, args, 
             if stop.received:
                 break
             rows = writer.unproven(chunk)
-            bad = encode_rows(writer, rows, images, vae, args) if rows else []
+            bad = encode_rows(writer, rows, images, vae, args, stop) if rows else []
+            if bad is None:
+                break
             for image in bad:
                 logger.warning(f"warning: {image}")
             unreadable += [str(image) for image in bad]
             bar.update(min(len(chunk) * distributed.world_size(), total - bar.n))
     writer.sync()
-    return stop.received is not None, unreadable
+    return int(stop.received or 0), unreadable
 
 
-def encode_rows(writer: CacheWriter, rows: list[int], images: data.ImageList, vae: VAE, args) -> list[data.Unreadable]:
-    """Encode and write some rows of a chunk. Returns the images that could not be read or encoded."""
+def encode_rows(
+    writer: CacheWriter, rows: list[int], images: data.ImageList, vae: VAE, args, stop: distributed.StopOnSignal
+) -> list[data.Unreadable] | None:
+    """Encode and write some rows of a chunk. Returns the images where that fails; None where a signal came first."""
     batches = writer.batches(rows, args.batch_size)
     workers = min(args.num_workers, len(batches))
-    bad = []
-    with data.open_loader(Rows(images, args.image_size), batches, workers, torch.device("cpu"), list) as loader:
+    bad, encoded = [], 0
+    rows_of = Rows(images, args.image_size)
+    with data.open_loader(rows_of, batches, workers, torch.device("cpu"), list, stop) as loader:
         for batch in loader:
+            if isinstance(batch, data.NoBatch):
+                raise UserError(f"{batch}; repeat the command to go on")
+            encoded += len(batch)
             readable = [item for item in batch if not isinstance(item[1], data.Unreadable)]
             found = dict(batch) | (encode_batch(readable, images, vae, args.flip) if readable else {})
             for row in sorted(found.keys() & set(rows)):
@@ -91,7 +100,7 @@ def encode_rows(writer: CacheWriter, rows: list[int], images: data.ImageList, va
                 bad.append(found[row])
                 if args.skip_unreadable:
                     writer.write(row, None)
-    return bad
+    return bad if encoded == sum(map(len, batches)) else None
 
 
 def encode_batch(
@@ -163,10 +172,13 @@ def main(argv: list[str] | None = None) -> None:
         return logger.info(f"dry run: {done if finished else f'would encode {size}'}")
     if finished and not (args.verify and is_damaged(writer)):
         return logger.info(done)
-    logger.info(f"encoding {size}")
-    distributed.on_main(writer.create, args.changed)
-    writer.open()
-    fill(writer, images, vae, args, logger)
+    with distributed.hold(args.latents_dir, f"--latents-dir {str(args.latents_dir)!r}", logger.info):
+        if not finished and distributed.on_main(writer.check, args.changed):  # by another command, meanwhile
+            return logger.info(done)
+        logger.info(f"encoding {size}")
+        distributed.on_main(writer.create, args.changed)
+        writer.open()
+        fill(writer, images, vae, args, logger)
 
 
 def fill(writer: CacheWriter, images: data.ImageList, vae: VAE, args, logger) -> None:
@@ -174,8 +186,9 @@ def fill(writer: CacheWriter, images: data.ImageList, vae: VAE, args, logger) ->
     with distributed.agreed_failure(f"--latents-dir {str(args.latents_dir)!r}"):
         outcome = encode_missing(writer, images, vae, args, logger)
     outcomes = distributed.gather(outcome)
-    if any(stopped for stopped, _ in outcomes):
-        return logger.info("stopped on request; repeat the same command to go on")
+    if any(number for number, _ in outcomes):
+        logger.info("stopped on request; repeat the same command to go on")
+        distributed.exit_stopped(max(number for number, _ in outcomes))
     bad = [text for _, texts in outcomes for text in texts]
     if bad and not args.skip_unreadable:
         raise UserError(f"{bad[0]}, or pass --skip-unreadable to leave such images out; {len(bad)} in all")

@@ -84,15 +84,15 @@ choose_launchers() { # sets LAUNCH for all machines, and LAUNCH_HERE for this on
 # well, but a background process of a script ignores SIGINT unless it asks for it, so each signal goes on as SIGTERM.
 STOPPED=''
 CHILD=''
-on_signal() {
-  STOPPED=1
+on_signal() { # NAME
+  STOPPED=${STOPPED:-$1}
   if [[ -n $CHILD ]]; then kill -TERM "$CHILD" 2>/dev/null || true; fi
 }
 
-end_at() { # STAGE STATUS: ends this script and says how to go on; status 0: the stage was told to stop
-  if [[ -n $STOPPED ]] || (($2 == 0)); then
+end_at() { # STAGE STATUS: ends this script with work left, and says how to go on
+  if [[ -n $STOPPED ]]; then
     say '\nrun_all.sh: stopped during %s; run the same command again to go on from there\n' "$1"
-    exit 0
+    exit $((128 + $(kill -l "$STOPPED")))
   fi
   local how="failed with status $2; see its message above"
   if (($2 > 128)); then how="was ended by signal $(($2 - 128))"; fi
@@ -103,20 +103,29 @@ end_at() { # STAGE STATUS: ends this script and says how to go on; status 0: the
 run_stage() { # STAGE COMMAND...: shows the command and runs it to its end
   local stage=$1 status=0
   shift
-  if [[ -n $STOPPED ]]; then end_at "$stage" 0; fi
+  if [[ -n $STOPPED ]]; then end_at "$stage" 1; fi
   say '\n%s\n ' "$stage"
   say ' %q' "$@"
   say '\n'
   # In the background with wait, since bash would hold back a signal until a foreground command ends.
   "$@" &
   CHILD=$!
-  if [[ -n $STOPPED ]]; then on_signal; fi
+  if [[ -n $STOPPED ]]; then on_signal "$STOPPED"; fi
   wait "$CHILD" || status=$?
-  while [[ -n $STOPPED ]] && kill -0 "$CHILD" 2>/dev/null; do
-    wait "$CHILD" || true
+  while [[ -n $STOPPED ]] && kill -0 "$CHILD" 2>/dev/null; do # the signal ended `wait`, not the stage
+    status=0
+    wait "$CHILD" || status=$?
   done
   CHILD=''
-  if [[ -n $STOPPED ]] || ((status != 0)); then end_at "$stage" "$status"; fi
+  if ((status != 0)); then end_at "$stage" "$status"; fi
+}
+
+run_on_all() { # STAGE COMMAND...: as run_stage, when all machines have come so far; torchrun would not say who has not
+  if ((NNODES > 1)); then
+    run_stage "Meeting of $NNODES machines, of which this is number $NODE_RANK" \
+      "$PYTHON" -m runtime.distributed "$NNODES" "$NODE_RANK" "$MASTER_ADDR" "$MASTER_PORT"
+  fi
+  run_stage "$1" "${LAUNCH[@]}" "${@:2}"
 }
 
 appears() { # FILE: a shared file system may show another machine's file only after a while
@@ -128,18 +137,18 @@ appears() { # FILE: a shared file system may show another machine's file only af
   [[ -e $1 ]]
 }
 
-run_stages() { # sets NPZ; a stage that ends well without its file was itself told to stop
+run_stages() { # sets NPZ
   local training="Stage 1 (training)" sampling="Stage 2 (sampling)" evaluation="Stage 3 (evaluation)"
   if [[ -n $DIGITS && ! -d $DIGITS ]]; then # the folder appears when it is whole
     run_stage "Data (the digits as a folder of images)" "$PYTHON" -m demo.digits "$DIGITS"
   fi
-  if ((${#CACHE[@]} > 0)); then run_stage "Stage 0 (latents)" "${LAUNCH[@]}" cache_latents.py "${CACHE[@]}"; fi
-  run_stage "$training" "${LAUNCH[@]}" train.py "${TRAIN[@]}"
-  appears "$RUN_DIR/finished.json" || end_at "$training" 0
+  if ((${#CACHE[@]} > 0)); then run_on_all "Stage 0 (latents)" cache_latents.py "${CACHE[@]}"; fi
+  run_on_all "$training" train.py "${TRAIN[@]}"
+  appears "$RUN_DIR/finished.json" || end_at "$training" 1
 
   NPZ=$("$PYTHON" sample_ddp.py "${SAMPLE[@]}" --print-name) || end_at "$sampling" $?
-  run_stage "$sampling" "${LAUNCH[@]}" sample_ddp.py "${SAMPLE[@]}"
-  appears "$NPZ" || end_at "$sampling" 0
+  run_on_all "$sampling" sample_ddp.py "${SAMPLE[@]}"
+  appears "$NPZ" || end_at "$sampling" 1
 
   if ((NODE_RANK > 0)); then return; fi # machine 0 measures for all
   if [[ -n $DIGITS ]]; then run_stage "$evaluation" "$PYTHON" -m demo.measure --samples "$NPZ"; fi
@@ -170,7 +179,11 @@ main() {
   PYTHON=${PYTHON#"$ROOT"/}
   make_plan "$@"
   choose_launchers
-  trap on_signal INT TERM HUP USR1
+  local name
+  for name in INT TERM HUP USR1; do
+    # shellcheck disable=SC2064 # the name of now
+    trap "on_signal $name" "$name"
+  done
   trap '' PIPE
   export PYTHONUNBUFFERED=1 # so that a log file has the lines of all stages in their order
   run_stages

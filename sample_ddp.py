@@ -10,6 +10,7 @@ import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -87,9 +88,9 @@ class SampleFolder:
             )
 
     def open(self, settings: dict) -> None:
-        """Create it, or go on with it. Raises UserError."""
+        """Go on with it, or begin it. Raises UserError as check."""
+        self.check(settings)
         with files.cannot_write(f"--sample-dir {str(self.root)!r}"):
-            self.images.mkdir(parents=True, exist_ok=True)
             files.write_json(self.settings, settings)
             files.remove_partial(self.images)
 
@@ -114,11 +115,11 @@ class SampleFolder:
             return False
         return True
 
-    def missing(self, total: int, size: tuple[int, int], packed: int = 0) -> list[int]:
-        """Indices below total without a complete image."""
+    def missing(self, indices: Iterable[int], size: tuple[int, int], packed: int = 0) -> list[int]:
+        """Those indices without a complete image."""
         with ThreadPoolExecutor(16) as pool:
-            complete = list(pool.map(lambda index: self.is_complete(index, size, packed), range(total)))
-        return [index for index, done in enumerate(complete) if not done]
+            complete = pool.map(lambda index: self.is_complete(index, size, packed), indices)
+            return [index for index, done in zip(indices, complete, strict=True) if not done]
 
     def check_space(self, missing: int, total: int, size: tuple[int, int]) -> None:
         """Raise UserError unless the missing images, each at half its raw size, and the .npz can be written."""
@@ -192,8 +193,8 @@ class BackgroundWriter:
 
 def sample_missing(
     trained: Trained, vae: VAE, folder: SampleFolder, missing: list[int], args, device: torch.device
-) -> bool:
-    """Make this process's share of the missing images. Returns whether all of them were made, or a signal came."""
+) -> int:
+    """Make this process's share of the missing images. Returns the signal that any process was stopped by, or 0."""
     mine = missing[distributed.rank() :: distributed.world_size()]
     config, precision = args.sampling, distributed.resolve_precision(args.precision, device)
     model = trained.model.to(device)
@@ -213,7 +214,7 @@ def sample_missing(
             writer.put(latents, indices)
             bar.update(min(len(indices) * distributed.world_size(), bar.total - bar.n))
         writer.close()
-    return int(distributed.all_reduce(torch.tensor(int(stop.received is not None)), "max")) == 0
+    return stop.agreed()
 
 
 def write_npz(folder: SampleFolder, labels: list[int], size: tuple[int, int]) -> None:
@@ -273,7 +274,7 @@ def is_finished(found: Description, folder: SampleFolder, vae_source: str, args,
         return False
     if not folder.is_packed(labels_of(found, args), found.image_size):
         return False
-    if folder.missing(args.num_fid_samples, found.image_size, packed=folder.npz.stat().st_mtime_ns):
+    if folder.missing(range(args.num_fid_samples), found.image_size, packed=folder.npz.stat().st_mtime_ns):
         return False
     return pretrained.weights_sha256(found, args.weights) == stored.get("weights_sha256")
 
@@ -301,23 +302,26 @@ def main(argv: list[str] | None = None) -> None:
     vae = load_vae(vae_source, trained, device, args.vae_precision)
     settings = settings_of(trained, trained.sha256, vae_source, vae.config.sha256, args, device)
     distributed.on_main(folder.check, settings)
-    missing = distributed.on_main(folder.missing, args.num_fid_samples, trained.image_size)
+    missing = distributed.on_main(folder.missing, range(args.num_fid_samples), trained.image_size)
     distributed.on_main(folder.check_space, len(missing), args.num_fid_samples, trained.image_size)
     if args.dry_run:
         return logger.info(
             f"dry run: would make {len(missing):,} of {args.num_fid_samples:,} samples, {args.sampling.steps} steps of "
             f"{args.sampling.sampler} each, and pack them into {folder.npz}; nothing was written"
         )
-    distributed.on_main(folder.open, settings)
-    if not sample_missing(trained, vae, folder, missing, args, device):
-        return logger.info("stopped on request; repeat the same command to go on")
-    labels = labels_of(trained, args)
-    if distributed.on_main(folder.is_packed, labels, trained.image_size):
-        logger.info(done)
-    else:
-        with distributed.agreed_failure(f"--sample-dir {str(folder.root)!r}"):
-            if distributed.is_main():
-                write_results(folder, trained, labels)
+    with distributed.hold(folder.images, f"--sample-dir {str(args.sample_dir)!r}", logger.info):
+        distributed.on_main(folder.open, settings)
+        missing = distributed.on_main(folder.missing, missing, trained.image_size)  # of another command, meanwhile
+        if number := sample_missing(trained, vae, folder, missing, args, device):
+            logger.info("stopped on request; repeat the same command to go on")
+            distributed.exit_stopped(number)
+        labels = labels_of(trained, args)
+        if distributed.on_main(folder.is_packed, labels, trained.image_size):
+            logger.info(done)
+        else:
+            with distributed.agreed_failure(f"--sample-dir {str(folder.root)!r}"):
+                if distributed.is_main():
+                    write_results(folder, trained, labels)
     logger.info(places)
 
 

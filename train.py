@@ -216,21 +216,22 @@ def total_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
     return total
 
 
-GO_ON, STOP, UNREADABLE, NON_FINITE = range(4)
+GO_ON, STOP, NO_BATCH, NON_FINITE = range(4)
 
 
 def reason_to_end(stop: distributed.StopOnSignal, batches: list, trainer: Trainer, max_bad_steps: int) -> int:
     """What all processes do next: the most serious reason that any of them has to end the run."""
     status = GO_ON if stop.received is None else STOP
-    if any(isinstance(batch, data.Unreadable) for batch in batches):
-        status = UNREADABLE
+    if any(isinstance(batch, data.NoBatch) for batch in batches):
+        status = NO_BATCH
     if trainer.watch.seen >= max_bad_steps:
         status = NON_FINITE
     return int(distributed.all_reduce(torch.tensor(status), "max"))
 
 
-def end_early(status: int, batches: list, trainer: Trainer, folder: RunFolder) -> None:
+def end_early(status: int, stop: distributed.StopOnSignal, batches: list, trainer: Trainer, folder: RunFolder) -> None:
     """Leave the run so that the same command can go on with it; a user error where that needs a remedy."""
+    signal_number = stop.agreed()
     if status == NON_FINITE:
         newest = distributed.on_main(folder.newest)
         raise UserError(
@@ -241,11 +242,12 @@ def end_early(status: int, batches: list, trainer: Trainer, folder: RunFolder) -
         )
     folder.save(trainer, required=True, interrupted=True)
     folder.write_report()
-    if status == UNREADABLE:
-        found = [str(batch) for batch in batches if isinstance(batch, data.Unreadable)]
+    if status == NO_BATCH:
+        found = [str(batch) for batch in batches if isinstance(batch, data.NoBatch)]
         message = next(text for texts in distributed.gather(found) for text in texts)
         raise UserError(f"{message}; everything up to step {trainer.step:,} is saved: repeat the command to go on")
     folder.logger.info(f"stopped on request at step {trainer.step:,}; repeat the same command to go on")
+    distributed.exit_stopped(signal_number)
 
 
 def log(job: Job, trainer: Trainer, pace: monitor.Pace, logger: Logger) -> dict:
@@ -277,12 +279,13 @@ def train(job: Job, trainer: Trainer, folder: RunFolder, decoder: VAE | None) ->
     pace = monitor.Pace()
     stop = distributed.StopOnSignal()
     bar = monitor.progress_bar(job.total_steps, trainer.step)
-    with stop, bar, metrics, data.open_loader(job.dataset, batches, args.num_workers, job.device) as loader:
+    opened = data.open_loader(job.dataset, batches, args.num_workers, job.device, stop=stop)
+    with stop, bar, metrics, opened as loader:
         while trainer.step < job.total_steps:
-            micro_batches = [next(loader) for _ in range(args.grad_accum_steps)]
+            micro_batches = [next(loader, None) for _ in range(args.grad_accum_steps)]
             status = reason_to_end(stop, micro_batches, trainer, args.max_bad_steps)
             if status != GO_ON:
-                return end_early(status, micro_batches, trainer, folder)
+                return end_early(status, stop, micro_batches, trainer, folder)
             trainer.train_step(micro_batches)
             pace.steps += 1
             bar.update()

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from runtime import files, monitor
-from runtime.distributed import StopOnSignal
+from runtime.distributed import StopOnSignal, exit_stopped
 from runtime.monitor import REPOSITORY
 from runtime.options import Parser, UserError, add_dry_run, count, differences
 
@@ -93,7 +93,7 @@ def run_all(options: dict[Path, dict], parallel: int, record: Callable[[Path], N
                 process.wait()
     if stop.received:
         print("stopped on request; repeat the same command to go on", file=sys.stderr)
-        sys.exit(130)
+        exit_stopped(stop.received)
 
 
 class Results:

@@ -1,8 +1,13 @@
 """Data of a run: image folder and its preparation, latent cache, resumable batches."""
 
 import copy
+import functools
 import hashlib
+import multiprocessing
+import multiprocessing.connection
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +20,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
-from runtime.distributed import hash_seed, ignore_stop_signals, rank, world_size
-from runtime.options import UserError, is_utf8
+from runtime.distributed import StopOnSignal, begin_worker, hash_seed, rank, world_size
+from runtime.options import UserError, first_line, is_utf8
 
 STAND_INS = 100  # images tried in place of one that cannot be read
 PREPARATION = "box-halving, bicubic, centre crop; EXIF orientation applied"  # named in every latent cache
@@ -36,6 +41,19 @@ class Unreadable:
 
     def __str__(self) -> str:
         return f"{self.kind} {self.path!r} cannot be read ({self.reason}); {self.remedy}"
+
+
+@dataclass(frozen=True)
+class WorkerFailed:
+    """Comes in place of a batch whose worker died, or found no memory for it."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"a data worker {self.reason}; use fewer --num-workers, or a smaller batch"
+
+
+NoBatch = Unreadable | WorkerFailed  # what a reader of batches has to expect in place of one
 
 
 class ImageList:
@@ -286,23 +304,99 @@ def collate(items: list) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, list[s
     return (*batch, skipped) if skipped else batch
 
 
+def collate_shared(collate_fn: Callable, items: list):
+    """What collate_fn makes; in a worker with tensors in shared memory already, WorkerFailed where none is left.
+
+    Else it is a thread of the worker that puts them there, whose error nobody would hear of.
+    """
+    try:
+        batch = collate_fn(items)
+        if get_worker_info() is not None:
+            share(batch)
+    except (RuntimeError, OSError, MemoryError) as error:
+        return WorkerFailed(f"could not make a batch ({first_line(error)})")
+    return batch
+
+
+def share(batch) -> None:
+    if isinstance(batch, Tensor):
+        batch.share_memory_()
+    elif isinstance(batch, tuple | list):
+        for part in batch:
+            share(part)
+
+
+class Batches:
+    """Iterator over what a DataLoader gives, or NoBatch; it ends early where stop was asked to."""
+
+    def __init__(self, loader: DataLoader, stop: StopOnSignal | None):
+        self.stop = stop
+        # torch raises in the middle of anything when a worker dies; asked for a batch, it notices as well.
+        handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+        try:
+            if loader.num_workers:
+                multiprocessing.Event()  # which torch needs as well, and without it leaves a traceback
+            self.iterator = iter(loader)
+        except OSError as error:
+            raise UserError(f"data workers cannot be started ({error}); pass --num-workers 0") from error
+        finally:
+            signal.signal(signal.SIGCHLD, handler)
+        self.workers = getattr(self.iterator, "_workers", [])
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self):
+        try:
+            return next(self.iterator) if self.stop is None else self.stop.next_of(self.iterator)
+        except (RuntimeError, OSError, EOFError, MemoryError) as error:
+            ends = multiprocessing.connection.wait([worker.sentinel for worker in self.workers], timeout=1)
+            dead = [worker.exitcode for worker in self.workers if worker.sentinel in ends]
+            last = (str(error).splitlines() or [type(error).__name__])[-1]  # what a worker says ends its traceback
+            return WorkerFailed(describe_end(dead[0]) if dead else f"could not make a batch ({last})")
+
+    def close(self) -> None:
+        """End the workers, which ignore SIGTERM, also those that wait for a disk."""
+        if self.workers:
+            timer = threading.Timer(1, lambda: [worker.kill() for worker in self.workers])
+            timer.start()
+            self.iterator._shutdown_workers()
+            timer.cancel()
+
+
+def describe_end(exit_code: int) -> str:
+    """What the status of a process that died says."""
+    if exit_code >= 0:
+        return f"ended with status {exit_code}"
+    causes = {
+        signal.SIGKILL: ", as the system does when memory runs out",
+        signal.SIGBUS: ": /dev/shm is full, or a file became shorter",
+    }
+    number = signal.Signals(-exit_code)
+    return f"was ended by {number.name}{causes.get(number, '')}"
+
+
 @contextmanager
 def open_loader(
-    data: Dataset, batches: Iterable, num_workers: int, device: torch.device, collate_fn: Callable = collate
-) -> Iterator[Iterator]:
-    """An iterator over batches (lists of what data is indexed by), with workers that stay ahead of the device."""
+    data: Dataset,
+    batches: Iterable,
+    num_workers: int,
+    device: torch.device,
+    collate_fn: Callable = collate,
+    stop: StopOnSignal | None = None,
+) -> Iterator[Batches]:
+    """Batches (lists of what data is indexed by), with workers that stay ahead of the device."""
     loader = DataLoader(
         data,
         batch_sampler=batches,
         num_workers=num_workers,
-        collate_fn=collate_fn,
+        collate_fn=functools.partial(collate_shared, collate_fn),
         pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=begin_worker,
         prefetch_factor=4 if num_workers else None,
     )
-    iterator = iter(loader)
+    iterator = Batches(loader, stop)
     try:
         yield iterator
     finally:
-        if num_workers:  # they ignore SIGTERM, by which the interpreter would try to end them at its own end
-            iterator._shutdown_workers()
+        iterator.close()

@@ -5,9 +5,17 @@ One process without torchrun takes the same lines as many: collectives over one 
 
 import atexit
 import datetime
+import itertools
+import multiprocessing
 import os
+import select
 import shutil
 import signal
+import socket
+import sys
+import threading
+import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,9 +27,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from runtime import files, options
 from runtime.options import UserError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+KICK = signal.SIGURG  # by which a thread wakes the main one; ignored wherever nobody handles it
+SAME_REQUEST = 2.0  # seconds: Ctrl-C reaches a process from the terminal, from run_all.sh and from torchrun
+TIMEOUT = datetime.timedelta(minutes=30)  # of collectives: long enough to write the largest checkpoint
+PATIENCE = 20.0  # seconds to wait for another process before saying so
+
+_store: dist.Store | None = None  # what the processes of the group share, once they have met
 
 
 def _environment(name: str, default: int) -> int:
@@ -66,25 +81,98 @@ def setup(tf32: bool = True) -> torch.device:
 
 
 def _join(device: torch.device, processes: int) -> None:
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = datetime.timedelta(minutes=30)  # long enough to write the largest checkpoint
+    global _store
+    names = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    refusal, remedy = f"cannot join the {processes} processes of WORLD_SIZE", "start with torchrun, or unset WORLD_SIZE"
+    if names:
+        raise UserError(f"{refusal} ({names[0]} is not set); {remedy}")
+    own_rank, address = _environment("RANK", 0), (os.environ["MASTER_ADDR"], _environment("MASTER_PORT", 0))
+    if own_rank >= processes:
+        raise UserError(f"{refusal} (RANK is {own_rank}); {remedy}")
+    # torchrun keeps its store over restarts: under the old names, processes would look for those that died.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    hosts = own_rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        store, own_rank, size = next(dist.rendezvous("env://", timeout=timeout))
-        # torchrun keeps its store over restarts: under the old names, processes would look for those that died.
-        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore(f"start-{start}", store),
-            rank=own_rank,
-            world_size=size,
-            timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
-        )
+        store = _open_store(address, hosts)
+        _store = dist.PrefixStore(f"start-{start}", store)
+        _meet(_store, own_rank, processes, "processes")
+        with _interrupted_by_default():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=_store,
+                rank=own_rank,
+                world_size=processes,
+                timeout=TIMEOUT,
+                device_id=device if device.type == "cuda" else None,
+            )
     except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f"cannot join the {processes} processes of WORLD_SIZE ({error}); start with torchrun, or unset WORLD_SIZE"
-        ) from error
+        raise UserError(f"{refusal} ({options.first_line(error)}); {remedy}") from error
     atexit.register(_leave)
+
+
+def _open_store(address: tuple[str, int], hosts: bool) -> dist.Store:
+    """The store at an address, which this process hosts or waits for. Raises UserError where nobody answers."""
+    reason = ""
+
+    def answers() -> bool:
+        nonlocal reason
+        try:
+            socket.create_connection(address, timeout=5).close()
+        except OSError as error:
+            reason = str(error)
+            return False
+        return True
+
+    host, port = address
+    if not hosts:
+        _wait(answers, lambda: f"number 0, at {host}:{port} ({reason})")
+    return dist.TCPStore(host, port, is_master=hosts, timeout=TIMEOUT, wait_for_workers=False, multi_tenant=True)
+
+
+def _meet(store: dist.Store, number: int, count: int, what: str) -> None:
+    """Return when as many as count have called this with a number of their own. Raises UserError where some do not."""
+    keys = [f"here-{other}" for other in range(count)]
+    store.set(keys[number], "")
+
+    def missing() -> str:
+        away = [other for other, key in enumerate(keys) if not store.check([key])]
+        listed = ", ".join(map(str, away[:10])) + (", ..." if len(away) > 10 else "")
+        return f"{len(away)} of {count} {what}: number {listed}"
+
+    if number == 0:
+        _wait(lambda: store.check(keys), missing)
+        store.set("all-here", "")
+    else:
+        _wait(lambda: store.check(["all-here"]), missing)
+
+
+def _wait(ready: Callable[[], bool], whom: Callable[[], str]) -> None:
+    """Return when ready() is true; a signal can interrupt that. Says for whom it waits; raises UserError at TIMEOUT."""
+    begun, pause, told = time.monotonic(), 0.02, False
+    while not ready():
+        waited = time.monotonic() - begun
+        if waited > TIMEOUT.total_seconds():
+            raise UserError(
+                f"waited {TIMEOUT.total_seconds() / 60:.0f} minutes in vain for {whom()}; start all of them"
+            )
+        if waited > PATIENCE and not told:
+            told = True
+            warnings.warn(f"waiting for {whom()}", stacklevel=2)
+        time.sleep(pause)
+        pause = min(1.0, 2 * pause)
+
+
+@contextmanager
+def _interrupted_by_default() -> Iterator[None]:
+    """Context in which Ctrl-C ends the process, for calls that wait in C++, where Python would not hear of it."""
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if previous is signal.default_int_handler:
+            signal.signal(signal.SIGINT, previous)
 
 
 def _leave() -> None:
@@ -221,30 +309,175 @@ def agreed_failure(what: str) -> Iterator[None]:
         raise UserError(failures[0])
 
 
+@contextmanager
+def hold(folder: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Context in which no other command writes into a folder; it waits for one that does, and says for whom.
+
+    Rank 0 has the lock. The others ask it every second, since one long wait would outlast the group's timeout.
+    """
+    lock, told = files.FolderLock(folder), None
+
+    def take() -> str | None:
+        with files.cannot_write(what):
+            return lock.take()
+
+    while (holder := on_main(take)) is not None:
+        if holder != told:
+            say(f"waiting for {holder}, which writes into {folder}")
+            told = holder
+        time.sleep(1)
+    try:
+        yield
+    finally:
+        lock.close()
+
+
+class Interrupted(BaseException):
+    """Ends a wait for data; no Exception, which a reader of images would take for a damaged file."""
+
+
 class StopOnSignal:
     """Context that remembers a stop signal in place of dying from it: a run can end with its step.
 
-    SIGHUP, of a terminal that is closed, stays ignored where it is: under nohup.
+    A wait for data (next_of) ends at once, on all processes of the group, whichever of them got the signal. A second
+    signal, SAME_REQUEST after the first, ends the process at once, whatever it does. SIGHUP, of a terminal that is
+    closed, stays ignored where it is: under nohup.
     """
 
+    numbers = itertools.count()  # processes enter these contexts in the same order
+
     def __init__(self):
-        self.received: str | None = None
+        self.received: signal.Signals | None = None
+        self._waiting, self._elsewhere = False, None
 
     def __enter__(self) -> "StopOnSignal":
         ignored = (signal.SIGHUP,) if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else ()
         handled = [number for number in STOP_SIGNALS if number not in ignored]
-        self._previous = {number: signal.signal(number, self._remember) for number in handled}
+        # A thread hears of signals through a pipe even while this one is in C++ or in a system call.
+        reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._previous_pipe = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        self._previous = {number: signal.signal(number, self._remember) for number in (*handled, KICK)}
+        key = f"stop-{next(self.numbers)}"
+        self._watcher = threading.Thread(target=self._watch, args=(reading, key), daemon=True)
+        self._watcher.start()
         return self
 
+    def next_of(self, iterator: Iterator):
+        """Its next item. Raises StopIteration at its end, and where a signal came before the item."""
+        try:
+            self._waiting = True
+            if not self.received:
+                return next(iterator)
+        except Interrupted:
+            pass
+        finally:
+            self._waiting = False
+        raise StopIteration
+
+    def agreed(self) -> int:
+        """The number of the signal that any process received, on all of them; 0 for none."""
+        return int(all_reduce(torch.tensor(int(self.received or 0)), "max"))
+
     def _remember(self, number: int, frame) -> None:
-        self.received = signal.Signals(number).name
+        if number == KICK:
+            number = self._elsewhere or self.received
+        if number is not None:  # a KICK of somebody else means nothing
+            self.received = self.received or signal.Signals(number)
+        if self._waiting and self.received:
+            self._waiting = False
+            raise Interrupted
+
+    def _watch(self, reading: int, key: str) -> None:
+        """Tell the other processes of a signal, hear of theirs, end waits; at a second signal, end the process."""
+        first = None
+        with os.fdopen(reading, "rb", buffering=0) as pipe:
+            while True:
+                came = pipe.read(64) if select.select([pipe], [], [], 0.5)[0] else None
+                if came == b"":
+                    return
+                for number in set(came or ()) & set(STOP_SIGNALS):
+                    if first is None:
+                        first = time.monotonic()
+                        _tell(key, number)
+                    elif time.monotonic() > first + SAME_REQUEST:
+                        os._exit(128 + number)
+                if came is None and self._waiting:
+                    # Its own signal can have come between the last line of Python and the system call that waits.
+                    self._elsewhere = None if self.received else _told(key)
+                    if self.received or self._elsewhere:
+                        signal.pthread_kill(threading.main_thread().ident, KICK)
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        signal.set_wakeup_fd(self._previous_pipe)
+        os.close(self._writing)
+        self._watcher.join(timeout=5)
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """For data workers: a signal to the whole process group is the main process's to answer."""
+def _tell(key: str, number: int) -> None:
+    """Leave a signal's number for the other processes; where they are gone, nobody has to know."""
+    if world_size() > 1:
+        try:
+            _store.set(key, str(number))
+        except RuntimeError:
+            pass
+
+
+def _told(key: str) -> int | None:
+    """The signal that another process left."""
+    try:
+        return int(_store.get(key)) if world_size() > 1 and _store.check([key]) else None
+    except RuntimeError:  # whoever hosted the store is gone, which the next collective tells
+        return None
+
+
+def exit_stopped(number: int) -> None:
+    """End this process as stopped by a signal: with status 128 + its number, as a shell would say.
+
+    Under a torchrun that would start a stopped run again, with 0.
+    """
+    most, made = (_environment(f"TORCHELASTIC_{name}", 0) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
+    sys.exit(0 if made < most else 128 + number)
+
+
+def begin_worker(worker: int) -> None:
+    """For data workers: a signal to the whole group of processes is the main one's to answer; they end with that one.
+
+    torch looks at the parent process, which a fork server is that does not end with it.
+    """
+    signal.set_wakeup_fd(-1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(process) -> None:
+    process.join()
+    os._exit(1)
+
+
+@options.command
+def main(argv: list[str] | None = None) -> None:
+    """For run_all.sh: return when so many machines have called this, with a number each and the address of number 0."""
+    parser = options.Parser(description=main.__doc__)
+    parser.add_argument("machines", type=options.count)
+    parser.add_argument("number", type=options.non_negative_int)
+    parser.add_argument("address")
+    parser.add_argument("port", type=options.count)
+    args = parser.parse_args(argv)
+    heard = [f"heard-{number}" for number in range(args.machines)]
+    try:
+        store = _open_store((args.address, args.port), args.number == 0)
+        _meet(store, args.number, args.machines, "machines")
+        store.set(heard[args.number], "")
+        if args.number == 0:  # the store ends with this process
+            store.wait(heard, datetime.timedelta(seconds=10))
+    except RuntimeError as error:
+        where = f"machine {args.number} cannot meet the others at {args.address}:{args.port}"
+        raise UserError(f"{where} ({options.first_line(error)}); set another MASTER_PORT") from error
+
+
+if __name__ == "__main__":
+    main()

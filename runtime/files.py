@@ -2,11 +2,13 @@
 
 import argparse
 import errno
+import fcntl
 import io
 import json
 import math
 import os
 import shutil
+import socket
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ import numpy as np
 from runtime.options import UserError, first_line
 
 PARTIAL = ".partial"  # suffix of a file being written
+LOCK = ".lock"
 LARGEST_JSON = 2**24  # bytes; parsed it takes up to 25 times as much
 LARGEST_LISTING = 2**24  # bytes of a zip archive's own list of its members, of about 100 each
 LARGEST_NPY_HEADER = 2**14  # bytes
@@ -211,6 +214,44 @@ def remove_partial(folder: Path) -> None:
     """Delete what a killed process left half-written."""
     for partial in folder.glob(f"*{PARTIAL}"):
         partial.unlink()
+
+
+class FolderLock:
+    """The lock of a folder into which one process writes at a time; readers need none.
+
+    lockf and not flock: a record lock dies with its process even when a data worker outlives it, and reaches over NFS.
+    A process loses it with the first of its handles that is closed, so nothing else opens the file.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self._file = folder, None
+
+    def holder(self) -> str | None:
+        """Lock the folder, unless another process did: who that is. Raises OSError."""
+        if self._file is None:
+            self._file = open(self.folder / LOCK, "a+", encoding="utf-8", errors="replace")
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self._file.seek(0)
+            return self._file.read(200).strip() or "another process"
+        return None
+
+    def take(self) -> str | None:
+        """As holder, in a folder that is made where it is missing; the lock then tells of this process."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        holder = self.holder()
+        if holder is None:
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self._file.flush()
+            os.fsync(self._file.fileno())  # for readers on other machines
+        return holder
+
+    def close(self) -> None:
+        """Give it back, if it was taken."""
+        if self._file is not None:
+            self._file.close()
 
 
 @contextmanager

@@ -141,7 +141,7 @@ class FolderImages(Dataset):
         batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
         with data.open_loader(self, batches, self.num_workers, torch.device("cpu")) as loader:
             for batch in loader:
-                if isinstance(batch, data.Unreadable):
+                if isinstance(batch, data.NoBatch):
                     raise UserError(str(batch))
                 images, rows = batch
                 yield rows, images

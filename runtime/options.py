@@ -27,8 +27,8 @@ class UserError(Exception):
 def command(main: Callable) -> Callable:
     """Turn a UserError raised in main(argv) into its one line on stderr and exit status 2; output never ends it.
 
-    Under torchrun rank 0 speaks; the other ranks give it a moment, because torchrun ends all of them as soon as
-    the first one has exited.
+    Under torchrun rank 0 speaks; the others give it a moment, because torchrun ends all of them as soon as the first
+    one has exited. Where nobody ends them, the mistake is theirs alone, and they speak one after another.
     """
     program = Path(inspect.getfile(main)).name
 
@@ -40,10 +40,9 @@ def command(main: Callable) -> Callable:
         try:
             return main(argv)
         except UserError as error:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"{program}: error: {one_line(str(error))}", file=sys.stderr, flush=True)
-            else:
-                time.sleep(2)
+            local_rank = os.environ.get("LOCAL_RANK", "")
+            time.sleep(2 * max(int(local_rank) if local_rank.isdigit() else 0, os.environ.get("RANK", "0") != "0"))
+            print(f"{program}: error: {one_line(str(error))}", file=sys.stderr, flush=True)
             sys.exit(2)
         except KeyboardInterrupt:  # before a run answers signals itself
             print(f"{program}: interrupted", file=sys.stderr, flush=True)

@@ -5,13 +5,11 @@ has all its steps, finished.json.
 """
 
 import argparse
-import fcntl
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from logging import Logger
 from pathlib import Path
-from typing import TextIO
 
 import torch
 
@@ -21,7 +19,6 @@ from runtime.options import UserError
 from runtime.training import NonFiniteWatch, Trainer
 from runtime.vae import VAE
 
-LOCK = ".lock"
 NOT_STORED = ("dry_run", "planned")  # arguments that a run never has
 
 
@@ -83,10 +80,11 @@ def steps_done(folder: Path, config: RunConfig, report: Callable[[str], None]) -
     Raises UserError as the resume of RunFolder does. A run that uses the folder is reported, and checkpoints that do
     not verify are.
     """
-    if (folder / LOCK).exists():
-        with files.cannot_write(f"--results-dir {str(folder)!r}"), open(folder / LOCK, "r+") as file:
+    if (folder / files.LOCK).exists():
+        lock = files.FolderLock(folder)
+        with files.cannot_write(f"--results-dir {str(folder)!r}"), closing(lock):
             try:
-                take_lock(file, folder)
+                refuse_second(folder, lock.holder())
             except UserError as error:
                 report(f"warning: {error}")
     path = checkpoint.latest(folder / "checkpoints", report)
@@ -101,15 +99,10 @@ def steps_done(folder: Path, config: RunConfig, report: Callable[[str], None]) -
     return step
 
 
-def take_lock(file: TextIO, folder: Path) -> None:
-    """Lock a run's folder by its open file LOCK, until that is closed. Raises UserError when another process did."""
-    try:
-        # lockf and not flock: a record lock dies with this process even when a data worker outlives it.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UserError(
-            f"--results-dir {str(folder)!r} is in use by another run; wait for it or choose another"
-        ) from error
+def refuse_second(folder: Path, holder: str | None) -> None:
+    """Raise UserError where another process has the lock of a run's folder."""
+    if holder is not None:
+        raise UserError(f"--results-dir {str(folder)!r} is in use by {holder}; wait for it, end it, or choose another")
 
 
 class RunFolder:
@@ -125,7 +118,7 @@ class RunFolder:
         self.keep_checkpoints, self.max_bad_steps = args.keep_checkpoints, args.max_bad_steps
         self.ckpt_every = args.ckpt_every
         self.checkpoints, self.finished = path / "checkpoints", path / "finished.json"
-        self._lock = None
+        self._lock = files.FolderLock(path)
         distributed.on_main(self._take)
         self.logger: Logger = monitor.make_logger(path)
         self.saved = 0  # step of the newest checkpoint that is known to be whole; 0: none is
@@ -135,8 +128,8 @@ class RunFolder:
     def _take(self) -> None:
         with files.cannot_write(f"--results-dir {str(self.path)!r}"):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / LOCK, "w")
-        take_lock(self._lock, self.path)
+            holder = self._lock.take()
+        refuse_second(self.path, holder)
         files.remove_partial(self.checkpoints)
 
     def close(self) -> None:
@@ -145,8 +138,7 @@ class RunFolder:
             self.collect(wait=True)
         finally:
             self._writer.close()
-            if self._lock is not None:
-                self._lock.close()
+            self._lock.close()
 
     def newest(self) -> Path | None:
         """The newest checkpoint that verifies, the one being written included; see checkpoint.latest."""

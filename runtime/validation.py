@@ -203,7 +203,7 @@ def encode(
     workers = min(num_workers, len(batches))
     with bar, data.open_loader(prepared, batches, workers, torch.device("cpu")) as loader:
         for found in loader:
-            if isinstance(found, data.Unreadable):
+            if isinstance(found, data.NoBatch):
                 unreadable.append(str(found))
                 break
             moments.append(found[0] if vae is None else vae.encode(found[0]).half().cpu())

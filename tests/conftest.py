@@ -208,6 +208,13 @@ def contents(folder: Path) -> dict:
     return found
 
 
+def stops(main, arguments: list[str], number: int = signal.SIGTERM) -> None:
+    """Run a command that this signal stops; its exit status says so."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 128 + number
+
+
 def command_line(options: dict) -> list[str]:
     """Options as arguments: True is a flag, None is left out, a tuple is several values."""
     arguments = []

@@ -254,6 +254,7 @@ def samples(folder: Path) -> Subject:
     """Images, .npz, grid and settings of sample_ddp.py: what is taken for whole is what was written."""
     images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
     root, settings, labels = sample_ddp.SampleFolder(folder, "run"), {"steps": 250, "seed": 0}, [0, 1, 2, 0, 1, 2]
+    root.images.mkdir(parents=True)
     root.open(settings)
     for index, pixels in enumerate(images):
         pictures.save_png(Image.fromarray(pixels), root.path(index))
@@ -262,7 +263,7 @@ def samples(folder: Path) -> Subject:
 
     def read() -> bool:
         root.check(settings)
-        missing, packed = root.missing(6, (16, 16)), root.is_packed(labels, (16, 16))
+        missing, packed = root.missing(range(6), (16, 16)), root.is_packed(labels, (16, 16))
         assert all(np.array_equal(root.read(k), images[k]) for k in range(6) if k not in missing)
         if packed:
             with np.load(root.npz) as archive:

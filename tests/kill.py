@@ -1,7 +1,8 @@
-"""Kill training or sampling with SIGKILL again and again, and check what is left each time.
+"""Kill training, caching or sampling with SIGKILL again and again, and check what is left each time.
 
-    python tests/kill.py training --kills 25 --folder /tmp/kills
-    python tests/kill.py sampling --kills 12 --folder /tmp/samples --ckpt results/checkpoints/0400000.pt
+    python tests/kill.py training --kills 40 --folder /tmp/kills
+    python tests/kill.py caching --kills 30 --folder /tmp/latents
+    python tests/kill.py sampling --kills 30 --folder /tmp/samples --ckpt results/checkpoints/0400000.pt
 
 training: kills come in turn at a random moment, half-way through writing a checkpoint, between writing and renaming it,
 and two steps further, with half of it written. After each one every checkpoint has to verify, and the next start has to
@@ -9,12 +10,16 @@ go on from the newest. The last start runs to the end; a run that is never kille
 the killed one in FOLDER/killed. Both have to end with the same bits and the same metrics. A data worker outlives its
 process.
 
+caching: kills come at a random moment, half-way through a chunk, between writing an image and its checksum, and at last
+before everything is marked as finished. No kill may leave a cache that passes for finished; the last one has to hold
+the bytes of one that was never killed.
+
 sampling: the same images are made by one process, by two, and by one or two that are killed: at a random moment,
 half-way through writing an image, and half-way through packing the .npz. Labels and every draw of noise have to be
 equal, at least 99.9 % of the pixel values too, and none may differ by more than 1; no kill may leave an .npz. Without
 --ckpt, a small model is trained beforehand.
 
-Both work on the demo's digits; other arguments of train.py or sample_ddp.py can follow "--". Each process is a fork of
+All work on the demo's digits; other arguments of the command can follow "--". Each process is a fork of
 one that has everything imported and has computed nothing.
 """
 
@@ -42,18 +47,21 @@ import numpy as np
 import torch
 from conftest import TINY_XS
 
+import cache_latents
 import models
 import sample_ddp
 import train
 from demo.digits import write_digits
-from runtime import checkpoint, monitor, pictures, report, sampling
+from runtime import checkpoint, files, latents, monitor, pictures, report, sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_RUN = (
     "--model=DiT-XS/2 --image-size=32 --use-rope --rope-rotate=2 --global-batch-size=8 --max-steps=240 --ckpt-every=6 "
     "--log-every=3 --keep-checkpoints=3 --lr=0.001 --ema-decay=0.9 --num-workers=1 --precision=fp32"
 )
-SMALL_SAMPLES = "--num-fid-samples=200 --num-sampling-steps=10 --cfg-scale=2 --precision=fp32"
+SMALL_SAMPLES = "--num-sampling-steps=10 --cfg-scale=2 --precision=fp32"
+SMALL_CACHE = "--image-size=32 --no-flip --batch-size=8 --num-workers=1"
+CACHING_MOMENTS = ("random", "half a chunk", "no checksum", "not finished")
 TRAINING_MOMENTS = ("random", "half-written", "not renamed", "steps further")
 SAMPLING_MOMENTS = ("random", "half an image", "half the .npz")
 
@@ -80,6 +88,7 @@ def start(function: Callable, *arguments):
 
 def call(function: Callable, arguments: tuple, environment: dict) -> None:
     os.environ |= environment
+    multiprocessing.set_start_method("fork", force=True)  # of data workers, as without a fork server
     monitor.plot_loss = report.write = lambda _: None
     monitor.tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process would leave
     models.SIZES["XS"].update(TINY_XS)
@@ -87,10 +96,37 @@ def call(function: Callable, arguments: tuple, environment: dict) -> None:
     function(*arguments)
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def ended_by(process) -> int:
     """Exit status of a process, negative for a signal."""
     process.join(timeout=600)
     return process.exitcode
+
+
+class Holder:
+    """A process that has the lock of a folder until release."""
+
+    def __init__(self, folder: Path):
+        self.connection, other = FORKS.Pipe()
+        self.process = start(hold, folder, other)
+        assert self.connection.recv_bytes() == b"locked"
+        self.name = f"process {self.process.pid} on {socket.gethostname()}"
+
+    def release(self) -> None:
+        self.connection.send_bytes(b"release")
+        assert ended_by(self.process) == 0
+
+
+def hold(folder: Path, connection: Connection) -> None:
+    lock = files.FolderLock(folder)
+    assert lock.take() is None
+    connection.send_bytes(b"locked")
+    connection.recv_bytes()
 
 
 def die(*_) -> None:
@@ -112,7 +148,7 @@ def train_in_terminal(path: str, arguments: list[str]) -> None:
 def train_until(arguments: list[str], moment: str | None, countdown: int = 1, steps: Connection | None = None) -> None:
     """Train, and be killed with the countdown-th checkpoint; a byte goes to steps after every step."""
     if steps is not None:
-        report_steps(steps)
+        report_calls(train.Trainer, "train_step", steps, 0.03)
     if moment == "half-written":
         kill_half_written(countdown)
     elif moment == "not renamed":
@@ -122,16 +158,16 @@ def train_until(arguments: list[str], moment: str | None, countdown: int = 1, st
     train.main(arguments)
 
 
-def report_steps(steps: Connection) -> None:
-    """Tell of every step, and wait a little, so that a fast machine is not done too early."""
-    step = train.Trainer.train_step
+def report_calls(owner: type, name: str, calls: Connection, delay: float) -> None:
+    """Tell of every call of a method, and wait a little, so that a fast machine is not done too early."""
+    method = getattr(owner, name)
 
-    def train_step(self, batches):
-        step(self, batches)
-        steps.send_bytes(b".")
-        time.sleep(0.03)
+    def reported(*arguments):
+        method(*arguments)
+        calls.send_bytes(b".")
+        time.sleep(delay)
 
-    train.Trainer.train_step = train_step
+    setattr(owner, name, reported)
 
 
 def kill_half_written(countdown: int, steps_further: int = 0) -> None:
@@ -164,10 +200,10 @@ def kill_before_rename(countdown: int) -> None:
     os.replace = dying
 
 
-def kill_at_random(arguments: list[str], steps: int):
-    """Start a run, let it go as far as a random number of steps below steps, and kill it a little later."""
+def kill_at_random(function: Callable, arguments: list[str], steps: int):
+    """Start train_until or cache_until, let it go a random number of steps below steps, and kill it a little later."""
     reading, writing = FORKS.Pipe(duplex=False)
-    process = start(train_until, arguments, None, 1, writing)
+    process = start(function, arguments, None, 1, writing)
     writing.close()  # so that reading ends with the process
     for _ in range(random.randrange(steps)):
         reading.recv_bytes()
@@ -245,7 +281,7 @@ def kill_training(folder: Path, kills: int, arguments: list[str] | None = None) 
     for number in range(kills):
         before, moment = newest_step(killed), TRAINING_MOMENTS[number % 4]
         if moment == "random":
-            process = kill_at_random(arguments, steps)
+            process = kill_at_random(train_until, arguments, steps)
         else:
             process = start(train_until, arguments, moment, random.randint(1, 2))
         assert ended_by(process) == -signal.SIGKILL, "the run ended before it was killed; give it more steps"
@@ -259,6 +295,56 @@ def kill_training(folder: Path, kills: int, arguments: list[str] | None = None) 
     assert resumed_at(killed) == before
     assert_same_run(killed, reference)
     print(f"went on from steps {', '.join(map(str, resumed))}; {len(read_metrics(killed))} metrics lines equal")
+    return survived
+
+
+# Caching
+
+
+def cache_until(arguments: list[str], moment: str | None, countdown: int = 1, rows: Connection | None = None) -> None:
+    """Cache in chunks of 16, and be killed in one of them; a byte goes to rows after every image."""
+    latents.CHUNK = 16
+    if rows is not None:
+        report_calls(latents.CacheWriter, "write", rows, 0.02)
+    elif moment is not None:
+        name = {"half a chunk": "write", "no checksum": "_write_checksums", "not finished": "finish"}[moment]
+        die_in(latents.CacheWriter, name, countdown if name == "finish" else 16 * countdown - 8)
+    cache_latents.main(arguments)
+
+
+def die_in(owner: type, name: str, countdown: int) -> None:
+    """Be killed when a method is called for the countdown-th time."""
+    method, numbers = getattr(owner, name), itertools.count(1)
+    setattr(owner, name, lambda *arguments: die() if next(numbers) == countdown else method(*arguments))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != files.LOCK}
+
+
+def kill_caching(folder: Path, kills: int, arguments: list[str] | None = None) -> Counter:
+    """Kills that caching survived, by their moment. Raises AssertionError when another cache came out of it."""
+    reference, killed, survived = folder / "reference", folder / "killed", Counter()
+    if not arguments:
+        write_digits(folder / "digits", 32)
+        data = [f"--data-path={folder / 'digits'}", f"--vae={ROOT / 'assets' / 'demo_vae'}"]
+        arguments = [*SMALL_CACHE.split(), *data]
+    assert ended_by(start(cache_until, [*arguments, f"--latents-dir={reference}"], None)) == 0
+    images = len(latents.LatentCache(reference))
+    arguments = [*arguments, f"--latents-dir={killed}"]
+    for number in range(kills):
+        moment = CACHING_MOMENTS[3] if number >= kills * 3 // 4 else CACHING_MOMENTS[number % 3]
+        if moment == "random":
+            process = kill_at_random(cache_until, arguments, max(1, images // kills))
+        else:
+            countdown = random.randint(1, 1 + images // (48 * kills))  # too few for the last chunk
+            process = start(cache_until, arguments, moment, 1 if moment == "not finished" else countdown)
+        assert ended_by(process) == -signal.SIGKILL, f"caching ended before kill {number} ({moment})"
+        survived[moment] += 1
+        assert not (killed / "meta.json").exists()
+    assert ended_by(start(cache_until, arguments, None)) == 0
+    assert files_of(killed) == files_of(reference)
+    print(f"{images} images, every byte equal")
     return survived
 
 
@@ -325,9 +411,7 @@ def kill_half_the_npz() -> None:
 
 def start_samplers(arguments: list[str], noise: Path, count: int = 1, moment: str | None = None) -> list:
     """Start the processes of one run of sample_ddp.py. The fault is in the first one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     groups = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     moments = [moment, *[None] * (count - 1)]
     return [
@@ -381,7 +465,8 @@ def kill_sampling(folder: Path, kills: int, ckpt: Path | None = None, arguments:
     if ckpt is None:
         ckpt = folder / "run"
         assert ended_by(start(train_until, [*small_run(folder), f"--results-dir={ckpt}"], None)) == 0
-    shared = [f"--ckpt={ckpt}", *(arguments or SMALL_SAMPLES.split())]
+    # So many that some are left for the kills before the .npz is packed.
+    shared = [f"--ckpt={ckpt}", *(arguments or [*SMALL_SAMPLES.split(), f"--num-fid-samples={max(200, 27 * kills)}"])]
     killed, noise, survived = folder / "killed", folder / "killed.noise", Counter()
     for name, batch, count in (("one", 32, 1), ("two", 8, 2)):
         arguments = [*shared, f"--sample-dir={folder / name}", f"--per-proc-batch-size={batch}"]
@@ -404,19 +489,21 @@ def kill_sampling(folder: Path, kills: int, ckpt: Path | None = None, arguments:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["training", "sampling"])
+    parser.add_argument("what", choices=["training", "caching", "sampling"])
     parser.add_argument("--kills", type=int, default=12)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ckpt", type=Path, default=None, help="of the samples")
-    parser.add_argument("arguments", nargs="*", help="of the command, after --")
-    args = parser.parse_args()
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args, given = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]  # after --: of the command
     random.seed(args.seed)
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.what == "training":
-        survived = kill_training(args.folder, args.kills, args.arguments)
+        survived = kill_training(args.folder, args.kills, given)
+    elif args.what == "caching":
+        survived = kill_caching(args.folder, args.kills, given)
     else:
-        survived = kill_sampling(args.folder, args.kills, args.ckpt, args.arguments)
+        survived = kill_sampling(args.folder, args.kills, args.ckpt, given)
     print(f"killed {sum(survived.values())} of {args.kills} times: {dict(survived)}")
 
 

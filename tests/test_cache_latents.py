@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import stops
 
 import cache_latents
 import train
@@ -25,7 +26,7 @@ ROUNDING = dict(atol=2e-3, rtol=2e-3)  # of float16, and of convolutions over ot
 
 
 def contents(folder: Path) -> dict:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != files.LOCK}
 
 
 def moments(folder: Path) -> np.ndarray:
@@ -87,7 +88,7 @@ def begun(cache_arguments, signal_after, tmp_path, monkeypatch, capsys):
     """A cache that was stopped after ten images."""
     monkeypatch.setattr(latents, "CHUNK", 5)
     signal_after(cache_latents, "encode_rows", 2)
-    cache_latents.main(cache_arguments(tmp_path / "latents"))
+    stops(cache_latents.main, cache_arguments(tmp_path / "latents"))
     assert capsys.readouterr().out.endswith("stopped on request; repeat the same command to go on\n")
     return tmp_path / "latents"
 
@@ -174,7 +175,7 @@ def test_the_disk_need_is_printed_before_anything_is_encoded(cache_arguments, tm
     cache_latents.main([*cache_arguments(tmp_path / "latents"), "--dry-run"])
     assert capsys.readouterr().out.endswith(f"dry run: would {expected}") and list(tmp_path.iterdir()) == []
     with pytest.raises(TypeError):
-        cache_latents.main(cache_arguments(tmp_path / "latents"))
+        stops(cache_latents.main, cache_arguments(tmp_path / "latents"))
     assert capsys.readouterr().out.endswith(expected.replace("encode", "encoding"))
     imagenet = latents.CacheWriter(tmp_path, {"shape": [1_281_167, 2, 8, 32, 32]}, None)
     assert files.format_bytes(imagenet.bytes) == "42 GB"

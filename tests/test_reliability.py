@@ -1,13 +1,20 @@
 """What docs/reliability.md promises across modules: kills, restarts, full disks, awkward names, hostile files."""
 
 import copy
+import datetime
+import itertools
 import json
+import multiprocessing
 import os
 import pty
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import fuzz
@@ -15,8 +22,9 @@ import kill
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, TINY_RUN, command_line
+from conftest import ENVIRONMENT, TINY_RUN, command_line, stops
 from kill import assert_same_run, read_metrics, read_samples
+from torch.utils.data import dataloader
 
 import cache_latents
 import models
@@ -24,7 +32,8 @@ import sample_ddp
 import train
 import visualize_rope
 from demo import digits, measure
-from runtime import checkpoint, distributed, files, latents, monitor, options, pictures
+from runtime import checkpoint, data, distributed, files, latents, monitor, options, pictures
+from runtime.options import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +54,14 @@ def test_training_killed_again_and_again(image_folder, vae_folder, tmp_path):
     changes = {"data_path": image_folder, "vae": vae_folder, "log_every": 1, "ckpt_every": 2, "max_steps": 30}
     assert kill.kill_training(tmp_path, 4, command_line(TINY_RUN | changes)) == dict.fromkeys(kill.TRAINING_MOMENTS, 1)
     assert_same_run(tmp_path / "killed", tmp_path / "reference")
+
+
+def test_caching_killed_again_and_again(image_folder, vae_folder, tmp_path):
+    """kill.py in its short form, on two chunks."""
+    random.seed(0)
+    data = {"data_path": image_folder, "vae": vae_folder, "image_size": 32, "num_workers": 0, "batch_size": 4}
+    expected = {"random": 1, "half a chunk": 1, "no checksum": 1, "not finished": 1}
+    assert kill.kill_caching(tmp_path, 4, command_line(data)) == expected
 
 
 def test_sampling_killed_again_and_again(run, tmp_path, capsys):
@@ -69,9 +86,203 @@ def test_a_closed_terminal_stops_a_run_with_a_checkpoint(train_arguments, tmp_pa
         seen += os.read(controller, 4096)
     os.close(terminal)
     os.close(controller)
-    assert kill.ended_by(process) == 0
+    assert kill.ended_by(process) == 128 + signal.SIGHUP
     (path,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert f"stopped on request at step {int(path.stem):,}; " in (tmp_path / "run" / "log.txt").read_text()
+
+
+def image_of_step(images: Path, step: int) -> Path:
+    """An image that a run without flips of batch 8 first reads for this step."""
+    _, index = next(itertools.islice(data.EpochBatches(24, 8, 0), step - 1, None))[0]
+    return data.ImageList(images).path(index)
+
+
+@pytest.fixture
+def waiting_images(image_folder, tmp_path):
+    """A copy of the images of which one, needed for step 3, is a named pipe that nobody writes into."""
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    pipe = image_of_step(images, 3)
+    pipe.unlink()
+    os.mkfifo(pipe)
+    return images
+
+
+@pytest.fixture
+def signal_later(monkeypatch):
+    """Signals this process from a thread, some time after the count-th return of a function: signal_later(owner, name,
+    count) -> list that gets the time of the signal."""
+
+    def patch(owner, name: str, count: int, number: int = signal.SIGTERM) -> list[float]:
+        original, calls, sent = getattr(owner, name), [], []
+
+        def send():
+            sent.append(time.monotonic())
+            os.kill(os.getpid(), number)
+
+        def wrapper(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == count:
+                threading.Timer(0.7, send).start()
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, wrapper)
+        return sent
+
+    return patch
+
+
+@pytest.mark.parametrize("workers, number", [(0, signal.SIGTERM), (2, signal.SIGINT)])
+def test_a_run_that_waits_for_data_stops_with_a_checkpoint(
+    workers, number, waiting_images, train_arguments, signal_later, tmp_path
+):
+    sent = signal_later(train.Trainer, "train_step", 2, number)
+    stops(train.main, train_arguments(tmp_path / "run", data_path=waiting_images, num_workers=workers), number)
+    assert time.monotonic() - sent[0] < 5
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000002.pt"]
+    assert not multiprocessing.active_children()
+
+
+def test_a_cache_that_waits_for_an_image_stops(waiting_images, cache_arguments, signal_later, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "CHUNK", 5)
+    sent = signal_later(cache_latents, "encode_batch", 1)
+    stops(cache_latents.main, cache_arguments(tmp_path / "latents", data_path=waiting_images, batch_size=1))
+    assert time.monotonic() - sent[0] < 5
+
+
+def test_processes_that_wait_for_another_that_waits_for_data_stop_with_it(two):
+    """Rank 1 alone got the signal, while rank 0 waited for an image."""
+    assert [seen["saved"] for seen in two("waiting")] == [[2], [2]]
+    assert max(seen["seconds"] for seen in two("waiting")) < 10
+    assert [seen["status"] for seen in two("waiting")] == [0, 0]  # for torchrun, which would start them again
+
+
+@pytest.mark.parametrize(
+    "end, reason",
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "was ended by SIGKILL, as the system does when memory runs out"),
+        (lambda: os._exit(3), "ended with status 3"),
+        (None, "could not make a batch (unable to allocate shared memory)"),
+    ],
+)
+def test_a_data_worker_that_dies_ends_the_run_with_a_checkpoint(
+    end, reason, image_folder, train_arguments, refused, tmp_path, monkeypatch
+):
+    read, path = data.read_prepared, image_of_step(image_folder, 3)
+
+    def read_prepared(image, size):
+        if image == path and end is None:
+            monkeypatch.setattr(torch.Tensor, "share_memory_", no_memory)  # of this worker
+        elif image == path:
+            time.sleep(1)  # batches of a worker that died are lost, also those that it had made
+            end()
+        return read(image, size)
+
+    def no_memory(self):
+        raise RuntimeError("unable to allocate shared memory\nand more")
+
+    monkeypatch.setattr(data, "read_prepared", read_prepared)
+    monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
+    message = refused(train.main, train_arguments(tmp_path / "run", num_workers=1), has_begun=True)
+    remedy = "use fewer --num-workers, or a smaller batch"
+    assert message == (
+        f"a data worker {reason}; {remedy}; everything up to step 2 is saved: repeat the command to go on"
+    )
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000002.pt"]
+
+
+def ignoring(seconds: float) -> None:
+    """Be in a system call that no signal ends."""
+    distributed.SAME_REQUEST = 0.5
+    with distributed.StopOnSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # the same request, on another way
+        assert stop.received == signal.SIGTERM
+        time.sleep(seconds)
+
+
+def test_a_second_signal_ends_a_process_at_once():
+    process = kill.start(ignoring, 60)
+    time.sleep(2)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(timeout=5)
+    assert process.exitcode == 128 + signal.SIGINT
+
+
+# Processes that are missing
+
+
+def test_machines_meet_before_torchrun():
+    port = kill.free_port()
+    machines = [kill.start(distributed.main, ["2", number, "127.0.0.1", port]) for number in ("1", "0")]
+    assert [kill.ended_by(process) for process in machines] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "rank, whom",
+    [("0", "2 of 3 processes: number 1, 2"), ("1", "number 0, at 127.0.0.1:PORT ([Errno 111] Connection refused)")],
+)
+def test_a_group_that_is_not_complete_says_for_whom_it_waits(rank, whom, monkeypatch):
+    port = kill.free_port()
+    group = {"RANK": rank, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, text in group.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setattr(distributed, "PATIENCE", 0.1)
+    with pytest.warns(UserWarning, match=re.escape(f"waiting for {whom.replace('PORT', port)}")):
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            distributed.setup()
+    monkeypatch.setattr(distributed, "TIMEOUT", datetime.timedelta(seconds=0.3))
+    with pytest.raises(UserError, match=re.escape(f"in vain for {whom.replace('PORT', port)}; start all of them")):
+        distributed.setup()
+
+
+# Two commands in one folder
+
+
+def test_a_second_cache_waits_for_the_first_and_finds_its_work(cache, cache_arguments, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "latents"
+    folder.mkdir()
+    holder = kill.Holder(folder)
+
+    def finish(_):
+        shutil.copytree(cache, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(files.LOCK))
+        assert len(latents.LatentCache(folder)) == 24  # a reader needs no lock
+        holder.release()
+
+    monkeypatch.setattr(distributed.time, "sleep", finish)
+    cache_latents.main(cache_arguments(folder))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith(f"waiting for {holder.name}, which writes into {folder}")
+    assert second.endswith(f"nothing to do: {folder} is a finished cache of this data set")
+
+
+def test_a_second_sampler_waits_for_the_first_and_finds_its_work(sample_arguments, tmp_path, monkeypatch, capsys):
+    sample_ddp.main(sample_arguments(tmp_path / "whole"))
+    (images,) = (path.name for path in (tmp_path / "whole").iterdir() if path.is_dir())
+    folder = tmp_path / "samples"
+    (folder / images).mkdir(parents=True)
+    holder = kill.Holder(folder / images)
+
+    def finish(_):
+        shutil.copytree(tmp_path / "whole", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(files.LOCK))
+        holder.release()
+
+    monkeypatch.setattr(distributed.time, "sleep", finish)
+    capsys.readouterr()
+    sample_ddp.main(sample_arguments(folder))
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.endswith(f"waiting for {holder.name}, which writes into {folder / images}")
+    assert second.endswith("nothing to do: all 13 samples are there")
+
+
+def test_a_lock_that_the_file_system_does_not_have(tmp_path, cache_arguments, refused, monkeypatch):
+    def lockf(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "lockf", lockf)
+    message = refused(cache_latents.main, cache_arguments(tmp_path / "latents"), has_begun=True)
+    assert "cannot be written (No locks available)" in message
 
 
 @pytest.mark.parametrize("under_nohup", [False, True])
@@ -80,7 +291,7 @@ def test_a_closed_terminal_is_a_request_to_stop_but_under_nohup(under_nohup):
     try:
         with distributed.StopOnSignal() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.received == (None if under_nohup else "SIGHUP")
+            assert stop.received == (None if under_nohup else signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) is (signal.SIG_IGN if under_nohup else signal.SIG_DFL)
     finally:
         signal.signal(signal.SIGHUP, before)

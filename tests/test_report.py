@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from conftest import stops
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
@@ -42,7 +43,7 @@ def test_samples_change_nothing_and_are_the_same_after_an_interruption(whole, tr
     assert not (whole / "samples").exists()
     stopped = train_arguments(tmp_path / "stopped", sample_every=2)
     signal_after(train.Trainer, "train_step", 5)
-    train.main(stopped)
+    stops(train.main, stopped)
     assert list(pictures_of(tmp_path / "stopped")) == ["0000002.png", "0000004.png", "contact_sheet.png"]
     train.main(stopped)
     names = ["0000002.png", "0000004.png", "0000006.png", "0000007.png", "contact_sheet.png"]

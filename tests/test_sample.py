@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import command_line, tiny
+from conftest import command_line, contents, stops, tiny
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 from test_checkpoint import build, write
@@ -69,7 +69,7 @@ def arrays(folder):
 
 
 def times(folder) -> dict:
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    return {path: path.stat().st_mtime_ns for path in contents(folder)}
 
 
 def assert_same(folder, reference) -> None:
@@ -83,7 +83,7 @@ def assert_same(folder, reference) -> None:
 def test_what_is_written(finished, vae_folder):
     path = stem(finished)
     assert path.name == f"DiT-XS-2-0000007-size-32-vae-{vae_folder.name}-cfg-1.5-seed-0"
-    assert sorted(png.name for png in path.iterdir()) == [f"{index:06d}.png" for index in range(13)]
+    assert [png.name for png in contents(path)] == [f"{index:06d}.png" for index in range(13)]
     images, labels = arrays(finished)
     assert (images.dtype, images.shape) == (np.uint8, (13, 32, 32, 3))
     assert (labels.dtype, labels.shape) == (np.int64, (13,))
@@ -112,12 +112,15 @@ def test_compiled_blocks_make_the_same_images_and_are_compiled_once(finished, sa
     assert compilations.frame_count == 1
 
 
-def test_an_interrupted_run_makes_the_missing_images_only(finished, sample, signal_after, tmp_path, monkeypatch):
+def test_an_interrupted_run_makes_the_missing_images_only(
+    finished, sample, sample_arguments, signal_after, tmp_path, monkeypatch, capsys
+):
     signal_after(sampling, "sample_latents", 1)
-    assert sample(tmp_path).endswith("stopped on request; repeat the same command to go on\n")
+    stops(sample_ddp.main, sample_arguments(tmp_path))
+    assert capsys.readouterr().out.endswith("stopped on request; repeat the same command to go on\n")
     assert not list(tmp_path.glob("*.npz"))
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    assert sorted(path.name for path in folder.iterdir()) == [f"{index:06d}.png" for index in range(5)]
+    assert [path.name for path in contents(folder)] == [f"{index:06d}.png" for index in range(5)]
     (folder / "000002.png").write_bytes((folder / "000002.png").read_bytes()[:-7])  # as a killed run may leave it
     (folder / "000004.png").unlink()
     (folder / "000009.png.partial").write_bytes(b"half")
@@ -172,7 +175,7 @@ def test_a_damaged_npz_is_made_again_and_more_samples_may_come_later(copy, finis
         npz.write_bytes(npz.read_bytes()[:1000])
         sample(copy, num_fid_samples=total)
         images, labels = arrays(copy)
-        assert len(images) == len(labels) == len(list(stem(copy).iterdir())) == total
+        assert len(images) == len(labels) == len(contents(stem(copy))) == total
         assert np.array_equal(images[:13], arrays(finished)[0])
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import stops
 
 import train
 from models import ModelConfig
@@ -36,7 +37,7 @@ def test_tensorboard_shows_what_metrics_jsonl_holds(train_arguments, signal_afte
     validation = dict(val_fraction=0.25, val_every=3)
     arguments = train_arguments(results, tensorboard=True, sample_every=3, log_every=1, **validation, **ROPE)
     signal_after(train.Trainer, "train_step", 6)
-    train.main(arguments)
+    stops(train.main, arguments)
     (results / "checkpoints" / "0000006.pt").unlink()  # as if killed: from step 4 on it has to go back
     train.main(arguments)
     scalars, images = events(results)

@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -19,8 +17,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import two_processes
-from conftest import command_line, contents
-from kill import assert_same_bits, assert_same_run, newest, read_metrics
+from conftest import command_line, contents, stops
+from kill import Holder, assert_same_bits, assert_same_run, newest, read_metrics
 from test_checkpoint import disk_full_at
 
 import evaluate_loss
@@ -49,7 +47,7 @@ def stopped(train_arguments, stop_after_step, tmp_path, capsys):
 
     def stop(steps: int, **changes) -> Path:
         stop_after_step(steps)
-        train.main(train_arguments(tmp_path / "run", **changes))
+        stops(train.main, train_arguments(tmp_path / "run", **changes))
         assert f"stopped on request at step {steps}; repeat the same command to go on\n" in capsys.readouterr().out
         return tmp_path / "run"
 
@@ -83,7 +81,7 @@ def test_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(
         forget_settings(checkpoint.step_path(tmp_path / "run" / "checkpoints", 2))
     for steps, number in ((3, signal.SIGUSR1), (1, signal.SIGINT)):  # at steps 5 and 6
         stop_after_step(steps, number)
-        train.main(arguments)
+        stops(train.main, arguments, number)
     assert newest(tmp_path / "run")["step"] == 6
     train.main(arguments)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
@@ -444,7 +442,7 @@ def test_a_stop_waits_for_the_checkpoint_that_is_being_written(
     monkeypatch.setattr(os, "replace", lambda *names: (time.sleep(0.3 * (names[1].suffix == ".pt")), replace(*names)))
     stop_after_step(6)
     arguments = train_arguments(tmp_path / "run")
-    train.main(arguments)
+    stops(train.main, arguments)
     log = (tmp_path / "run" / "log.txt").read_text()
     places = [log.index(text) for text in ("0000004.pt\n", "0000006.pt\n", "stopped on request at step 6")]
     assert places == sorted(places)
@@ -487,7 +485,7 @@ def test_checkpoints_of_an_interruption_go_when_the_next_regular_one_is_there(
     assert names() == ["2"]
     for more, left in ((1, ["2", "3"]), (2, ["4", "5"])):
         stop_after_step(more)
-        train.main(arguments)
+        stops(train.main, arguments)
         assert names() == left
     train.main(arguments)
     assert names() == ["4", "7"]
@@ -514,8 +512,12 @@ def test_a_damaged_checkpoint_is_skipped_and_counts_for_nothing(
     path = results / "checkpoints" / "0000006.pt"
     path.write_bytes(path.read_bytes()[:1000])
     stop_after_step(1)
-    for extra, went_on in (["--dry-run"], "would go on from step 4"), ([], "0000004.pt at step 4"):
-        train.main([*train_arguments(results, keep_checkpoints=1), *extra])
+    arguments = train_arguments(results, keep_checkpoints=1)
+    for went_on, run in (
+        ("would go on from step 4", lambda: train.main([*arguments, "--dry-run"])),
+        ("0000004.pt at step 4", lambda: stops(train.main, arguments)),
+    ):
+        run()
         output = capsys.readouterr().out
         assert f"warning: skipped a checkpoint: checkpoint {str(path)!r} cannot be read (" in output
         assert went_on in output
@@ -540,18 +542,17 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(train_arg
 
 def test_a_second_run_in_the_same_folder_is_refused(run, train_arguments, refused, tmp_path, capsys):
     results = shutil.copytree(run, tmp_path / "run")
-    hold = "import fcntl; file = open('.lock', 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    holder = subprocess.Popen([sys.executable, "-c", hold], cwd=results, **pipes)
-    assert holder.stdout.readline() == "\n"
+    holder = Holder(results)
     arguments = train_arguments(results, **OF_RUN, max_steps=8)
     message = refused(train.main, arguments)
-    assert message == f"--results-dir {str(results)!r} is in use by another run; wait for it or choose another"
+    assert (
+        message == f"--results-dir {str(results)!r} is in use by {holder.name}; wait for it, end it, or choose another"
+    )
     before = contents(results)
     train.main([*arguments, "--dry-run"])  # may look while it is in use
     output = capsys.readouterr().out
     assert f"warning: {message}\n" in output and "would go on from step 7" in output and contents(results) == before
-    holder.communicate("\n", timeout=30)
+    holder.release()
     train.main(arguments)
     assert newest(results)["step"] == 8
 
@@ -600,7 +601,7 @@ def test_a_config_that_is_not_ours_is_one_line(extra, run, train_arguments, refu
     state = checkpoint.load(path)
     checkpoint.save(path, state | {"config": state["config"] | {"vae": {"colour": "red"}}})
     assert refused(train.main, [*train_arguments(results, **OF_RUN), extra]).startswith(
-        f"checkpoint {str(path)!r} cannot be read (KeyError: 'source'"
+        f"checkpoint {str(path)!r} cannot be read (TypeError: VAEConfig.__init__() got an unexpected keyword argument "
     )
 
 

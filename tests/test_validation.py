@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import command_line
+from conftest import command_line, stops
 
 import cache_latents
 import evaluate_loss
@@ -332,7 +332,7 @@ def test_a_folder_of_their_own_leaves_no_trace_in_training_and_has_the_loss_of_t
 def test_a_resumed_run_has_the_same_curves(validated, train_arguments, signal_after, tmp_path):
     arguments = train_arguments(tmp_path / "run", **RECIPE, **QUARTER)
     signal_after(train.Trainer, "train_step", 2)
-    train.main(arguments)
+    stops(train.main, arguments)
     assert [record["step"] for record in metrics(tmp_path / "run")] == [2]
     train.main(arguments)
     assert curves(tmp_path / "run") == curves(validated)

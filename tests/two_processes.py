@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -33,6 +34,14 @@ BATCH = TINY_RUN["global_batch_size"]
 def arguments(results: Path, data_path: Path, vae: str, **changes) -> list[str]:
     options = {"data_path": data_path, "vae": vae, "results_dir": results, "max_steps": 6, "log_every": 2}
     return command_line(TINY_RUN | options | changes)
+
+
+def status_of(arguments: list[str]) -> int | str | None:
+    """Exit status of a run."""
+    try:
+        train.main(arguments)
+    except SystemExit as stop:
+        return stop.code
 
 
 def constant_noise():
@@ -79,8 +88,40 @@ def stopped(results: Path, images: Path, vae: str) -> dict:
         save(self, trainer, **how)
 
     with patch.object(Trainer, "train_step", train_step), patch.object(RunFolder, "save", saved):
-        train.main(arguments(results, images, vae))
-    return {"saved": seen}
+        return {"status": status_of(arguments(results, images, vae)), "saved": seen}
+
+
+def waiting(results: Path, images: Path, vae: str) -> dict:
+    """A run in which only rank 1 gets a signal, while rank 0 waits for an image of the third step."""
+    read, save, seen, sent = data.read_prepared, RunFolder.save, [], []
+
+    def read_prepared(path, size):
+        seen.append(path)
+        if distributed.rank() == 0 and len(seen) == BATCH + 1:
+            pipe = results.parent / "pipe"
+            os.mkfifo(pipe)
+            open(pipe).close()
+        return read(path, size)
+
+    def send():
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def train_step(self, batches):
+        step(self, batches)
+        if self.step == 2:
+            threading.Timer(1, send if distributed.rank() == 1 else lambda: sent.append(time.monotonic())).start()
+
+    saves, step = [], Trainer.train_step
+
+    def saved(self, trainer, **how):
+        saves.append(trainer.step)
+        save(self, trainer, **how)
+
+    reading = patch.object(data, "read_prepared", read_prepared)
+    with reading, patch.object(Trainer, "train_step", train_step), patch.object(RunFolder, "save", saved):
+        status = status_of(arguments(results, images, vae))
+    return {"status": status, "saved": saves, "seconds": time.monotonic() - sent[0]}
 
 
 def non_finite(results: Path, images: Path, vae: str) -> dict:
@@ -111,11 +152,9 @@ def unreadable(results: Path, images: Path, vae: str) -> dict:
 
 
 def refused(results: Path, images: Path, vae: str) -> dict:
-    """A command that fits one process and not two."""
-    try:
-        train.main(arguments(results, images, vae, global_batch_size=7))
-    except SystemExit as stop:
-        return {"status": stop.code}
+    """A command that fits one process and not two. Rank 1 lets rank 0 speak, and torchrun would end it meanwhile."""
+    with patch.object(time, "sleep", lambda seconds: sys.exit(2) if seconds else None):
+        return {"status": status_of(arguments(results, images, vae, global_batch_size=7))}
 
 
 def estimated(results: Path, images: Path, vae: str) -> dict:
@@ -181,7 +220,7 @@ def restarted(results: Path, images: Path, vae: str) -> None:
     train.main(arguments(results, images, vae, max_steps=7, ckpt_every=2, num_workers=1, log_every=1))
 
 
-SCENARIOS = [gradients, stopped, non_finite, unreadable, refused, estimated]
+SCENARIOS = [gradients, stopped, waiting, non_finite, unreadable, refused, estimated]
 SCENARIOS += [cached, validated, trained, sampled, measured]
 
 
