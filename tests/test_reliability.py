@@ -490,6 +490,19 @@ def test_a_log_that_cannot_be_written_is_a_warning(tmp_path, capsys, monkeypatch
     assert f"warning: {tmp_path / 'log.txt'} lacks a line: [Errno 28] No space left on device\n" in output.out
 
 
+def test_folders_where_files_belong(train_arguments, sample_arguments, refused, tmp_path, capsys):
+    (tmp_path / "run" / "log.txt").mkdir(parents=True)
+    train.main(train_arguments(tmp_path / "run", max_steps=1))
+    warning = f"warning: {tmp_path / 'run' / 'log.txt'} lacks a line: [Errno 21] Is a directory"
+    assert warning in capsys.readouterr().out and (tmp_path / "run" / "checkpoints" / "0000001.pt").exists()
+    arguments = sample_arguments(tmp_path / "samples")
+    sample_ddp.main([*arguments, "--print-name"])
+    npz = Path(capsys.readouterr().out.strip())
+    npz.mkdir(parents=True)
+    message = refused(sample_ddp.main, arguments, has_begun=True)
+    assert message.startswith(f"--sample-dir {str(npz.parent)!r} cannot be written ([Errno 21] Is a directory: ")
+
+
 # Names
 
 
