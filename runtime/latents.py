@@ -256,6 +256,7 @@ class CacheWriter:
             allocate(self.root / CHECKSUMS, self.shape[:2], "uint32")
             if marked is not None:
                 self._adopt(marked)
+            self.done.unlink(missing_ok=True)
             for row in self._changed() if changed == "encode" else ():
                 self._write_checksums(row, [0] * self.shape[1])
             if self.finished.exists():
@@ -285,7 +286,6 @@ class CacheWriter:
             elif is_sane(self.moments[row]):
                 self._write_checksums(row, self._checksums_of(self.moments[row]))
         self.sync()
-        self.done.unlink(missing_ok=True)
 
     def _write_array(self, name: str, array: np.ndarray) -> None:
         with files.whole_file(self.root / name) as file:
