@@ -97,11 +97,12 @@ _env_stop() { # NAME of the signal: ends what runs in the background, then the s
 }
 
 setup_env() { # FILE...: sets PYTHON; ends the script where that is impossible
-  local lacks name
+  local answer lacks='' name
   for PYTHON in python python3; do
     if [[ $(command -v "$PYTHON") == "$ENV_DIR"/* ]]; then continue; fi
-    lacks=$(_env_lacks "$PYTHON" "$@")
-    if [[ -z $lacks ]]; then return; fi
+    answer=$(_env_lacks "$PYTHON" "$@")
+    if [[ -z $answer ]]; then return; fi
+    if [[ -z $lacks ]] || ((${#answer} < ${#lacks})); then lacks=$answer; fi
   done
   PYTHON=$ENV_DIR/bin/python
   if ! _env_is_ready "$@"; then
