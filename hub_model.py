@@ -1,5 +1,7 @@
 """DiT on the Hugging Face hub: from_pretrained, save_pretrained, and what a config.json may say."""
 
+from dataclasses import asdict
+
 from huggingface_hub import PyTorchModelHubMixin
 
 from rope import RopeConfig
@@ -16,10 +18,15 @@ wrote it: `models.DiT.from_pretrained`, or `python sample.py --ckpt FOLDER` and 
 # Far beyond any DiT that was trained: a config.json that says more is damaged, and refused before memory is asked for.
 LARGEST = dict(input_size=2**17, patch_size=64, in_channels=1024, hidden_size=2**15, depth=512, num_heads=1024)
 LARGEST |= dict(num_classes=10**7)
+# Without these, huggingface_hub 0.28 leaves RoPE out of config.json.
+CODERS = {RopeConfig: (asdict, lambda values: RopeConfig(**values))}
 
 
 class HubModel(PyTorchModelHubMixin, model_card_template=CARD, tags=["dit", "diffusion"]):
     """huggingface_hub's from_pretrained(folder or "user/repo"), save_pretrained and push_to_hub, but stricter."""
+
+    def __init_subclass__(cls, **arguments):
+        super().__init_subclass__(coders=CODERS, **arguments)  # which are not inherited
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **arguments):
