@@ -91,11 +91,12 @@ _env_make() { # FILE...: makes .venv, or adds to it
 }
 
 setup_env() { # FILE...: sets PYTHON; ends the script where that is impossible
-  local lacks
+  local answer lacks=''
   for PYTHON in python python3; do
     if [[ $(command -v "$PYTHON") == "$ENV_DIR"/* ]]; then continue; fi
-    lacks=$(_env_lacks "$PYTHON" "$@")
-    if [[ -z $lacks ]]; then return; fi
+    answer=$(_env_lacks "$PYTHON" "$@")
+    if [[ -z $answer ]]; then return; fi
+    if [[ -z $lacks ]] || ((${#answer} < ${#lacks})); then lacks=$answer; fi
   done
   PYTHON=$ENV_DIR/bin/python
   if ! _env_is_ready "$@"; then

@@ -60,7 +60,7 @@ def test_caching_killed_again_and_again(image_folder, vae_folder, tmp_path):
     """kill.py in its short form, on two chunks."""
     random.seed(0)
     data = {"data_path": image_folder, "vae": vae_folder, "image_size": 32, "num_workers": 0, "batch_size": 4}
-    expected = {"random": 1, "half a chunk": 1, "no checksum": 1, "not finished": 1}
+    expected = {"random": 1, "between images": 1, "no checksum": 1, "not finished": 1}
     assert kill.kill_caching(tmp_path, 4, command_line(data)) == expected
 
 
@@ -488,6 +488,19 @@ def test_a_log_that_cannot_be_written_is_a_warning(tmp_path, capsys, monkeypatch
     output = capsys.readouterr()
     assert "another\n" in output.out and output.err == ""
     assert f"warning: {tmp_path / 'log.txt'} lacks a line: [Errno 28] No space left on device\n" in output.out
+
+
+def test_folders_where_files_belong(train_arguments, sample_arguments, refused, tmp_path, capsys):
+    (tmp_path / "run" / "log.txt").mkdir(parents=True)
+    train.main(train_arguments(tmp_path / "run", max_steps=1))
+    warning = f"warning: {tmp_path / 'run' / 'log.txt'} lacks a line: [Errno 21] Is a directory"
+    assert warning in capsys.readouterr().out and (tmp_path / "run" / "checkpoints" / "0000001.pt").exists()
+    arguments = sample_arguments(tmp_path / "samples")
+    sample_ddp.main([*arguments, "--print-name"])
+    npz = Path(capsys.readouterr().out.strip())
+    npz.mkdir(parents=True)
+    message = refused(sample_ddp.main, arguments, has_begun=True)
+    assert message.startswith(f"--sample-dir {str(npz.parent)!r} cannot be written ([Errno 21] Is a directory: ")
 
 
 # Names
