@@ -235,7 +235,8 @@ def load(path: str | Path, verify: bool = False) -> dict:
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            f"checkpoint {str(path)!r} does not exist; expected a file such as checkpoints/0050000.pt, or a folder"
+            f"checkpoint {str(path)!r} does not exist; expected a file such as checkpoints/0050000.pt, a folder, or "
+            "hf://user/repo"
         )
     with files.reading(f"checkpoint {str(path)!r}", "it is truncated or not a checkpoint: copy it again"):
         if path.suffix == ".safetensors":

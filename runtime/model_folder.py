@@ -10,9 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from models import ModelConfig
 from runtime import checkpoint, diffusers_layout, files
-from runtime.config import from_elsewhere
+from runtime.config import ModelConfig, from_elsewhere
 from runtime.options import UserError, first_line
 
 CONFIG = "config.json"

@@ -23,10 +23,10 @@ from PIL import Image
 import evaluate
 from diffusion import create_diffusion
 from diffusion.objectives import OBJECTIVES
-from models import DiT, ModelConfig
+from models import DiT
 from rope import RopeConfig, SpiralRoPE, rotate
 from runtime import distributed, inception, sampling, training
-from runtime.config import Recipe
+from runtime.config import ModelConfig, Recipe
 from runtime.vae import VAE
 
 pytestmark = pytest.mark.parity

@@ -580,7 +580,7 @@ def test_real_commands(image_folder, vae_folder, train_arguments, tmp_path):
         ("cache_latents.py", command_line(shared | {"latents_dir": folder}), "--image-size 36 is not divisible by 8 "
          "(VAE down-sampling 8 x patch 1); choose a multiple of 8"),
         ("sample_ddp.py", ["--ckpt=a/none.pt", f"--sample-dir={folder}"], "checkpoint 'a/none.pt' does not exist; "
-         "expected a file such as checkpoints/0050000.pt, or a folder"),
+         "expected a file such as checkpoints/0050000.pt, a folder, or hf://user/repo"),
         ("evaluate.py", ["--metrics=is", "--samples=none.npz"], "--samples 'none.npz' does not exist; expected an .npz "
          "with images arr_0 uint8 (N, H, W, 3)"),
         ("visualize_rope.py", ["--rope-theta=-1"], "argument --rope-theta: '-1' is not a number > 0"),
