@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import DiT, ModelConfig
+from models import DiT
 from rope import RopeConfig
 from runtime import data, distributed, files, monitor, options
 from runtime.checkpoint import BackgroundWriter, HostCopy, save
-from runtime.config import Recipe, VAEConfig
+from runtime.config import ModelConfig, Recipe, VAEConfig
 from runtime.estimate import made_up_batch, timed
 from runtime.options import UserError
 from runtime.sampling import SamplingConfig, sample_latents

@@ -144,10 +144,11 @@ def is_finished(args, images: data.ImageList) -> bool:
     return CacheWriter(args.latents_dir, describe(args, images, vae), images).check(args.changed)
 
 
-def is_damaged(writer: CacheWriter) -> bool:
+def is_damaged(cache: LatentCache) -> bool:
     """Whether any row of a finished cache does not prove itself. Every process reads its share."""
-    mine = writer.chunks()[distributed.rank() :: distributed.world_size()]
-    found = any(writer.unproven(chunk) for chunk in mine)
+    mine = np.array_split(cache.rows, distributed.world_size())[distributed.rank()]
+    flips = range(cache.moments.shape[1])
+    found = any(not cache.proves(row, flip, cache.moments[row, flip]) for row in mine for flip in flips)
     return int(distributed.all_reduce(torch.tensor(int(found)), "max")) == 1
 
 
@@ -170,14 +171,13 @@ def main(argv: list[str] | None = None) -> None:
     size += files.format_bytes(writer.bytes)
     if args.dry_run:
         return logger.info(f"dry run: {done if finished else f'would encode {size}'}")
-    if finished and not (args.verify and is_damaged(writer)):
+    if finished and not (args.verify and is_damaged(LatentCache(args.latents_dir))):
         return logger.info(done)
     with distributed.hold(args.latents_dir, f"--latents-dir {str(args.latents_dir)!r}", logger.info):
         if not finished and distributed.on_main(writer.check, args.changed):  # by another command, meanwhile
             return logger.info(done)
         logger.info(f"encoding {size}")
         distributed.on_main(writer.create, args.changed)
-        writer.open()
         fill(writer, images, vae, args, logger)
 
 

@@ -71,7 +71,7 @@ def describe(trained: Trained, tensors: dict[str, Tensor], weights: str) -> dict
         "source": {"file": trained.path.name, "weights_sha256": trained.sha256},
         "config": trained.config.to_dict(),
     }
-    return checkpoint.sealed(about)
+    return files.sealed(about)
 
 
 def write(args: argparse.Namespace, trained: Trained, tensors: dict[str, Tensor], about: dict) -> list[str]:

@@ -4,17 +4,15 @@ Source: Scalable Diffusion Models with Transformers, arXiv 2212.09748. The posit
 sin-cos table of that paper, added to the tokens, or Spiral RoPE, rotating queries and keys of every block.
 """
 
-import inspect
 import math
-from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hub_model import HubModel, check_settings
 from rope import RopeConfig, SpiralRoPE, rotate
 
 LONGEST_WRITTEN_OUT = 256  # tokens, up to which training may keep the attention matrix of every head
@@ -128,48 +126,12 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-# Far beyond any DiT that was trained: a config.json that says more is damaged, and refused before memory is asked for.
-LARGEST = dict(input_size=2**17, patch_size=64, in_channels=1024, hidden_size=2**15, depth=512, num_heads=1024)
-LARGEST |= dict(num_classes=10**7)
-
-
-def check_settings(settings: dict) -> None:
-    """Raise ValueError, with the setting's name, where DiT cannot be built with these arguments."""
-    for name, largest in LARGEST.items():
-        value = settings[name]
-        for number in value if name == "input_size" and isinstance(value, list | tuple) else [value]:
-            if type(number) is not int or not 1 <= number <= largest:
-                raise ValueError(f"{name} is {value!r}; expected a whole number from 1 to {largest}")
-    if isinstance(settings["input_size"], list | tuple) and len(settings["input_size"]) != 2:
-        raise ValueError(f"input_size is {settings['input_size']!r}; expected one number, or height and width")
-    if settings["hidden_size"] % settings["num_heads"]:
-        raise ValueError(f"hidden_size {settings['hidden_size']} is not divisible by num_heads {settings['num_heads']}")
-    for name, high in (("mlp_ratio", 64), ("class_dropout_prob", 1)):
-        if type(settings[name]) not in (int, float) or not 0 <= settings[name] <= high:
-            raise ValueError(f"{name} is {settings[name]!r}; expected a number from 0 to {high}")
-    if type(settings["learn_sigma"]) is not bool:
-        raise ValueError(f"learn_sigma is {settings['learn_sigma']!r}; expected true or false")
-
-
-# README.md of save_pretrained and push_to_hub; export.py writes one that knows the run.
-CARD = """---
-{{ card_data }}
----
-
-A diffusion transformer ([DiT](https://arxiv.org/abs/2212.09748)), with its settings in config.json. With the code that
-wrote it: `models.DiT.from_pretrained`, or `python sample.py --ckpt FOLDER` and `--ckpt hf://user/repo`.
-"""
-
-
-CODERS = {RopeConfig: (asdict, lambda values: RopeConfig(**values))}  # of what is not plain in config.json
-
-
-class DiT(nn.Module, PyTorchModelHubMixin, model_card_template=CARD, tags=["dit", "diffusion"], coders=CODERS):
+class DiT(nn.Module, HubModel):
     """Diffusion transformer over latents (N, C, H, W); its output is (N, 2C, H, W), or C with learn_sigma=False.
 
     input_size is the latent height and width, one number or (height, width), that positions refer to; latents
-    of other sizes run too with RoPE. rope=None adds the fixed sin-cos table instead. from_pretrained(folder or
-    "user/repo"), save_pretrained and push_to_hub are huggingface_hub's. Raises ValueError for settings out of range.
+    of other sizes run too with RoPE. rope=None adds the fixed sin-cos table instead. Raises ValueError for settings out
+    of range. HubModel gives it from_pretrained, save_pretrained and push_to_hub.
     """
 
     def __init__(
@@ -207,18 +169,6 @@ class DiT(nn.Module, PyTorchModelHubMixin, model_card_template=CARD, tags=["dit"
         self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
-
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **arguments) -> "DiT":
-        """As the mixin has it, but strict by default, and in evaluation mode with every version of huggingface_hub."""
-        return super()._from_pretrained(strict=strict, **arguments).eval()
-
-    @classmethod
-    def _decode_arg(cls, expected_type, value):
-        """As the mixin has it, but a setting of RoPE that this version does not know is an error, not dropped."""
-        if isinstance(value, dict):
-            return CODERS[RopeConfig][1](value)
-        return super()._decode_arg(expected_type, value)
 
     def initialize_weights(self) -> None:
         """adaLN-Zero (arXiv 2212.09748, section 3.2): every block starts as the identity and the output is 0."""
@@ -329,87 +279,3 @@ def _constructor(size: dict, patch_size: int):
 
 
 DiT_models = {f"DiT-{name}/{patch}": _constructor(size, patch) for name, size in SIZES.items() for patch in (2, 4, 8)}
-DEFAULTS = {p.name: p.default for p in inspect.signature(DiT).parameters.values()}  # of the arguments of DiT
-
-
-def name_of(hidden_size: int, depth: int, patch_size: int, **others) -> str:
-    """The key of DiT_models that has these settings, and as others, num_heads and mlp_ratio, its own.
-
-    Raises ValueError where there is none.
-    """
-    for name, size in SIZES.items():
-        found = {**size, "mlp_ratio": DEFAULTS["mlp_ratio"]}
-        asked = {"hidden_size": hidden_size, "depth": depth, **others}
-        if f"DiT-{name}/{patch_size}" in DiT_models and asked == {key: found[key] for key in asked}:
-            return f"DiT-{name}/{patch_size}"
-    described = "".join(f", {name} {value}" for name, value in others.items())
-    raise ValueError(
-        f"hidden_size {hidden_size}, depth {depth}, patch_size {patch_size}{described} are those of none of "
-        f"DiT-{{{'|'.join(SIZES)}}}/{{2|4|8}}"
-    )
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What rebuilds a DiT, stored in every checkpoint."""
-
-    model: str = "DiT-XL/2"  # a key of DiT_models
-    input_size: tuple[int, int] = (32, 32)  # latent height and width the model was built for
-    in_channels: int = 4  # latent channels
-    num_classes: int = 1000  # the null class comes after them
-    class_dropout_prob: float = 0.1  # share of training labels replaced by the null class
-    learn_sigma: bool = True  # predict the variance too
-    rope: RopeConfig | None = None  # None = fixed sin-cos positions
-
-    @property
-    def patch_size(self) -> int:
-        return int(self.model.split("/")[1])
-
-    @property
-    def size(self) -> str:
-        """A key of SIZES."""
-        return self.model.split("/")[0].removeprefix("DiT-")
-
-    @property
-    def hidden_size(self) -> int:
-        return SIZES[self.size]["hidden_size"]
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // SIZES[self.size]["num_heads"]
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches that positions refer to."""
-        return self.input_size[0] // self.patch_size, self.input_size[1] // self.patch_size
-
-    def build(self) -> DiT:
-        """The model, freshly initialised."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "model"}
-        return DiT_models[self.model](**fields)
-
-    def to_dict(self) -> dict:
-        """As plain types."""
-        return {**asdict(self), "input_size": list(self.input_size)}
-
-    def arguments(self) -> dict:
-        """What DiT takes to be this model, as plain types, such as stand in config.json on the Hugging Face hub."""
-        values = {**self.to_dict(), **SIZES[self.size], "patch_size": self.patch_size}
-        return {name: values.get(name, default) for name, default in DEFAULTS.items()}
-
-    @classmethod
-    def from_arguments(cls, values: dict) -> "ModelConfig":
-        """Inverse of arguments, among which others may stand. Raises TypeError, or ValueError for no DiT_models."""
-        values = {name: values.get(name, default) for name, default in DEFAULTS.items()}
-        check_settings(values)
-        given = {name: values.pop(name) for name in ("hidden_size", "depth", "num_heads", "mlp_ratio", "patch_size")}
-        size = values["input_size"]
-        size = [size, size] if isinstance(size, int) else size
-        return cls.from_dict({"model": name_of(**given), **values, "input_size": size})
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "ModelConfig":
-        """Inverse of to_dict. Raises TypeError for keys that are not settings of the model."""
-        config = cls(**values)
-        rope = RopeConfig(**config.rope) if config.rope is not None else None
-        return replace(config, input_size=tuple(config.input_size), rope=rope)

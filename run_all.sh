@@ -131,7 +131,7 @@ run_on_all() { # STAGE COMMAND...: as run_stage, when all machines have come so 
 appears() { # FILE: a shared file system may show another machine's file only after a while
   local seconds
   for ((seconds = 0; NNODES > 1 && seconds < 60; seconds++)); do
-    if [[ -e $1 ]]; then return; fi
+    if [[ -e $1 || -n $STOPPED ]]; then break; fi
     sleep 1
   done
   [[ -e $1 ]]

@@ -195,14 +195,14 @@ def sample_missing(
     trained: Trained, vae: VAE, folder: SampleFolder, missing: list[int], args, device: torch.device
 ) -> int:
     """Make this process's share of the missing images. Returns the signal that any process was stopped by, or 0."""
-    if missing and distributed.is_main():
-        folder.npz.unlink(missing_ok=True)  # whoever finds one may take it for complete
     mine = missing[distributed.rank() :: distributed.world_size()]
     config, precision = args.sampling, distributed.resolve_precision(args.precision, device)
     model = trained.model.to(device)
     writer, begun = BackgroundWriter(vae, folder), args.num_fid_samples - len(missing)
     bar = monitor.progress_bar(args.num_fid_samples, begun, "image", "sampling")
     with distributed.StopOnSignal() as stop, bar, distributed.agreed_failure(f"--sample-dir {str(folder.root)!r}"):
+        if missing and distributed.is_main():
+            folder.npz.unlink(missing_ok=True)  # whoever finds one may take it for complete
         for first in range(0, len(mine), args.per_proc_batch_size):
             if stop.received:
                 break

@@ -90,19 +90,29 @@ _env_make() { # FILE...: makes .venv, or adds to it
   touch "$ENV_DIR/.complete"
 }
 
+_env_stop() { # NAME of the signal: ends what runs in the background, then the script with the status of a shell
+  # shellcheck disable=SC2046 # several
+  { kill $(jobs -p) && wait; } 2>/dev/null || true
+  _env_end $((128 + $(kill -l "$1"))) interrupted
+}
+
 setup_env() { # FILE...: sets PYTHON; ends the script where that is impossible
-  local lacks
+  local answer lacks='' name
   for PYTHON in python python3; do
     if [[ $(command -v "$PYTHON") == "$ENV_DIR"/* ]]; then continue; fi
-    lacks=$(_env_lacks "$PYTHON" "$@")
-    if [[ -z $lacks ]]; then return; fi
+    answer=$(_env_lacks "$PYTHON" "$@")
+    if [[ -z $answer ]]; then return; fi
+    if [[ -z $lacks ]] || ((${#answer} < ${#lacks})); then lacks=$answer; fi
   done
   PYTHON=$ENV_DIR/bin/python
   if ! _env_is_ready "$@"; then
     _env_say "the active Python is not used: it lacks ${lacks//$'\n'/, }"
     _env_lock
     trap _env_unlock EXIT
-    trap '{ kill $(jobs -p) && wait; } 2>/dev/null || true; _env_end 130 interrupted' INT TERM HUP
+    for name in INT TERM HUP; do
+      # shellcheck disable=SC2064 # the name of now
+      trap "_env_stop $name" "$name"
+    done
     _env_is_ready "$@" || _env_make "$@" # another start may have made it meanwhile
     trap - EXIT INT TERM HUP
     _env_unlock

@@ -13,9 +13,8 @@ import torch
 from torch.utils.data import Dataset
 
 from diffusion.objectives import OBJECTIVES
-from models import ModelConfig
 from runtime import data, distributed, estimate, files, monitor, options, trackers, validation
-from runtime.config import DEFAULT_OBJECTIVE, DataConfig, Recipe, RunConfig
+from runtime.config import DEFAULT_OBJECTIVE, DataConfig, ModelConfig, Recipe, RunConfig
 from runtime.latents import LatentCache, LatentData
 from runtime.options import UserError, check_image_size, check_rope
 from runtime.run import RunFolder, is_finished, steps_done

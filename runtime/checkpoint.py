@@ -27,7 +27,6 @@ from runtime import files, memory
 from runtime.options import UserError
 
 METADATA = "spiral_rope_dit"  # key of a safetensors file under which export.py describes the weights, as JSON
-METADATA_LIMIT = 2**24  # characters
 INTERRUPTED = "interrupted"  # key, true, of a checkpoint that is there only because its run was interrupted
 PIECE = 2**28  # bytes that are allocated at a time for the copy of a state
 ALIGNMENT = 64  # bytes
@@ -236,7 +235,8 @@ def load(path: str | Path, verify: bool = False) -> dict:
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            f"checkpoint {str(path)!r} does not exist; expected a file such as checkpoints/0050000.pt, or a folder"
+            f"checkpoint {str(path)!r} does not exist; expected a file such as checkpoints/0050000.pt, a folder, or "
+            "hf://user/repo"
         )
     with files.reading(f"checkpoint {str(path)!r}", "it is truncated or not a checkpoint: copy it again"):
         if path.suffix == ".safetensors":
@@ -366,11 +366,7 @@ def _load_safetensors(path: Path) -> dict:
         text = (file.metadata() or {}).get(METADATA)
     if text is None:
         return tensors
-    if len(text) > METADATA_LIMIT:
-        raise UserError(f"checkpoint {str(path)!r} is refused: its metadata has more than {METADATA_LIMIT} characters")
-    about = json.loads(text)
-    for _ in files.leaves(about):
-        pass
+    about = files.parse_json(text)
     state = described(tensors, about, path)
     check_seal(about, path)
     return state
@@ -383,21 +379,10 @@ def save_safetensors(path: Path, tensors: dict[str, Tensor], about: dict) -> Non
         file.write(safetensors.torch.save(tensors, metadata))  # its own save_file would keep others from reading
 
 
-def sealed(values: dict) -> dict:
-    """A JSON object with a checksum of the rest of it."""
-    return {**values, "sha256": _json_hash(values)}
-
-
-def check_seal(values: dict, path: Path) -> None:
-    """Raise UserError unless a JSON object is what it was when sealed; early versions sealed nothing."""
-    if values.get("sha256", _json_hash(values)) != _json_hash(values):
+def check_seal(about: dict, path: Path) -> None:
+    """Raise UserError unless what export.py says about weights is what it wrote; early versions sealed nothing."""
+    if "sha256" in about and not files.is_sealed(about):
         raise UserError(f"checkpoint {str(path)!r} is damaged: its settings are not the exported ones; export it again")
-
-
-def _json_hash(values: dict) -> str:
-    """Hash of a JSON object, in whatever way it is written, but for its entry "sha256"."""
-    values = {key: value for key, value in values.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def described(tensors: dict[str, Tensor], about: dict, path: Path) -> dict:

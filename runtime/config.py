@@ -4,13 +4,100 @@ Stored settings are completed by the defaults that stand here, in rope.py and in
 with a default leaves old runs as they are.
 """
 
+import inspect
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from models import ModelConfig
+from hub_model import check_settings
+from models import SIZES, DiT, DiT_models
+from rope import RopeConfig
 from runtime.classes import imagenet
 
 DEFAULT_OBJECTIVE = "eps"  # a key of diffusion.objectives.OBJECTIVES
+DEFAULTS = {p.name: p.default for p in inspect.signature(DiT).parameters.values()}  # of the arguments of DiT
+
+
+def name_of(hidden_size: int, depth: int, patch_size: int, **others) -> str:
+    """The key of DiT_models that has these settings, and as others, num_heads and mlp_ratio, its own.
+
+    Raises ValueError where there is none.
+    """
+    for name, size in SIZES.items():
+        found = {**size, "mlp_ratio": DEFAULTS["mlp_ratio"]}
+        asked = {"hidden_size": hidden_size, "depth": depth, **others}
+        if f"DiT-{name}/{patch_size}" in DiT_models and asked == {key: found[key] for key in asked}:
+            return f"DiT-{name}/{patch_size}"
+    described = "".join(f", {name} {value}" for name, value in others.items())
+    raise ValueError(
+        f"hidden_size {hidden_size}, depth {depth}, patch_size {patch_size}{described} are those of none of "
+        f"DiT-{{{'|'.join(SIZES)}}}/{{2|4|8}}"
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What rebuilds a DiT, stored in every checkpoint."""
+
+    model: str = "DiT-XL/2"  # a key of DiT_models
+    input_size: tuple[int, int] = (32, 32)  # latent height and width the model was built for
+    in_channels: int = 4  # latent channels
+    num_classes: int = 1000  # the null class comes after them
+    class_dropout_prob: float = 0.1  # share of training labels replaced by the null class
+    learn_sigma: bool = True  # predict the variance too
+    rope: RopeConfig | None = None  # None = fixed sin-cos positions
+
+    @property
+    def patch_size(self) -> int:
+        return int(self.model.split("/")[1])
+
+    @property
+    def size(self) -> str:
+        """A key of SIZES."""
+        return self.model.split("/")[0].removeprefix("DiT-")
+
+    @property
+    def hidden_size(self) -> int:
+        return SIZES[self.size]["hidden_size"]
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // SIZES[self.size]["num_heads"]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches that positions refer to."""
+        return self.input_size[0] // self.patch_size, self.input_size[1] // self.patch_size
+
+    def build(self) -> DiT:
+        """The model, freshly initialised."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "model"}
+        return DiT_models[self.model](**fields)
+
+    def to_dict(self) -> dict:
+        """As plain types."""
+        return {**asdict(self), "input_size": list(self.input_size)}
+
+    def arguments(self) -> dict:
+        """What DiT takes to be this model, as plain types, such as stand in config.json on the Hugging Face hub."""
+        values = {**self.to_dict(), **SIZES[self.size], "patch_size": self.patch_size}
+        return {name: values.get(name, default) for name, default in DEFAULTS.items()}
+
+    @classmethod
+    def from_arguments(cls, values: dict) -> "ModelConfig":
+        """Inverse of arguments, among which others may stand. Raises TypeError, or ValueError for no DiT_models."""
+        values = {name: values.get(name, default) for name, default in DEFAULTS.items()}
+        check_settings(values)
+        given = {name: values.pop(name) for name in ("hidden_size", "depth", "num_heads", "mlp_ratio", "patch_size")}
+        size = values["input_size"]
+        size = [size, size] if isinstance(size, int) else size
+        return cls.from_dict({"model": name_of(**given), **values, "input_size": size})
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "ModelConfig":
+        """Inverse of to_dict. Raises TypeError for keys that are not settings of the model."""
+        config = cls(**values)
+        rope = RopeConfig(**config.rope) if config.rope is not None else None
+        return replace(config, input_size=tuple(config.input_size), rope=rope)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import re
 import torch
 from torch import Tensor
 
-from models import ModelConfig, sincos_table
+from models import sincos_table
+from runtime.config import ModelConfig
 
 KINDS = ("DiTTransformer2DModel", "Transformer2DModel")  # the second one in files of diffusers before 0.30
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")

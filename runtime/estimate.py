@@ -11,8 +11,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from models import ModelConfig
 from runtime import checkpoint, distributed, files, memory, monitor, pictures, validation
+from runtime.config import ModelConfig
 from runtime.latents import LatentData
 from runtime.training import Trainer
 from runtime.vae import VAE

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import math
@@ -21,7 +22,7 @@ from runtime.options import UserError, first_line
 
 PARTIAL = ".partial"  # suffix of a file being written
 LOCK = ".lock"
-LARGEST_JSON = 2**24  # bytes; parsed it takes up to 25 times as much
+LARGEST_JSON = 2**24  # characters; parsed it takes up to 25 times as much
 LARGEST_LISTING = 2**24  # bytes of a zip archive's own list of its members, of about 100 each
 LARGEST_NPY_HEADER = 2**14  # bytes
 DEEPEST, MOST_VALUES, MOST_CHARACTERS = 64, 2**18, 2**26  # of values that a file nests; characters with those of names
@@ -109,14 +110,37 @@ def shortened(text: str, limit: int = 300) -> str:
 def read_json(path: Path, remedy: str = "remove it together with what it describes") -> dict:
     """A JSON object. Raises UserError, with the remedy, when the file is damaged or holds something else."""
     with reading(repr(str(path)), remedy):
-        if path.stat().st_size > LARGEST_JSON:
-            raise ValueError(f"it has {path.stat().st_size} bytes; expected at most {LARGEST_JSON}")
-        values = json.loads(path.read_text(encoding="utf-8"))
-        for _ in leaves(values):
-            pass
+        with open(path, encoding="utf-8") as file:
+            values = parse_json(file.read(LARGEST_JSON + 1))
     if not isinstance(values, dict):
         raise UserError(f"{str(path)!r} holds a JSON {type(values).__name__}; expected an object")
     return values
+
+
+def parse_json(text: str):
+    """What a JSON text says. Raises ValueError, or what json does, for one that no file of ours has."""
+    if len(text) > LARGEST_JSON:
+        raise ValueError(f"its JSON has more than {LARGEST_JSON} characters")
+    values = json.loads(text)
+    for _ in leaves(values):
+        pass
+    return values
+
+
+def sealed(values: dict) -> dict:
+    """A JSON object with a checksum of the rest of it."""
+    return values | {"sha256": _json_hash(values)}
+
+
+def is_sealed(values: dict) -> bool:
+    """Whether a JSON object is what it was when it was sealed."""
+    return values.get("sha256") == _json_hash(values)
+
+
+def _json_hash(values: dict) -> str:
+    """Hash of a JSON object, in whatever way it is written, but for its entry "sha256"."""
+    values = {key: value for key, value in values.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def leaves(values, name: str = "", budget: list[int] | None = None, depth: int = 0) -> Iterator[tuple[str, object]]:
@@ -185,7 +209,12 @@ def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     head = io.BytesIO(file.read(LARGEST_NPY_HEADER))
     version = np.lib.format.read_magic(head)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, column_major, dtype = read(head)
+    try:
+        shape, column_major, dtype = read(head)
+    except ValueError:
+        raise
+    except Exception as error:  # NumPy has Python parse a header, which raises many kinds
+        raise ValueError(f"its header cannot be read ({first_line(error)})") from error
     if any(length < 0 for length in shape):
         raise ValueError(f"its header claims the shape {shape}")
     file.seek(begin + head.tell())

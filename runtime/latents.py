@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -40,12 +41,6 @@ def seed_of(settings: dict) -> int:
     deciding = ("image_size", "preparation", "fingerprint", "shape", "classes")
     vae = asdict(VAEConfig(**settings["vae"])) | {"source": ""}
     return checksum(json.dumps([vae, *(settings[key] for key in deciding)], sort_keys=True).encode())
-
-
-def checksum_of(settings: dict) -> int:
-    """Checksum of meta.json itself."""
-    held = {key: value for key, value in settings.items() if key != "checksum"}
-    return checksum(json.dumps(held, sort_keys=True).encode())
 
 
 def is_sane(moments: np.ndarray) -> bool:
@@ -106,11 +101,7 @@ class LatentCache:
         self.labels = np.array(labels[self.rows])
 
     def _recorded(self, name: str, shape: list[int], kind: str) -> np.ndarray:
-        """The array in a file that meta.json has the checksum of, where it is not of an early version."""
-        array = files.read_npy(self.root / name, tuple(shape), kind)
-        if name in self.record and checksum(array.data) != self.record[name]:
-            raise ValueError(f"the checksum of {name} differs")
-        return array
+        return read_recorded(self.root / name, tuple(shape), kind, self.record)
 
     def _maps(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Moments, and their checksums where there are any, mapped from their files."""
@@ -180,6 +171,7 @@ class CacheWriter:
         self.shape = tuple(settings["shape"])
         self.row_bytes = 2 * math.prod(self.shape[1:])
         self.begun, self.finished = root / "begun.json", root / "meta.json"
+        self.done = root / "done"  # in which early versions marked chunks
 
     @property
     def bytes(self) -> int:
@@ -221,12 +213,11 @@ class CacheWriter:
 
     def _stamps(self) -> np.ndarray | None:
         """Sizes and times of the images as the cache was made; None where it does not tell."""
+        record = read_settings(self.finished).get("record", {}) if self.finished.exists() else {}
         try:
-            stamps = files.read_npy(self.root / "stamps.npy", (self.shape[0], 2), "int64")
+            return read_recorded(self.root / "stamps.npy", (self.shape[0], 2), "int64", record)
         except (OSError, ValueError):
             return None
-        record = read_settings(self.finished).get("record", {}) if self.finished.exists() else {}
-        return stamps if record.get("stamps.npy", checksum(stamps.data)) == checksum(stamps.data) else None
 
     def _changed(self) -> np.ndarray:
         """Rows that are encoded and whose image has another size or time by now."""
@@ -265,8 +256,9 @@ class CacheWriter:
             allocate(self.root / CHECKSUMS, self.shape[:2], "uint32")
             if marked is not None:
                 self._adopt(marked)
-            if changed == "encode":
-                self._forget(self._changed())
+            self.done.unlink(missing_ok=True)
+            for row in self._changed() if changed == "encode" else ():
+                self._write_checksums(row, [0] * self.shape[1])
             if self.finished.exists():
                 os.replace(self.finished, self.begun)
             self._write_array("stamps.npy", self.images.stamps)
@@ -277,9 +269,9 @@ class CacheWriter:
         if self.finished.exists():
             early = "record" not in read_settings(self.finished)
             return np.ones(self.shape[0], bool) if early else None
-        if (self.root / CHECKSUMS).exists() or not (self.root / "done").exists():
+        if not self.done.exists():
             return None
-        marks = np.frombuffer((self.root / "done").read_bytes(), np.uint8) == 1
+        marks = np.frombuffer(self.done.read_bytes(), np.uint8) == 1
         return np.resize(np.repeat(marks, CHUNK), self.shape[0]) if len(marks) == len(self.chunks()) else None
 
     def _adopt(self, marked: np.ndarray) -> None:
@@ -288,7 +280,6 @@ class CacheWriter:
             labels = files.read_npy(self.root / "labels.npy", self.shape[:1], "int64")
         except (OSError, ValueError):
             labels = self.images.labels
-        self.open()
         for row in np.flatnonzero(marked).tolist():
             if labels[row] < 0:
                 self.write(row, None)
@@ -296,21 +287,18 @@ class CacheWriter:
                 self._write_checksums(row, self._checksums_of(self.moments[row]))
         self.sync()
 
-    def _forget(self, rows: np.ndarray) -> None:
-        """Take back the checksums of rows, which are then encoded again."""
-        with open(self.root / CHECKSUMS, "r+b") as file:
-            begin = offset_of(file)
-            for row in rows:
-                write_at(file.fileno(), bytes(4 * self.shape[1]), begin + int(row) * 4 * self.shape[1])
-
     def _write_array(self, name: str, array: np.ndarray) -> None:
         with files.whole_file(self.root / name) as file:
             np.save(file, array)
 
-    def open(self) -> None:
-        """Open the files of a cache that was created, in every process."""
-        self.files = {name: open(self.root / name, "r+b") for name in (MOMENTS, CHECKSUMS)}
-        self.offsets = {name: offset_of(file) for name, file in self.files.items()}
+    @cached_property
+    def files(self) -> dict[str, BinaryIO]:
+        """The files of a cache that was created, open to be written."""
+        return {name: open(self.root / name, "r+b") for name in (MOMENTS, CHECKSUMS)}
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        return {name: offset_of(file) for name, file in self.files.items()}
 
     @cached_property
     def moments(self) -> np.ndarray:
@@ -379,19 +367,25 @@ class CacheWriter:
         else:
             skipped.unlink(missing_ok=True)
         record = {name: checksum(np.load(self.root / name, mmap_mode="r").data) for name in RECORDED}
-        settings = self.settings | {"record": record}
-        files.write_json(self.finished, settings | {"checksum": checksum_of(settings)})
-        for name in ("done", self.begun.name):  # early versions marked chunks in done
-            (self.root / name).unlink(missing_ok=True)
+        files.write_json(self.finished, files.sealed(self.settings | {"record": record}))
+        self.begun.unlink(missing_ok=True)
 
 
 def read_settings(path: Path) -> dict:
     """meta.json or begun.json. Raises UserError where it is damaged."""
     remedy = "remove it and run cache_latents.py with this folder again: what proves itself is kept"
     settings = files.read_json(path, remedy)
-    if {"record", "checksum"} & settings.keys() and settings.get("checksum") != checksum_of(settings):
+    if {"record", "sha256"} & settings.keys() and not files.is_sealed(settings):
         raise UserError(f"{str(path)!r} is damaged (its checksum differs); {remedy}")
     return settings
+
+
+def read_recorded(path: Path, shape: tuple[int, ...], kind: str, record: dict[str, int]) -> np.ndarray:
+    """The array in a file whose checksum is in the record; early versions recorded none. Raises OSError, ValueError."""
+    array = files.read_npy(path, shape, kind)
+    if path.name in record and checksum(array.data) != record[path.name]:
+        raise ValueError(f"the checksum of {path.name} differs")
+    return array
 
 
 def allocate(path: Path, shape: tuple[int, ...], dtype: str) -> None:
@@ -405,7 +399,7 @@ def allocate(path: Path, shape: tuple[int, ...], dtype: str) -> None:
         file.truncate(file.tell() + math.prod(shape) * np.dtype(dtype).itemsize)
 
 
-def offset_of(file) -> int:
+def offset_of(file: BinaryIO) -> int:
     """Where the data of an open .npy begin."""
     file.seek(0)
     files.npy_header(file)

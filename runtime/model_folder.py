@@ -10,9 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from models import ModelConfig
 from runtime import checkpoint, diffusers_layout, files
-from runtime.config import from_elsewhere
+from runtime.config import ModelConfig, from_elsewhere
 from runtime.options import UserError, first_line
 
 CONFIG = "config.json"
@@ -38,8 +37,6 @@ def read_config(folder: Path) -> tuple[dict, ModelConfig]:
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"checkpoint {str(folder)!r} has no {CONFIG}; copy the whole folder")
-    if path.stat().st_size > checkpoint.METADATA_LIMIT:
-        raise UserError(f"{str(path)!r} is refused: it has more than {checkpoint.METADATA_LIMIT} bytes")
     config = files.read_json(path)
     try:
         arguments = diffusers_layout.arguments(config) if "_class_name" in config else config
@@ -88,7 +85,7 @@ def stored(about: dict) -> dict:
     training = dict(about["config"])
     model = ModelConfig.from_dict(training.pop("model"))
     others = {key: value for key, value in about.items() if key not in ("config", "sha256")}
-    return checkpoint.sealed({**model.arguments(), "training": training, **others})
+    return files.sealed({**model.arguments(), "training": training, **others})
 
 
 def write(folder: Path, tensors: dict[str, Tensor], about: dict, others: dict[str, bytes]) -> None:

@@ -60,6 +60,12 @@ def show(line: str) -> None:
 class LogFile(logging.FileHandler):
     """log.txt: a line that the disk does not take is a warning in the terminal, which shows it anyway."""
 
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # it cannot be opened
+            self.handleError(record)
+
     def handleError(self, record: logging.LogRecord) -> None:
         show(f"warning: {self.baseFilename} lacks a line: {sys.exc_info()[1]}")
 

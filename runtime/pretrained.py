@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from diffusion.objectives import OBJECTIVES
-from models import DiT, ModelConfig, name_of
+from models import DiT
 from rope import RopeConfig
 from runtime import checkpoint, files, hub, model_folder
-from runtime.config import RunConfig, from_elsewhere
+from runtime.config import ModelConfig, RunConfig, from_elsewhere, name_of
 from runtime.options import UserError, check_image_size, check_rope, check_stored_rope, format_size
 
 TABLE = "y_embedder.embedding_table.weight"

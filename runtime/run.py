@@ -128,9 +128,8 @@ class RunFolder:
     def _take(self) -> None:
         with files.cannot_write(f"--results-dir {str(self.path)!r}"):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            holder = self._lock.take()
-        refuse_second(self.path, holder)
-        files.remove_partial(self.checkpoints)
+            refuse_second(self.path, self._lock.take())
+            files.remove_partial(self.checkpoints)
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written, and give the folder back."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from diffusion.objectives import OBJECTIVES
-from models import DiT, ModelConfig
+from models import DiT
 from runtime import distributed
-from runtime.config import DEFAULT_OBJECTIVE, Recipe
+from runtime.config import DEFAULT_OBJECTIVE, ModelConfig, Recipe
 
 
 def initial_model(config: ModelConfig, seed: int) -> DiT:

@@ -54,16 +54,7 @@ OTHER_VALUES = (None, "text", -1, 10**30, float("nan"), [], {}, [[1.0, 2.0]])
 OTHER_VALUES += (torch.zeros(0), torch.zeros(1).expand(10**10), *FLAWED)
 WRITE_REPORT = report.write  # trainings do without, and it is taken away from them
 SECONDS, KILOBYTES = 10, 10**6  # that answers may take: each of them; all of them
-SHARES = {
-    "checkpoint": 4,
-    "safetensors": 1,
-    "npz": 2,
-    "statistics": 0.5,
-    "cache": 2,
-    "samples": 1,
-    "json": 1,
-    "metrics": 1,
-}
+SHARES = dict(checkpoint=4, safetensors=1, npz=2, statistics=0.5, cache=2, samples=1, json=1, metrics=1)
 
 
 # Damage

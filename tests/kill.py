@@ -10,7 +10,7 @@ go on from the newest. The last start runs to the end; a run that is never kille
 the killed one in FOLDER/killed. Both have to end with the same bits and the same metrics. A data worker outlives its
 process.
 
-caching: kills come at a random moment, half-way through a chunk, between writing an image and its checksum, and at last
+caching: kills come at a random moment, between two images, between writing an image and its checksum, and at last
 before everything is marked as finished. No kill may leave a cache that passes for finished; the last one has to hold
 the bytes of one that was never killed.
 
@@ -61,7 +61,7 @@ SMALL_RUN = (
 )
 SMALL_SAMPLES = "--num-sampling-steps=10 --cfg-scale=2 --precision=fp32"
 SMALL_CACHE = "--image-size=32 --no-flip --batch-size=8 --num-workers=1"
-CACHING_MOMENTS = ("random", "half a chunk", "no checksum", "not finished")
+CACHING_MOMENTS = ("random", "between images", "no checksum", "not finished")
 TRAINING_MOMENTS = ("random", "half-written", "not renamed", "steps further")
 SAMPLING_MOMENTS = ("random", "half an image", "half the .npz")
 
@@ -302,13 +302,13 @@ def kill_training(folder: Path, kills: int, arguments: list[str] | None = None) 
 
 
 def cache_until(arguments: list[str], moment: str | None, countdown: int = 1, rows: Connection | None = None) -> None:
-    """Cache in chunks of 16, and be killed in one of them; a byte goes to rows after every image."""
+    """Cache in chunks of 16, and be killed at a moment's countdown-th time; a byte goes to rows after every image."""
     latents.CHUNK = 16
     if rows is not None:
         report_calls(latents.CacheWriter, "write", rows, 0.02)
     elif moment is not None:
-        name = {"half a chunk": "write", "no checksum": "_write_checksums", "not finished": "finish"}[moment]
-        die_in(latents.CacheWriter, name, countdown if name == "finish" else 16 * countdown - 8)
+        name = {"between images": "write", "no checksum": "_write_checksums", "not finished": "finish"}[moment]
+        die_in(latents.CacheWriter, name, countdown)
     cache_latents.main(arguments)
 
 
@@ -337,7 +337,7 @@ def kill_caching(folder: Path, kills: int, arguments: list[str] | None = None) -
         if moment == "random":
             process = kill_at_random(cache_until, arguments, max(1, images // kills))
         else:
-            countdown = random.randint(1, 1 + images // (48 * kills))  # too few for the last chunk
+            countdown = random.randint(1, max(1, images // (4 * kills)))  # so that images are left for the others
             process = start(cache_until, arguments, moment, 1 if moment == "not finished" else countdown)
         assert ended_by(process) == -signal.SIGKILL, f"caching ended before kill {number} ({moment})"
         survived[moment] += 1

@@ -52,6 +52,7 @@ STEP_TESTS = "training train validation benchmark fake_cuda"
 TESTS = {
     "rope.py": "rope models use_in_your_model fake_cuda wrong_input visualize_rope checkpoint",
     "models.py": "models rope fake_cuda checkpoint sample wrong_input train",
+    "hub_model.py": "models export pretrained diffusers_layout hub",
     "diffusion/__init__.py": DIFFUSION,
     "diffusion/gaussian_diffusion.py": DIFFUSION,
     "diffusion/losses.py": DIFFUSION,

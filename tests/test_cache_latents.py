@@ -3,10 +3,12 @@
 import contextlib
 import json
 import os
+import random
 import shutil
 import weakref
 from pathlib import Path
 
+import fuzz
 import numpy as np
 import pytest
 import torch
@@ -34,14 +36,7 @@ def moments(folder: Path) -> np.ndarray:
 
 
 def test_what_is_written(cache, vae_folder):
-    assert sorted(contents(cache)) == [
-        "checksums.npy",
-        "labels.npy",
-        "meta.json",
-        "moments.npy",
-        "paths.npy",
-        "stamps.npy",
-    ]
+    assert contents(cache).keys() == {"moments.npy", "meta.json", *latents.RECORDED}
     stored, meta = np.load(cache / "moments.npy"), json.loads((cache / "meta.json").read_text())
     assert (stored.dtype, stored.shape) == (np.float16, (24, 2, 8, 4, 4))
     assert meta["vae"]["sha256"] == VAE(str(vae_folder)).config.sha256
@@ -245,51 +240,30 @@ def test_a_cache_that_does_not_fit_the_command(cache, unfit, cache_arguments, tr
     train.main(train_arguments(tmp_path / "ok", data_path=None, vae=None, latents_dir=one_way, no_flip=True))
 
 
-DAMAGES = [(name, bytes_) for name in ("moments.npy", "labels.npy", "meta.json") for bytes_ in (50, -20)]
-
-
-@pytest.mark.parametrize(("name", "damage"), [*DAMAGES, ("meta.json", "{}"), ("meta.json", "[]"), ("labels.npy", None)])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [("moments.npy", None), ("labels.npy", None), ("meta.json", None), ("meta.json", b"{}"), ("meta.json", b"[]")],
+)
 def test_a_damaged_cache(name, damage, cache, unfit, tmp_path):
+    """Cut, or of other contents."""
     broken = shutil.copytree(cache, tmp_path / "broken")
-    if isinstance(damage, int):
-        (broken / name).write_bytes((broken / name).read_bytes()[:damage])
-    elif damage is None:
-        np.save(broken / name, np.zeros(3, np.int64))
-    else:
-        (broken / name).write_text(damage)
+    (broken / name).write_bytes((broken / name).read_bytes()[:-20] if damage is None else damage)
     message = unfit(broken)
-    if name == "meta.json" and damage != "{}":  # not even JSON, or no object
+    if name == "meta.json" and damage != b"{}":  # not even JSON, or no object
         assert message.startswith(repr(str(broken / name)))
     else:
         end = "; run cache_latents.py with this folder again, which repairs it"
         assert message.startswith("DIR cannot be read (") and message.endswith(end)
 
 
-def damaged(path: Path, random) -> None:
-    """Flip a bit, cut, zero or lengthen a file."""
-    whole = bytearray(path.read_bytes())
-    at = random.integers(len(whole))
-    match random.integers(4):
-        case 0:
-            whole[at] ^= 1 << random.integers(8)
-        case 1:
-            del whole[at:]
-        case 2:
-            whole[at : at + 64] = bytes(len(whole[at : at + 64]))
-        case 3:
-            whole += bytes(64)
-    path.write_bytes(whole)
-
-
 @pytest.mark.parametrize("name", [*latents.RECORDED, "moments.npy", "meta.json"])
 def test_after_any_damage_a_cache_is_repaired_or_refused(name, cache, cache_arguments, tmp_path, capsys):
     """And never trained on as if it were whole."""
-    whole, random = contents(cache), np.random.default_rng(len(name))
+    whole, rng = contents(cache), random.Random(len(name))
     expected = [LatentData(LatentCache(cache), True, 0)[0, index] for index in range(24)]
     broken = shutil.copytree(cache, tmp_path / "broken")
     for _ in range(5):
-        (broken / name).write_bytes(whole[name])
-        damaged(broken / name, random)
+        (broken / name).write_bytes(fuzz.damage_bytes(whole[name], rng))
         with contextlib.suppress(UserError):
             found = LatentData(LatentCache(broken), True, 0)
             items = [found[0, index] for index in range(24)]
@@ -326,15 +300,6 @@ def test_training_names_a_row_that_is_damaged_and_keeps_what_it_has(
     train.main(arguments)
 
 
-@pytest.mark.parametrize("done", [b"", b"\1", bytes(5)])
-def test_a_mark_of_progress_that_is_lost_or_short_finishes_nothing(done, begun, cache, cache_arguments):
-    """As a power loss leaves it; early versions counted what it did not tell as done."""
-    (begun / "done").write_bytes(done)
-    cache_latents.main(cache_arguments(begun))
-    assert LatentCache(begun).labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
-    np.testing.assert_allclose(moments(begun), moments(cache), **ROUNDING)
-
-
 @pytest.fixture
 def early(cache, tmp_path):
     """A cache as early versions made it: without checksums, paths, sizes and times."""
@@ -342,20 +307,47 @@ def early(cache, tmp_path):
     for name in ("checksums.npy", "paths.npy", "stamps.npy"):
         (folder / name).unlink()
     settings = json.loads((folder / "meta.json").read_text())
-    files.write_json(
-        folder / "meta.json", {key: settings[key] for key in settings if key not in ("record", "checksum")}
-    )
+    files.write_json(folder / "meta.json", {key: settings[key] for key in settings.keys() - {"record", "sha256"}})
     return folder
 
 
 def test_a_cache_of_an_early_version_is_used_and_completed(
-    early, cache, cache_arguments, train_arguments, tmp_path, monkeypatch
+    early, cache, cache_arguments, train_arguments, tmp_path, monkeypatch, capsys
 ):
+    """Also where nothing can be added, in a folder that is read alone."""
     train.main(train_arguments(tmp_path / "run", data_path=None, vae=None, latents_dir=early, max_steps=2))
     with monkeypatch.context() as patch:
         patch.setattr(cache_latents, "encode_rows", None)
+        before = contents(early)
+        with patch.context() as read_only:
+            read_only.setattr(os, "access", lambda *_: False)
+            cache_latents.main([*cache_arguments(early), "--verify"])
+        assert "nothing to do" in capsys.readouterr().out and contents(early) == before
         cache_latents.main(cache_arguments(early))
     assert contents(early) == contents(cache)
+
+
+@pytest.mark.parametrize("marks", [b"\1\1\0\1\0", b"", b"\1", b"\1\1\1\1\1"], ids=str)
+@pytest.mark.parametrize("begun_again", [False, True])
+def test_what_an_early_version_was_interrupted_in_goes_on(
+    marks, begun_again, early, cache, cache_arguments, monkeypatch
+):
+    """By its marks of five images each, where they are as many as they should be; what they wrongly mark is noticed."""
+    monkeypatch.setattr(latents, "CHUNK", 5)
+    (early / "meta.json").rename(early / "begun.json")
+    (early / "done").write_bytes(marks)
+    kept = [row for row in range(24) if len(marks) == 5 and marks[row // 5] and row not in (7, *range(15, 24))]
+    for name in ("moments.npy", "labels.npy"):
+        stored = np.lib.format.open_memmap(early / name, "r+")
+        stored[[row for row in range(24) if row not in kept]] = 0
+    if begun_again:  # and killed before what was marked had its checksums
+        np.save(early / "checksums.npy", np.zeros((24, 2), np.uint32))
+    encoded, encode = [], cache_latents.encode_rows
+    monkeypatch.setattr(cache_latents, "encode_rows", lambda *args: (encoded.extend(args[1]), encode(*args))[1])
+    cache_latents.main(cache_arguments(early))
+    assert sorted(encoded + kept) == list(range(24))
+    assert not (early / "done").exists() and LatentCache(early).labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    np.testing.assert_allclose(moments(early), moments(cache), **ROUNDING)
 
 
 def test_rows_that_an_early_version_left_empty_are_encoded(

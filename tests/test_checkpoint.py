@@ -220,7 +220,7 @@ def test_files_that_are_no_checkpoints(run, refused, tmp_path):
     for path in (tmp_path / "none.pt", tmp_path / "loop.pt"):
         assert (
             rejection(path)
-            == "checkpoint FILE does not exist; expected a file such as checkpoints/0050000.pt, or a folder"
+            == "checkpoint FILE does not exist; expected a file such as checkpoints/0050000.pt, a folder, or hf://user/repo"
         )
     message = refused(sample_ddp.main, ["--ckpt", tmp_path / "none", "--sample-dir", tmp_path / "samples"])
     assert message.startswith(f"checkpoint {str(tmp_path / 'none')!r} does not exist;")

@@ -16,7 +16,7 @@ import export
 import sample_ddp
 from models import DiT
 from rope import RopeConfig
-from runtime import checkpoint, model_card
+from runtime import files, model_card
 from runtime.pretrained import describe, load_trained
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
@@ -59,7 +59,7 @@ def test_the_file_holds_one_set_of_weights(weights, source, tmp_path, capsys):
     sha256 = load_trained(source, weights).sha256
     origin = {"file": "0000007.pt", "weights_sha256": sha256}
     expected = {"weights": weights, "step": 7, "weights_sha256": sha256, "source": origin, "config": state["config"]}
-    assert about(path) == checkpoint.sealed(expected)
+    assert about(path) == files.sealed(expected)
     share = path.stat().st_size / source.stat().st_size
     assert 0.24 < share < 0.26  # of weights, average and two moments of Adam
     assert capsys.readouterr().out == (
@@ -79,7 +79,7 @@ def test_an_exported_file_is_loaded_as_what_it_was(source, exported, tmp_path):
     assert rejection(exported, "model") == "checkpoint FILE has no 'model' weights; pass --weights ema"
     again = export_to(tmp_path / "again.safetensors", exported)
     source = {**about(exported)["source"], "file": exported.name}
-    assert about(again) == checkpoint.sealed({**about(exported), "source": source})
+    assert about(again) == files.sealed({**about(exported), "source": source})
 
 
 def test_a_folder_of_samples_goes_on_with_the_exported_file(exported, sample_arguments, tmp_path, capsys):
@@ -396,6 +396,6 @@ def test_metadata_of_another_kind_is_refused(exported, monkeypatch):
     for written, message in cases.items():
         save_file(tensors, exported, {"spiral_rope_dit": written})
         assert rejection(exported).startswith(message)
-    monkeypatch.setattr(checkpoint, "METADATA_LIMIT", 100)
+    monkeypatch.setattr(files, "LARGEST_JSON", 100)
     save_file(tensors, exported, {"spiral_rope_dit": text})
-    assert rejection(exported) == "checkpoint FILE is refused: its metadata has more than 100 characters"
+    assert rejection(exported).startswith("checkpoint FILE cannot be read (its JSON has more than 100 characters); ")

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import models
-from models import DiT, DiT_models, ModelConfig, sincos_table
+from models import DiT, DiT_models, sincos_table
 from rope import RopeConfig
+from runtime.config import ModelConfig
 
 TINY = dict(input_size=8, hidden_size=128, depth=2, num_heads=2, num_classes=10)
 ENCODINGS = [None, RopeConfig(rotate=0), RopeConfig(rotate=4)]

@@ -10,9 +10,8 @@ import sample_ddp
 import train
 from diffusion import create_diffusion
 from diffusion.objectives import OBJECTIVES
-from models import ModelConfig
 from runtime import pretrained, sampling
-from runtime.config import RunConfig
+from runtime.config import ModelConfig, RunConfig
 from runtime.sampling import SamplingConfig
 
 

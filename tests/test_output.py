@@ -12,10 +12,10 @@ from runtime import output
 
 COMMAND = """
 import contextlib, os, sys
-from runtime import options
+from runtime import output
 
-@options.command
-def main(argv=None):
+@output.lasting()
+def main():
     with open(sys.argv[1], "wb") as file:
         print("FID 1 ± 2")
         print("a warning", file=sys.stderr)

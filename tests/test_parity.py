@@ -24,10 +24,10 @@ from test_diffusers_layout import random_transformer
 import evaluate
 from diffusion import create_diffusion
 from diffusion.objectives import OBJECTIVES
-from models import DiT, ModelConfig
+from models import DiT
 from rope import RopeConfig, SpiralRoPE, rotate
 from runtime import distributed, inception, sampling, training
-from runtime.config import Recipe
+from runtime.config import ModelConfig, Recipe
 from runtime.pretrained import load_trained
 from runtime.vae import VAE
 

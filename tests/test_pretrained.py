@@ -11,9 +11,8 @@ from test_checkpoint import build, rejection, write
 import export
 import sample
 from diffusion.objectives import OBJECTIVES
-from models import ModelConfig
 from rope import RopeConfig
-from runtime.config import Recipe, RunConfig, VAEConfig
+from runtime.config import ModelConfig, Recipe, RunConfig, VAEConfig
 from runtime.pretrained import TABLE, describe, load_trained, weights_sha256
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")

@@ -60,7 +60,7 @@ def test_caching_killed_again_and_again(image_folder, vae_folder, tmp_path):
     """kill.py in its short form, on two chunks."""
     random.seed(0)
     data = {"data_path": image_folder, "vae": vae_folder, "image_size": 32, "num_workers": 0, "batch_size": 4}
-    expected = {"random": 1, "half a chunk": 1, "no checksum": 1, "not finished": 1}
+    expected = {"random": 1, "between images": 1, "no checksum": 1, "not finished": 1}
     assert kill.kill_caching(tmp_path, 4, command_line(data)) == expected
 
 
@@ -334,7 +334,7 @@ JSON = {  # contents, the reason
     ),
     "an endless number": (b'{"a": ' + b"1" * 10_000 + b"}", "Exceeds the limit"),
     "many values": (b'{"a": [' + b"0," * 2**18 + b"0]}", "too many times"),
-    "twenty megabytes": (b'{"a": "' + b"a" * 20_000_000 + b'"}', "it has 20000009 bytes; expected at most 16777216"),
+    "twenty megabytes": (b'{"a": "' + b"a" * 20_000_000 + b'"}', "its JSON has more than 16777216 characters"),
 }
 
 
@@ -490,6 +490,19 @@ def test_a_log_that_cannot_be_written_is_a_warning(tmp_path, capsys, monkeypatch
     assert f"warning: {tmp_path / 'log.txt'} lacks a line: [Errno 28] No space left on device\n" in output.out
 
 
+def test_folders_where_files_belong(train_arguments, sample_arguments, refused, tmp_path, capsys):
+    (tmp_path / "run" / "log.txt").mkdir(parents=True)
+    train.main(train_arguments(tmp_path / "run", max_steps=1))
+    warning = f"warning: {tmp_path / 'run' / 'log.txt'} lacks a line: [Errno 21] Is a directory"
+    assert warning in capsys.readouterr().out and (tmp_path / "run" / "checkpoints" / "0000001.pt").exists()
+    arguments = sample_arguments(tmp_path / "samples")
+    sample_ddp.main([*arguments, "--print-name"])
+    npz = Path(capsys.readouterr().out.strip())
+    npz.mkdir(parents=True)
+    message = refused(sample_ddp.main, arguments, has_begun=True)
+    assert message.startswith(f"--sample-dir {str(npz.parent)!r} cannot be written ([Errno 21] Is a directory: ")
+
+
 # Names
 
 
@@ -567,7 +580,7 @@ def test_real_commands(image_folder, vae_folder, train_arguments, tmp_path):
         ("cache_latents.py", command_line(shared | {"latents_dir": folder}), "--image-size 36 is not divisible by 8 "
          "(VAE down-sampling 8 x patch 1); choose a multiple of 8"),
         ("sample_ddp.py", ["--ckpt=a/none.pt", f"--sample-dir={folder}"], "checkpoint 'a/none.pt' does not exist; "
-         "expected a file such as checkpoints/0050000.pt, or a folder"),
+         "expected a file such as checkpoints/0050000.pt, a folder, or hf://user/repo"),
         ("evaluate.py", ["--metrics=is", "--samples=none.npz"], "--samples 'none.npz' does not exist; expected an .npz "
          "with images arr_0 uint8 (N, H, W, 3)"),
         ("visualize_rope.py", ["--rope-theta=-1"], "argument --rope-theta: '-1' is not a number > 0"),

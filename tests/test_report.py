@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import train
-from runtime import checkpoint, latents, monitor, pictures, report
+from runtime import checkpoint, files, monitor, pictures, report
 from runtime.config import RunConfig
 
 TENTHS = [0.1 + 0.05 * k for k in range(10)]
@@ -89,7 +89,7 @@ def test_samples_of_cached_latents_need_the_vae(cache, vae_folder, make_vae, tra
     other, moved, results = make_vae(seed=1), shutil.copytree(vae_folder, tmp_path / "moved"), tmp_path / "run"
     gone = shutil.copytree(cache, tmp_path / "latents of a VAE that is gone")
     change_json(gone / "meta.json", lambda meta: meta["vae"].update(source="/no/where"))
-    change_json(gone / "meta.json", lambda meta: meta.update(checksum=latents.checksum_of(meta)))
+    change_json(gone / "meta.json", lambda meta: meta.update(files.sealed(meta)))
 
     def arguments(latents_dir: Path, **changes) -> list[str]:
         return train_arguments(results, **{"data_path": None, "vae": None, "latents_dir": latents_dir} | changes)

@@ -200,7 +200,7 @@ def test_interrupted_installation_leaves_nothing(installation, number):
         time.sleep(0.01)
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)  # to its end, which is that of pip too
-    assert process.returncode == 130 and errors.endswith("setup_env.sh: interrupted\n")
+    assert process.returncode == 128 + number and errors.endswith("setup_env.sh: interrupted\n")
     assert installation.files() == installation.before
 
 

@@ -8,10 +8,9 @@ import pytest
 from conftest import stops
 
 import train
-from models import ModelConfig
 from rope import RopeConfig
 from runtime import monitor, trackers
-from runtime.config import Recipe, RunConfig, flatten
+from runtime.config import ModelConfig, Recipe, RunConfig, flatten
 
 pytestmark = pytest.mark.usefixtures("tiny_commands")
 

@@ -23,9 +23,9 @@ from test_checkpoint import disk_full_at
 
 import evaluate_loss
 import train
-from models import ModelConfig, attend_written_out
+from models import attend_written_out
 from runtime import checkpoint, data, distributed, estimate, files, memory, monitor, vae
-from runtime.config import Recipe
+from runtime.config import ModelConfig, Recipe
 from runtime.run import RunFolder
 from runtime.training import Trainer, initial_model, learning_rate
 

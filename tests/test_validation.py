@@ -20,9 +20,8 @@ import evaluate_loss
 import export
 import train
 from diffusion import create_diffusion
-from models import ModelConfig
 from runtime import checkpoint, data, monitor, pretrained, validation
-from runtime.config import HeldOutConfig, VAEConfig
+from runtime.config import HeldOutConfig, ModelConfig, VAEConfig
 from runtime.distributed import hash_seed
 from runtime.options import UserError
 from runtime.run import check_same
