@@ -41,7 +41,8 @@ def command(main: Callable) -> Callable:
             return main(argv)
         except UserError as error:
             local_rank = os.environ.get("LOCAL_RANK", "")
-            time.sleep(2 * max(int(local_rank) if local_rank.isdigit() else 0, os.environ.get("RANK", "0") != "0"))
+            turn = min(int(local_rank), 100) if local_rank.isdigit() else 0
+            time.sleep(2 * max(turn, os.environ.get("RANK", "0") != "0"))
             print(f"{program}: error: {one_line(str(error))}", file=sys.stderr, flush=True)
             sys.exit(2)
         except KeyboardInterrupt:  # before a run answers signals itself
