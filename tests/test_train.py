@@ -343,7 +343,8 @@ def test_a_checkpoint_that_cannot_be_written_in_mid_run_is_a_warning(what, train
         assert f"{str(path.with_stem('0000007'))!r} could not be written: {MISHAPS[what]}" in errors
         assert [record["step"] for record in read_metrics(results)] == [3, 6, 7]
     warning = f"warning: checkpoint {str(path)!r} could not be written: {MISHAPS[what]}"
-    assert warning in output and output.index(warning) < output.index("step 0000006: ")
+    # At the step after the write has failed: on a slow machine not before the next checkpoint, which waits for it.
+    assert warning in output and output.index(warning) < output.index("step 0000007: ")
     goes_on = "has no earlier one" if what == "vanished" else "0000002.pt is whole"
     assert f"; training goes on, {path.parent}" in output and goes_on in output
 
