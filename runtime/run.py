@@ -244,7 +244,7 @@ class RunFolder:
                     self.path, trainer.ema, self.config, decoder, trainer.step, trainer.device, trainer.precision
                 )
             except (OSError, torch.OutOfMemoryError, UserError) as error:
-                reason = str(error).splitlines()[0]
+                reason = options.first_line(error)
                 return self.logger.info(
                     f"warning: no samples of step {trainer.step:,}: {reason}; training goes on (--sample-every 0: none)"
                 )
