@@ -50,13 +50,18 @@ def make_latents(images: Path, latents: Path, image_size: int) -> None:
 
 
 def start(folder: Path, options: dict) -> subprocess.Popen:
-    """Begin, or go on with, a run in a folder, which gets what it prints as output.txt."""
+    """Begin, or go on with, a run of train.py in a folder."""
     words = command("train.py", "train.args", results_dir=folder, precision="fp32", sample_every=0, **options)
+    return launch(folder, words, ENVIRONMENT)
+
+
+def launch(folder: Path, words: list[str], environment: dict[str, str]) -> subprocess.Popen:
+    """Start a process for a folder, which gets what it prints as output.txt."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "a") as output:
         streams = dict(stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         # In a session of its own: Ctrl-C is this process's to pass on, once.
-        return subprocess.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, start_new_session=True, **streams)
+        return subprocess.Popen(words, cwd=REPOSITORY, env=environment, start_new_session=True, **streams)
 
 
 def failure(folder: Path, status: int) -> str:
@@ -66,8 +71,12 @@ def failure(folder: Path, status: int) -> str:
     return f"run {str(folder)!r} ended with status {status}: {last}; {where}"
 
 
-def run_all(options: dict[Path, dict], parallel: int, record: Callable[[Path], None]) -> None:
+def run_all(
+    options: dict[Path, dict], parallel: int, record: Callable[[Path], None], begin: Callable | None = None
+) -> None:
     """Train in folders with options of train.py, parallel runs at a time, and record each that finishes.
+
+    begin(folder, options) starts another kind of run; one is over when its folder has finished.json.
 
     Raises UserError when a run fails, and ends this process when a signal asks to stop; the others are then stopped so
     that they can go on later.
@@ -78,7 +87,7 @@ def run_all(options: dict[Path, dict], parallel: int, record: Callable[[Path], N
             while (waiting or running) and not stop.received:
                 while waiting and len(running) < parallel:
                     folder = waiting.pop(0)
-                    running[folder] = start(folder, options[folder])
+                    running[folder] = (begin or start)(folder, options[folder])
                 time.sleep(0.1)
                 for folder in [folder for folder, process in running.items() if process.poll() is not None]:
                     status = running.pop(folder).returncode
@@ -155,7 +164,12 @@ def parse_args(parser: Parser, published: Path, argv: list[str] | None) -> argpa
 
 
 def complete(
-    args: argparse.Namespace, settings: dict, options: dict[str, dict], prepare: Callable, measure: Callable
+    args: argparse.Namespace,
+    settings: dict,
+    options: dict[str, dict],
+    prepare: Callable,
+    measure: Callable,
+    begin: Callable | None = None,
 ) -> dict[str, dict] | None:
     """What is kept of every run, by key, once those that are missing are trained and measured.
 
@@ -177,5 +191,5 @@ def complete(
             results.add("runs", missing[folder], origin | measure(missing[folder], folder))
             shutil.rmtree(folder)
 
-        run_all({folder: options[key] for folder, key in missing.items()}, args.jobs, record)
+        run_all({folder: options[key] for folder, key in missing.items()}, args.jobs, record, begin)
     return results.sections["runs"]

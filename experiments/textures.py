@@ -1,0 +1,355 @@
+"""What a model learns, measured against the exact optimum: oriented Gaussian textures.
+
+A class is an angle and a width; an image is white noise, filtered by a Gaussian that is long in that direction, plus a
+little white noise. Everything is Gaussian, so the best possible denoiser is known in closed form, and a model's excess
+loss is the mean squared difference of its answer to the best one. DiT works on pixels here: a token is a pixel.
+The same command goes on after an interruption. Run from the repository root: python -m experiments.textures
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion import create_diffusion
+from diffusion.objectives import OBJECTIVES, NoisePrediction
+from experiments import runs
+from experiments.encodings import ENCODINGS, LearnedRoPE
+from experiments.kernels import ASPECT, best, features, oriented, query_places
+from experiments.runs import Results
+from models import DiT
+from runtime import distributed, files, options
+from runtime.config import Recipe
+from runtime.monitor import REPOSITORY
+from runtime.training import Trainer
+
+PUBLISHED = REPOSITORY / "experiments" / "textures.json"
+BUDGETS = (8, 32)  # of a head, at which section 1 measures what it could express
+ANGLES = tuple(22.5 * k for k in range(8))  # degrees from the x axis; y counts downwards
+AXES, OBLIQUE = [0, 4], [1, 2, 3, 5, 6, 7]  # of the angles
+TENTHS = torch.arange(50, 1000, 100)  # timesteps at which a model is measured
+
+
+# The textures
+
+
+def covariance(grid: int, degrees: float, sigma: float, noise: float) -> np.ndarray:
+    """Covariance (N, N) of the pixels of a texture, of variance 1, a share of which is white noise.
+
+    White noise filtered by f has the autocorrelation of f, which is computed on a field so large that f has ended.
+    """
+    field = 2 * grid + 1 + 2 * int(6 * sigma * ASPECT)
+    kernel = oriented((field, field), query_places(field, 1), degrees, sigma)[0].reshape(field, field)
+    spectrum = np.abs(np.fft.rfft2(kernel, (2 * field, 2 * field))) ** 2
+    correlation = np.fft.irfft2(spectrum, (2 * field, 2 * field))
+    y, x = np.divmod(np.arange(grid * grid), grid)
+    filtered = correlation[y[:, None] - y, x[:, None] - x] / correlation[0, 0]
+    return (1 - noise) * filtered + noise * np.eye(grid * grid)
+
+
+class Textures:
+    """All classes on one grid: images of them, and the best possible prediction of the noise in them.
+
+    Classes are numbered angle by angle, then width by width. The image of a class is a Gaussian vector of covariance C.
+    """
+
+    def __init__(self, grid: int, sigmas: tuple[float, ...], noise: float, device: torch.device):
+        matrices = [covariance(grid, degrees, sigma, noise) for sigma, degrees in product(sigmas, ANGLES)]
+        values, vectors = np.linalg.eigh(np.stack(matrices))
+        self.grid, self.device = grid, device
+        self.eigenvalues = torch.tensor(values, dtype=torch.float32, device=device)  # (C, N)
+        self.eigenvectors = torch.tensor(vectors, dtype=torch.float32, device=device)  # (C, N, N), in columns
+        self.alphas = torch.tensor(create_diffusion(None).alphas_cumprod, dtype=torch.float32, device=device)  # (T,)
+
+    def __len__(self) -> int:
+        return len(self.eigenvalues)
+
+    def images(self, labels: Tensor, white: Tensor) -> Tensor:
+        """Images (n, 1, grid, grid) of classes (n,) from white noise (n, N)."""
+        scaled = self.eigenvalues[labels].sqrt() * white
+        return self._square(torch.einsum("nij,nj->ni", self.eigenvectors[labels], scaled))
+
+    def best_noise(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """The expected noise given the noised images x_t (n, 1, grid, grid): what no model can improve on.
+
+        x_t = sqrt(a) x + sqrt(1 - a) noise is Gaussian of covariance a C + (1 - a) I, a being alpha-bar at t, so that
+        the expectation is sqrt(1 - a) (a C + (1 - a) I)^-1 x_t.
+        """
+        a, vectors = self.alphas[t][:, None], self.eigenvectors[labels]
+        shares = torch.einsum("nij,ni->nj", vectors, x_t.flatten(1))
+        shares = (1 - a).sqrt() / (a * self.eigenvalues[labels] + 1 - a) * shares
+        return self._square(torch.einsum("nij,nj->ni", vectors, shares))
+
+    def least_loss(self, t: Tensor) -> Tensor:
+        """The least possible loss (C, len(t)), mean squared error of the noise: the mean of a l / (a l + 1 - a) over
+        the eigenvalues l of C."""
+        signal = self.alphas[t][None, :, None] * self.eigenvalues[:, None]  # (C, len(t), N)
+        return (signal / (signal + 1 - self.alphas[t][None, :, None])).mean(2)
+
+    def _square(self, pixels: Tensor) -> Tensor:
+        return pixels.view(-1, 1, self.grid, self.grid)
+
+
+def random(*seed: int | str) -> torch.Generator:
+    """On the CPU, so that every device has the same images."""
+    return torch.Generator().manual_seed(distributed.hash_seed("textures", *seed))
+
+
+@torch.no_grad()
+def excess(model: DiT, textures: Textures, images: int) -> Tensor:
+    """Mean squared difference (C, len(TENTHS)) of a model's prediction to the best one: the loss above the least one.
+
+    Of so many images a class and timestep, the same for every model.
+    """
+    source, found = random("held out", textures.grid), torch.zeros(len(textures), len(TENTHS))
+    model.eval()
+    t = TENTHS.repeat_interleave(images)
+    for label in range(len(textures)):
+        labels, white, noise = torch.full_like(t, label), *torch.randn(2, len(t), textures.grid**2, generator=source)
+        labels, white, noise, moment = (value.to(textures.device) for value in (labels, white, noise, t))
+        x_t = OBJECTIVES[OBJECTIVE].noised(textures.images(labels, white), moment, textures._square(noise))
+        difference = model(x_t, moment, labels) - textures.best_noise(x_t, moment, labels)
+        found[label] = difference.square().flatten(1).mean(1).view(len(TENTHS), images).mean(1).cpu()
+    return found
+
+
+# The runs
+
+
+class NoiseAlone(NoisePrediction):
+    """DiT's objective without its variational term: the noise by its squared error, which is what the optimum is of."""
+
+    learn_sigma = False
+
+    def __init__(self):
+        self.diffusion = create_diffusion(None, learn_sigma=False)
+
+
+OBJECTIVE = "noise alone"
+OBJECTIVES[OBJECTIVE] = NoiseAlone()
+
+
+class Run(NamedTuple):
+    """One training run of the study."""
+
+    encoding: str
+    heads: int
+    lr: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.encoding}/heads{self.heads}/lr{self.lr:g}/seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that decides the results, stored with them."""
+
+    main: tuple[str, ...] = ("sincos", "axial", "spiral4", "best")  # with all the seeds
+    wide: tuple[str, ...] = ("sincos", "axial", "spiral4")  # again with more heads
+    seeds: int = 5
+    other_seeds: int = 3  # of all other encodings
+    sigmas: tuple[float, ...] = (0.7, 1.0, 1.5)  # short axis of the filter in pixels; the long one is 5.7 times that
+    noise: float = 0.01  # white part of the variance
+    grid: int = 8  # pixels a side, tokens a side
+    larger_grids: tuple[int, ...] = (12, 16)
+    depth: int = 3
+    hidden: tuple[tuple[int, int], ...] = ((2, 128), (6, 192))  # by number of heads
+    steps: int = 2000
+    batch: int = 16
+    lr: float = 4e-3
+    warmup_steps: int = 150
+    ema_decay: float = 0.98
+    measured_every: int = 200  # steps
+    sweep: tuple[float, ...] = (2e-3, 4e-3, 8e-3)  # learning rates for sin-cos and axial
+    sweep_seeds: int = 2
+
+    @property
+    def runs(self) -> list[Run]:
+        """Every run, once, in the order in which they are made."""
+        compared = [(name, 2, self.lr, seed) for seed in range(self.seeds) for name in self.main]
+        wide = [(name, 6, self.lr, seed) for seed in range(self.seeds) for name in self.wide]
+        swept = list(product(("sincos", "axial"), (2,), self.sweep, range(self.sweep_seeds)))
+        others = [(name, 2, self.lr, seed) for seed in range(self.other_seeds) for name in ENCODINGS]
+        return list(dict.fromkeys(Run(*names) for names in [*compared, *swept, *wide, *others]))
+
+    def textures(self, grid: int, device: torch.device) -> Textures:
+        return Textures(grid, self.sigmas, self.noise, device)
+
+
+def build(run: Run, study: Study) -> DiT:
+    """The model of a run, with the weights that its seed gives, the same for every encoding."""
+    hidden, encoding = dict(study.hidden)[run.heads], ENCODINGS[run.encoding]
+    torch.manual_seed(distributed.hash_seed(run.seed, "weights"))
+    model = DiT(
+        input_size=study.grid,
+        patch_size=1,
+        in_channels=1,
+        hidden_size=hidden,
+        depth=study.depth,
+        num_heads=run.heads,
+        class_dropout_prob=0.0,
+        num_classes=len(study.sigmas) * len(ANGLES),
+        learn_sigma=False,
+        rope=encoding.rope,
+    )
+    model.rope_embedder = encoding.build(hidden // run.heads, study.grid)
+    return model
+
+
+def trained(run: Run, study: Study, device: torch.device) -> dict:
+    """Train, and measure on the way and at the end: what is kept of a run."""
+    textures, source = study.textures(study.grid, device), random("batches", run.seed)
+    recipe = Recipe(
+        global_batch_size=study.batch,
+        global_seed=run.seed,
+        lr=run.lr,
+        lr_schedule="linear",
+        warmup_steps=study.warmup_steps,
+        grad_clip=1.0,
+        ema_decay=study.ema_decay,
+    )
+    precision, curve = distributed.resolve_precision("auto", device), []
+    trainer = Trainer(build(run, study), recipe, study.steps, lambda x: x, device, precision, OBJECTIVE)
+    while trainer.step < study.steps:
+        labels = torch.randint(len(textures), (study.batch,), generator=source)
+        white = torch.randn(study.batch, study.grid**2, generator=source)
+        labels, white = labels.to(device), white.to(device)
+        trainer.train_step([(textures.images(labels, white), labels)])
+        if trainer.step % study.measured_every == 0:
+            by_angle = excess(trainer.ema, textures, 2).mean(1).view(-1, len(ANGLES)).mean(0)
+            curve.append([trainer.step, *(float(by_angle[part].mean()) for part in (AXES, OBLIQUE))])
+    final = excess(trainer.ema, textures, 8)
+    found = {
+        "precision": precision,
+        "curve": curve,
+        "classes": final.mean(1).tolist(),
+        "tenths": final.mean(0).tolist(),
+    }
+    if run.encoding != "sincos":  # which has a table for the trained grid alone
+        found["grids"] = beyond_grid(trainer.ema, study, device)
+        if run.seed == 0:
+            found["attention"] = attention(trainer.ema, textures, label=ANGLES.index(45)).tolist()
+    return found
+
+
+def beyond_grid(model: DiT, study: Study, device: torch.device) -> dict[str, float]:
+    """Mean excess on larger grids, where positions go on beyond those of the training or are squeezed into them."""
+    found, rope = {}, model.rope_embedder
+    for grid, extension in product(study.larger_grids, ("extrapolate", "interpolate")):
+        rope.pt_grid = (grid, grid) if extension == "extrapolate" else (study.grid, study.grid)
+        found[f"{grid} × {grid}, {extension}"] = float(excess(model, study.textures(grid, device), 2).mean())
+    rope.pt_grid = (study.grid, study.grid)
+    return found
+
+
+@torch.no_grad()
+def attention(model: DiT, textures: Textures, label: int, images: int = 64) -> Tensor:
+    """Where the pixel in the middle attends to (blocks * heads, N): mean over images of a class, slightly noised."""
+    kept, middle = [], int(query_places(textures.grid, 1)[0])
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.einsum("bhd,bhnd->bhn", q[:, :, middle], k)
+        kept.append((scores * q.shape[-1] ** -0.5).softmax(-1).mean(0).cpu())  # (heads, N)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    for block in model.blocks:
+        block.attn.attend = attend
+    source, labels = random("attention"), torch.full((images,), label)
+    white, noise = torch.randn(2, images, textures.grid**2, generator=source)
+    labels, white, noise = (value.to(textures.device) for value in (labels, white, noise))
+    t = torch.full_like(labels, int(TENTHS[1]))
+    model(OBJECTIVES[OBJECTIVE].noised(textures.images(labels, white), t, textures._square(noise)), t, labels)
+    for block in model.blocks:
+        del block.attn.attend
+    return torch.cat(kept)
+
+
+# The command
+
+QUICK = Study(main=("sincos", "axial", "spiral4"), wide=(), seeds=2, other_seeds=0, sweep=())
+ON_GPU = Study(
+    grid=16, larger_grids=(24, 32), depth=6, hidden=((2, 128), (6, 384)), steps=20_000, batch=128, warmup_steps=1000
+)
+
+
+def fit_errors(study: Study) -> dict[str, dict[str, list[float]]]:
+    """What one head could express at its best, by encoding and budget: misplaced attention by class.
+
+    For 4 x 4 queries of the training grid together, because with clamp a query's place matters. Learned vectors are
+    left out: they are not known beforehand.
+    """
+    queries, found = query_places(study.grid, 4), {}
+    for name, encoding in ENCODINGS.items():
+        if encoding.rope is None or encoding.kind is LearnedRoPE:
+            continue
+        waves = features(encoding.build(64, study.grid), (study.grid, study.grid), queries)
+        wanted = [oriented((study.grid,) * 2, queries, angle, sigma) for sigma, angle in product(study.sigmas, ANGLES)]
+        found[name] = {str(budget): [best(waves, pattern, budget).error for pattern in wanted] for budget in BUDGETS}
+    return found
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = options.Parser(description=__doc__)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="three encodings, two seeds: ten minutes; results in --work-dir")
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: larger images, models and batches, ten times the steps",
+    )
+    add("--train", metavar="RUN", help=argparse.SUPPRESS)  # what the processes of the study are started with
+    args = runs.parse_args(parser, PUBLISHED, argv)
+    args.study = QUICK if args.quick else ON_GPU if args.device == "cuda" else Study()
+    if args.train is None and (args.quick or args.device == "cuda"):
+        args.work_dir /= "quick" if args.quick else "cuda"
+        if args.out == PUBLISHED:
+            args.out, args.figures = args.work_dir / PUBLISHED.name, args.work_dir
+    return args
+
+
+def train_one(args: argparse.Namespace) -> None:
+    """One run, in a process of its own: writes finished.json into --work-dir."""
+    run = next(run for run in args.study.runs if run.key == args.train)
+    torch.set_num_threads(1)
+    files.write_json(args.work_dir / "finished.json", trained(run, args.study, torch.device(args.device)))
+
+
+@options.command
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.train is not None:
+        return train_one(args)
+
+    def begin(folder: Path, options: dict) -> subprocess.Popen:
+        words = [sys.executable, "-m", "experiments.textures", "--device", args.device, "--work-dir", str(folder)]
+        words += ["--train", options["run"], *(["--quick"] if args.quick else [])]
+        return runs.launch(folder, words, os.environ if args.device == "cuda" else runs.ENVIRONMENT)
+
+    def prepare(results: Results) -> None:
+        for name, errors in fit_errors(args.study).items():
+            results.add("fits", name, errors)
+
+    def measure(key: str, folder: Path) -> dict:
+        return files.read_json(folder / "finished.json")
+
+    given = {run.key: {"run": run.key} for run in args.study.runs}
+    found = runs.complete(args, {"device": args.device} | asdict(args.study), given, prepare, measure, begin)
+    if found is not None:
+        fits = files.read_json(args.out)["fits"]
+        print(tables(args.study, found, fits))
+        draw(args.study, found, fits, args.figures)
+
+
+if __name__ == "__main__":
+    main()
