@@ -10,6 +10,7 @@ import argparse
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -17,16 +18,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from scipy import stats
 from torch import Tensor
 
 from diffusion import create_diffusion
 from diffusion.objectives import OBJECTIVES, NoisePrediction
 from experiments import runs
+from experiments.comparisons import CONFIDENCE, SIGNIFICANT, Row, band, holm, plus_minus, steps_to_reach, table
 from experiments.encodings import ENCODINGS, LearnedRoPE
-from experiments.kernels import ASPECT, best, features, oriented, query_places
+from experiments.kernels import ASPECT, WIDTH, best, features, oriented, query_places
 from experiments.runs import Results
 from models import DiT
-from runtime import distributed, files, options
+from runtime import distributed, files, monitor, options
 from runtime.config import Recipe
 from runtime.monitor import REPOSITORY
 from runtime.training import Trainer
@@ -35,6 +40,8 @@ PUBLISHED = REPOSITORY / "experiments" / "textures.json"
 BUDGETS = (8, 32)  # of a head, at which section 1 measures what it could express
 ANGLES = tuple(22.5 * k for k in range(8))  # degrees from the x axis; y counts downwards
 AXES, OBLIQUE = [0, 4], [1, 2, 3, 5, 6, 7]  # of the angles
+TARGETS = (0.04, 0.02, 0.012)  # mean excess
+SWEPT = ("sincos", "axial")
 TENTHS = torch.arange(50, 1000, 100)  # timesteps at which a model is measured
 
 
@@ -178,7 +185,7 @@ class Study:
         """Every run, once, in the order in which they are made."""
         compared = [(name, 2, self.lr, seed) for seed in range(self.seeds) for name in self.main]
         wide = [(name, 6, self.lr, seed) for seed in range(self.seeds) for name in self.wide]
-        swept = list(product(("sincos", "axial"), (2,), self.sweep, range(self.sweep_seeds)))
+        swept = list(product(SWEPT, (2,), self.sweep, range(self.sweep_seeds)))
         others = [(name, 2, self.lr, seed) for seed in range(self.other_seeds) for name in ENCODINGS]
         return list(dict.fromkeys(Run(*names) for names in [*compared, *swept, *wide, *others]))
 
@@ -260,7 +267,7 @@ def attention(model: DiT, textures: Textures, label: int, images: int = 64) -> T
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = torch.einsum("bhd,bhnd->bhn", q[:, :, middle], k)
         kept.append((scores * q.shape[-1] ** -0.5).softmax(-1).mean(0).cpu())  # (heads, N)
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v)
 
     for block in model.blocks:
         block.attn.attend = attend
@@ -272,6 +279,196 @@ def attention(model: DiT, textures: Textures, label: int, images: int = 64) -> T
     for block in model.blocks:
         del block.attn.attend
     return torch.cat(kept)
+
+
+# Tables and pictures
+
+Groups = dict[tuple[str, int], list[dict]]  # what is kept of the runs by encoding and heads, in the order of seeds
+PARTS = {"axes": AXES, "oblique": OBLIQUE, "mean": slice(None)}  # of the angles
+
+
+def grouped(study: Study, found: dict[str, dict]) -> Groups:
+    """The runs at the study's learning rate."""
+    groups = defaultdict(list)
+    for run in sorted(study.runs, key=lambda run: (run.heads, list(ENCODINGS).index(run.encoding), run.seed)):
+        if run.lr == study.lr:
+            groups[run.encoding, run.heads].append(found[run.key])
+    return dict(groups)
+
+
+def by_angle(records: list[dict]) -> np.ndarray:
+    """Excess (seeds, angles), mean over the widths."""
+    return np.array([record["classes"] for record in records]).reshape(len(records), -1, len(ANGLES)).mean(1)
+
+
+def named(encoding: str, heads: int) -> Row:
+    return {"encoding": ENCODINGS[encoding].label, "heads": str(heads)}
+
+
+def excess_table(groups: Groups) -> str:
+    """Mean over the seeds by angle, and with its standard deviation over all of them."""
+    rows = []
+    for names, records in groups.items():
+        values = by_angle(records)
+        row = named(*names) | {"seeds": str(len(records))}
+        row |= {f"{angle:g}°": f"{mean:.4f}" for angle, mean in zip(ANGLES, values.mean(0), strict=True)}
+        row |= {part: f"{values[:, angles].mean():.4f}" for part, angles in PARTS.items()}
+        row["mean"] = plus_minus(values.mean(1), ".4f")
+        rows.append(row | {"oblique / axes": f"{values[:, OBLIQUE].mean() / values[:, AXES].mean():.1f}"})
+    return table(rows)
+
+
+def differences_table(groups: Groups) -> str:
+    """To axial RoPE with as many heads at the same seeds, with 95 % intervals; Holm's correction is over the table."""
+    rows, p_values = [], []
+    for (name, heads), records in groups.items():
+        if name == "axial":
+            continue
+        values, others = by_angle(records), by_angle(groups["axial", heads][: len(records)])
+        row = named(name, heads)
+        for part, angles in PARTS.items():
+            difference = (values - others)[:, angles].mean(1)
+            mean, half = band(difference, CONFIDENCE)
+            row[part] = f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
+            p_values.append(stats.ttest_1samp(difference, 0).pvalue)
+        rows.append(row | {"of the mean": f"{100 * (values.mean() / others.mean() - 1):+.0f} %"})
+    corrected = holm(np.array(p_values))
+    for k, (p, p_holm) in enumerate(zip(p_values, corrected, strict=True)):
+        mark = " ‡" if p_holm < SIGNIFICANT else " †" if p < SIGNIFICANT else ""
+        rows[k // len(PARTS)][list(PARTS)[k % len(PARTS)]] += mark
+    return table(rows)
+
+
+def curve(record: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and mean excess over all angles at each."""
+    steps, axes, oblique = np.array(record["curve"]).T
+    return steps, (len(AXES) * axes + len(OBLIQUE) * oblique) / len(ANGLES)
+
+
+def steps_table(groups: Groups) -> str:
+    """First step at which the mean excess is that low, mean over the seeds."""
+    rows = []
+    for names, records in groups.items():
+        row = named(*names)
+        for target in TARGETS:
+            reached = np.array([steps_to_reach(*curve(record), target) for record in records])
+            missing = int((~np.isfinite(reached)).sum())
+            row[f"to {target:g}"] = f"not by {missing} of {len(reached)}" if missing else plus_minus(reached, ".0f")
+        rows.append(row)
+    return table(rows)
+
+
+def grids_table(groups: Groups) -> str:
+    """Mean excess on the trained grid and on larger ones."""
+    rows = []
+    for names, records in groups.items():
+        if "grids" in records[0]:
+            row = named(*names) | {"as trained": f"{by_angle(records).mean():.4f}"}
+            rows.append(
+                row | {grid: f"{np.mean([r['grids'][grid] for r in records]):.4f}" for grid in records[0]["grids"]}
+            )
+    return table(rows)
+
+
+def fits_table(groups: Groups, fits: dict) -> str:
+    """What one head could express beside what a model with two heads learned."""
+    rows = []
+    for name, errors in fits.items():
+        if (name, 2) not in groups:
+            continue
+        row, learned = {"encoding": ENCODINGS[name].label}, by_angle(groups[name, 2]).mean(0)
+        for budget, part in product(BUDGETS, ("axes", "oblique")):
+            error = np.array(errors[str(budget)]).reshape(-1, len(ANGLES))[:, PARTS[part]].mean()
+            row[f"misplaced at budget {budget}, {part}"] = f"{error:.2f}"
+        rows.append(row | {f"excess, {part}": f"{learned[PARTS[part]].mean():.4f}" for part in ("axes", "oblique")})
+    return table(rows)
+
+
+def agreement(groups: Groups, fits: dict) -> str:
+    """Spearman's rank correlation between the misplaced attention of section 1 and the excess, over the classes."""
+    lines = []
+    both = [name for name in fits if (name, 2) in groups]
+    learned = np.array([np.mean([record["classes"] for record in groups[name, 2]], axis=0) for name in both])
+    for budget in BUDGETS:
+        errors = np.array([fits[name][str(budget)] for name in both])  # (encodings, classes)
+        within = np.mean([stats.spearmanr(*pair).statistic for pair in zip(errors, learned, strict=True)])
+        oblique = np.isin(np.arange(errors.shape[1]) % len(ANGLES), OBLIQUE)
+        between = stats.spearmanr(errors[:, oblique].mean(1), learned[:, oblique].mean(1)).statistic
+        lines.append(
+            f"Rank correlation at budget {budget}: {within:+.2f} over the {errors.shape[1]} classes of an encoding, "
+            f"mean of {len(both)} encodings; {between:+.2f} over the encodings, of their means over oblique classes."
+        )
+    return "\n".join(lines)
+
+
+def sweep_table(study: Study, found: dict[str, dict]) -> str:
+    """Mean excess at each learning rate, of the seeds of the sweep."""
+    rows = []
+    for name in SWEPT:
+        row = {"encoding": ENCODINGS[name].label}
+        for lr in study.sweep:
+            values = by_angle([found[Run(name, 2, lr, seed).key] for seed in range(study.sweep_seeds)]).mean(1)
+            row[f"learning rate {lr:g}"] = " and ".join(f"{value:.4f}" for value in values)
+        rows.append(row)
+    return table(rows)
+
+
+def all_tables(study: Study, found: dict[str, dict], fits: dict) -> str:
+    groups = grouped(study, found)
+    parts = {
+        "Excess by angle": excess_table(groups),
+        "Differences to axial RoPE": differences_table(groups),
+        "Steps to a given excess": steps_table(groups),
+        "Larger grids": grids_table(groups),
+        "What one head could express, and what was learned": f"{fits_table(groups, fits)}\n\n{agreement(groups, fits)}",
+    }
+    if study.sweep:
+        parts["Learning rate"] = sweep_table(study, found)
+    return "\n\n".join(f"### {title}\n\n{text}" for title, text in parts.items())
+
+
+def draw_excess(study: Study, groups: Groups, fits: dict) -> Figure:
+    """By angle, by step, and against what one head could express."""
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    around, falling, against = figure.subplots(1, 3)
+    for name in study.main:
+        look, records = ENCODINGS[name], groups[name, 2]
+        style = {"color": look.colour, "linestyle": look.dashes}
+        mean, half = band(by_angle(records), CONFIDENCE)
+        closed = [*range(len(ANGLES)), 0]  # 180 degrees are 0 again
+        around.errorbar([*ANGLES, 180], mean[closed], half[closed], label=look.label, capsize=2, **style)
+        steps = curve(records[0])[0]
+        mean, half = band(np.array([curve(record)[1] for record in records]), CONFIDENCE)
+        falling.plot(steps, mean, **style)
+        falling.fill_between(steps, np.maximum(mean - half, mean / 10), mean + half, color=look.colour, alpha=0.15)
+    for name in fits:
+        if (name, 2) in groups:
+            look, errors = ENCODINGS[name], np.array(fits[name][str(BUDGETS[0])]).reshape(-1, len(ANGLES)).mean(0)
+            style = {"color": look.colour, "marker": "x" if look.dashes == "--" else "o", "linestyle": ""}
+            against.plot(errors, by_angle(groups[name, 2]).mean(0), markersize=4, **style)
+    around.set(xlabel="angle of the texture, degrees", ylabel="loss above the optimum", xticks=range(0, 181, 45))
+    falling.set(xlabel="training step", yscale="log")
+    against.set(xlabel=f"misplaced by one head at best, budget {BUDGETS[0]}", ylim=(0, None))
+    around.set_ylim(0)
+    for panel in (around, falling, against):
+        panel.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=len(study.main), frameon=False)
+    return figure
+
+
+def draw_attention(study: Study, groups: Groups) -> Figure:
+    """Where the pixel in the middle of a 45 degree texture looks, in every head of the trained models of seed 0."""
+    names = [name for name in study.main if "attention" in groups[name, 2][0]]
+    figure = Figure(figsize=(WIDTH, 1.75 * len(names)), layout="constrained")
+    for name, line in zip(names, figure.subplots(len(names), 2 * study.depth + 1, squeeze=False), strict=True):
+        wanted = covariance(study.grid, 45, study.sigmas[0], study.noise)[query_places(study.grid, 1)[0]]
+        line[0].set_ylabel(ENCODINGS[name].label.replace(", ", "\n"), fontsize="small")
+        for k, (panel, pattern) in enumerate(zip(line, [wanted, *groups[name, 2][0]["attention"]], strict=True)):
+            panel.imshow(np.reshape(pattern, (study.grid, study.grid)), cmap="magma", vmin=0)
+            panel.set(xticks=[], yticks=[])
+            if name == names[0]:
+                panel.set_title(f"block {(k + 1) // 2}, head {2 - k % 2}" if k else "correlation", fontsize="small")
+    return figure
 
 
 # The command
@@ -347,8 +544,10 @@ def main(argv: list[str] | None = None) -> None:
     found = runs.complete(args, {"device": args.device} | asdict(args.study), given, prepare, measure, begin)
     if found is not None:
         fits = files.read_json(args.out)["fits"]
-        print(tables(args.study, found, fits))
-        draw(args.study, found, fits, args.figures)
+        groups = grouped(args.study, found)
+        monitor.save_figure(draw_excess(args.study, groups, fits), args.figures / "evidence_textures.png")
+        monitor.save_figure(draw_attention(args.study, groups), args.figures / "evidence_attention.png")
+        print(all_tables(args.study, found, fits))
 
 
 if __name__ == "__main__":

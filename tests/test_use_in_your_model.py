@@ -1,4 +1,4 @@
-"""What docs/use_in_your_model.md and docs/extending.md print: rope.py in other models, and other encodings."""
+"""What docs/use_in_your_model.md prints: rope.py in other models."""
 
 import ast
 import copy
@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from conftest import TESTS
 from diffusers.models.attention_processor import AttnProcessor2_0
-from test_rope import scores, spread_over_positions
+from test_rope import spread_over_positions
 from timm.layers import apply_rot_embed_cat
 
-from rope import RopeConfig, SpiralRoPE, rotate
+from rope import rotate
 
 PAGE = "use_in_your_model.md"
 
@@ -103,28 +103,3 @@ def test_diffusers_processor(run_page, attended):
         unrotated = attention(x)
         attention.set_processor(AttnProcessor2_0())
         torch.testing.assert_close(unrotated, attention(x), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("head_dim", [64, 72])
-@pytest.mark.parametrize("name", ["GoldenRoPE", "LearnedRoPE"])
-def test_other_encodings_depend_on_relative_position_alone(run_page, name, head_dim):
-    encoding = run_page("extending.md", "A new position encoding")[name]
-    rope = encoding(head_dim, 16, RopeConfig(rotate=1, border="exact"))
-    for h, w in ((16, 16), (8, 20)):
-        with torch.no_grad():
-            assert spread_over_positions(scores(rope, h, w), h, w) < 1e-5
-
-
-def test_golden_directions_all_differ_and_learned_vectors_begin_as_the_settings_and_learn(run_page):
-    names = run_page("extending.md", "A new position encoding")
-    frequency, direction = names["GoldenRoPE"](64, 16, RopeConfig()).table()
-    assert torch.equal(frequency, SpiralRoPE(64, 16, RopeConfig()).table()[0])
-    apart = (direction @ direction.T).abs() - torch.eye(32)
-    assert apart.max() < 0.9999
-    torch.testing.assert_close(direction.norm(dim=1), torch.ones(32))
-    config = RopeConfig(rotate=4, border="exact", truncate_percentage=0.25)  # a frequency of 0 has a gradient too
-    learned, spiral = names["LearnedRoPE"](64, 16, config), SpiralRoPE(64, 16, config)
-    torch.testing.assert_close(learned.phases(16, 16), spiral.phases(16, 16), atol=1e-5, rtol=0)
-    learned.phases(16, 16).cos().sum().backward()
-    assert learned.vectors.grad.isfinite().all() and learned.vectors.grad[0].any()
-    assert [*learned.state_dict()] == ["vectors", "freqs"]
