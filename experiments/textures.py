@@ -187,7 +187,7 @@ class Study:
         wide = [(name, 6, self.lr, seed) for seed in range(self.seeds) for name in self.wide]
         swept = list(product(SWEPT, (2,), self.sweep, range(self.sweep_seeds)))
         others = [(name, 2, self.lr, seed) for seed in range(self.other_seeds) for name in ENCODINGS]
-        return list(dict.fromkeys(Run(*names) for names in [*compared, *swept, *wide, *others]))
+        return list(dict.fromkeys(Run(*names) for names in [*swept, *compared, *wide, *others]))
 
     def textures(self, grid: int, device: torch.device) -> Textures:
         return Textures(grid, self.sigmas, self.noise, device)
