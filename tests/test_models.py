@@ -257,7 +257,7 @@ def test_compiled_blocks_equal_eager_ones_and_are_compiled_once(rope, wrap, fill
 def test_trials_of_vector_code_are_spared_where_pytorch_runs_on_it(capability, set_before, expected, monkeypatch):
     """And where the user has not said whether to use it."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    with torch._inductor.config.patch("cpp.vec_isa_ok", set_before):
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": set_before}):
         DiT(**TINY).compile_blocks()
         assert torch._inductor.config.cpp.vec_isa_ok is expected
 
