@@ -15,22 +15,12 @@ from scipy import stats
 
 from demo.digits import enlarged_digits, whole_folder
 from experiments import runs
-from experiments.comparisons import (
-    CONFIDENCE,
-    Curve,
-    band,
-    draw,
-    holm,
-    mark,
-    p_value,
-    plus_minus,
-    steps_to_reach,
-    table,
-)
+from experiments.comparisons import CONFIDENCE, Curve, band, draw, holm, p_value, plus_minus, steps_to_reach, table
 from runtime import monitor, options
 from runtime.monitor import REPOSITORY
 
 PUBLISHED = REPOSITORY / "experiments" / "position_encodings.json"
+SIGNIFICANT = 0.05
 TENTHS = [f"{100 * k}–{100 * k + 99}" for k in range(10)]  # timesteps
 
 Run = tuple[str, float, int]  # variant, learning rate, seed
@@ -100,7 +90,9 @@ def key(variant: str, lr: float, seed: int) -> str:
 
 
 FULL = Study()
-QUICK = Study(("sincos", "axial", "spiral4_clamp", "spiral4_exact"), 2, 150, warmup_steps=15, val_every=50, sweep_lrs=())
+QUICK = Study(
+    ("sincos", "axial", "spiral4_clamp", "spiral4_exact"), 2, 150, warmup_steps=15, val_every=50, sweep_lrs=()
+)
 
 
 def write_images(root: Path, study: Study) -> None:
@@ -184,6 +176,11 @@ def compare(losses: Losses, pairs: list[tuple[str, str]]) -> tuple[np.ndarray, n
     return first - second, (first - second).mean(0) / second.mean(0), stats.ttest_rel(first, second).pvalue
 
 
+def mark(p: float, corrected: float) -> str:
+    """‡ at a p below 0.05 that holds after Holm's correction, † at one that does not."""
+    return " ‡" if corrected < SIGNIFICANT else " †" if p < SIGNIFICANT else ""
+
+
 def pair_label(pair: tuple[str, str]) -> str:
     return " − ".join(LOOKS[name]["label"] for name in pair)
 
@@ -243,7 +240,9 @@ def draw_all(study: Study, kept: dict[str, dict], folder: Path) -> None:
     relative = {name: band(100 * (values / sincos - 1), CONFIDENCE) for name, values in tenths.items()}
     curves = [Curve(LOOKS[name], middles, *found) for name, found in relative.items()]
     title = "Final held-out loss by timestep, EMA weights: relative to sin-cos at the same seed, 95 % interval"
-    draw(folder / "evidence_tenths.png", title, "timestep (middle of its tenth)", "difference (%)", curves, losses=False)
+    draw(
+        folder / "evidence_tenths.png", title, "timestep (middle of its tenth)", "difference (%)", curves, losses=False
+    )
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
