@@ -79,20 +79,13 @@ class Study:
     def settings(self) -> dict:
         return runs.recipe_options("model", "lr_schedule", "grad_clip") | asdict(self) | {"options": VARIANTS}
 
-    def collect(self, kept: dict[str, dict], name: str) -> Losses:
-        """A value that is kept of runs, of all variants at the study's learning rate."""
-        seeds = range(self.seeds)
-        return {v: np.array([kept[key(v, self.lr, seed)][name] for seed in seeds]) for v in self.variants}
+
+FOUR = ("sincos", "axial", "spiral4_clamp", "spiral4_exact")
+FULL, QUICK = Study(), Study(FOUR, seeds=2, max_steps=150, warmup_steps=15, val_every=50, sweep_lrs=())
 
 
 def key(variant: str, lr: float, seed: int) -> str:
     return f"{variant}/lr{lr:g}/seed{seed}"
-
-
-FULL = Study()
-QUICK = Study(
-    ("sincos", "axial", "spiral4_clamp", "spiral4_exact"), 2, 150, warmup_steps=15, val_every=50, sweep_lrs=()
-)
 
 
 def write_images(root: Path, study: Study) -> None:
@@ -126,12 +119,15 @@ def validation_curve(folder: Path) -> dict[str, list]:
     return {name: curve[-1] if name.endswith("_tenths") else curve for name, curve in curves.items()}
 
 
-# Tables
+def collect(kept: dict[str, dict], name: str, variants: Iterable[str], lr: float, seeds: int) -> Losses:
+    """A value that is kept of runs."""
+    return {variant: np.array([kept[key(variant, lr, seed)][name] for seed in range(seeds)]) for variant in variants}
 
 
 def all_tables(study: Study, kept: dict[str, dict]) -> str:
     """Every table under its title."""
-    raw, averaged, tenths = (study.collect(kept, f"val_loss{kind}") for kind in ("", "_ema", "_ema_tenths"))
+    compared = study.variants, study.lr, study.seeds
+    raw, averaged, tenths = (collect(kept, f"val_loss{kind}", *compared) for kind in ("", "_ema", "_ema_tenths"))
     steps = np.array(next(iter(kept.values()))["step"])
     tables = {
         "Held-out loss": final_losses(steps, averaged, raw),
@@ -147,17 +143,23 @@ def all_tables(study: Study, kept: dict[str, dict]) -> str:
 
 def final_losses(steps: np.ndarray, averaged: Losses, raw: Losses) -> list[dict]:
     """The loss at the last step, and when that of sin-cos at the same seed is reached."""
-    rows = []
-    for variant, curves in averaged.items():
-        pairs = zip(curves, averaged["sincos"][:, -1], strict=True)
-        reached = np.array([steps_to_reach(steps, curve, target) for curve, target in pairs])
-        values = {
+    return [
+        {
+            "position encoding": LOOKS[variant]["label"],
             "loss, EMA weights": plus_minus(curves[:, -1], ".4f"),
-            "steps to sin-cos's final loss, EMA": plus_minus(reached, ".0f") if max(reached) < np.inf else "not by all",
+            "steps to sin-cos's final loss, EMA": steps_to_sincos(steps, curves, averaged["sincos"]),
             "loss, raw weights": plus_minus(raw[variant][:, -1], ".4f"),
         }
-        rows.append({"position encoding": LOOKS[variant]["label"]} | values)
-    return rows
+        for variant, curves in averaged.items()
+    ]
+
+
+def steps_to_sincos(steps: np.ndarray, curves: np.ndarray, sincos: np.ndarray) -> str:
+    reached = np.array([steps_to_reach(steps, *pair) for pair in zip(curves, sincos[:, -1], strict=True)])
+    if np.inf in reached:
+        return "not by all seeds"
+    bound = "≤ " if steps[0] in reached else ""  # that seed was there before it was first measured
+    return bound + plus_minus(reached, ".0f")
 
 
 def families(variants: Iterable[str]) -> list[list[tuple[str, str]]]:
@@ -220,19 +222,16 @@ def mean_losses(losses: Losses, points: list[str]) -> list[dict]:
 
 def sweep(study: Study, kept: dict[str, dict]) -> list[dict]:
     """Mean final losses of the averaged weights at each learning rate."""
-
-    seeds, rates = range(study.sweep_seeds), study.sweep_lrs
-
-    def final(variant: str) -> np.ndarray:  # (seeds, rates)
-        return np.array([[kept[key(variant, lr, seed)]["val_loss_ema"][-1] for lr in rates] for seed in seeds])
-
-    losses = {variant: final(variant) for variant in study.sweep_variants}
+    variants, rates = study.sweep_variants, study.sweep_lrs
+    by_rate = [collect(kept, "val_loss_ema", variants, lr, study.sweep_seeds) for lr in rates]
+    losses = {variant: np.stack([found[variant][:, -1] for found in by_rate], axis=1) for variant in variants}
     return mean_losses(losses, [f"learning rate {lr:g}" for lr in rates])
 
 
 def draw_all(study: Study, kept: dict[str, dict], folder: Path) -> None:
     steps, middles = np.array(next(iter(kept.values()))["step"]), 100 * np.arange(10) + 50
-    losses, tenths = (study.collect(kept, f"val_loss_ema{kind}") for kind in ("", "_tenths"))
+    compared = study.variants, study.lr, study.seeds
+    losses, tenths = (collect(kept, f"val_loss_ema{kind}", *compared) for kind in ("", "_tenths"))
     curves = [Curve(LOOKS[name], steps, *band(values, CONFIDENCE)) for name, values in losses.items()]
     title = f"Held-out denoising loss, EMA weights: mean over {study.seeds} seeds, 95 % interval at each point"
     draw(folder / "evidence_curves.png", title, "training step", "MSE of the noise", curves)
@@ -240,9 +239,8 @@ def draw_all(study: Study, kept: dict[str, dict], folder: Path) -> None:
     relative = {name: band(100 * (values / sincos - 1), CONFIDENCE) for name, values in tenths.items()}
     curves = [Curve(LOOKS[name], middles, *found) for name, found in relative.items()]
     title = "Final held-out loss by timestep, EMA weights: relative to sin-cos at the same seed, 95 % interval"
-    draw(
-        folder / "evidence_tenths.png", title, "timestep (middle of its tenth)", "difference (%)", curves, losses=False
-    )
+    labels = "timestep (middle of its tenth)", "difference (%)"
+    draw(folder / "evidence_tenths.png", title, *labels, curves, losses=False)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

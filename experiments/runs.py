@@ -97,7 +97,7 @@ def run_all(options: dict[Path, dict], parallel: int, record: Callable[[Path], N
 
 
 class Results:
-    """Measurements by section ("runs", "data", ...) and key, under the settings that they belong to.
+    """Measurements by section ("runs", "environment") and key, under the settings that they belong to.
 
     Raises UserError when the file holds results of other settings.
     """

@@ -244,6 +244,15 @@ def test_steps_to_a_loss_are_interpolated(target, step):
     assert comparisons.steps_to_reach(np.array([100, 200, 300]), np.array([1.0, 0.5, 0.6]), target) == step
 
 
+def test_steps_to_sincos_are_a_bound_where_a_seed_begins_below_and_no_number_where_one_stays_above():
+    curves = {"sincos": [[1.0, 0.5]] * 2, "axial": [[0.75, 0.25]] * 2}
+    curves |= {"spiral2_exact": [[0.75, 0.25], [0.4, 0.2]], "spiral4_exact": [[0.75, 0.25], [0.9, 0.6]]}
+    losses = {name: np.array(values) for name, values in curves.items()}
+    rows = position_encodings.final_losses(np.array([100, 200]), losses, losses)
+    found = [row["steps to sin-cos's final loss, EMA"] for row in rows]
+    assert found == ["200 ± 0", "150 ± 0", "≤ 125 ± 35", "not by all seeds"]
+
+
 # Tables and figures
 
 
