@@ -111,7 +111,7 @@ def test_places_are_checked_and_a_dry_run_writes_nothing(program, total, more, t
 # The study
 
 
-def test_six_of_each_digit_are_held_out_always_the_same_and_written_once(tmp_path):
+def test_six_of_each_digit_are_held_out_always_the_same_and_written_once(tmp_path, monkeypatch):
     """These are the held-out images of the recorded runs, so that runs to come are compared with them."""
     root, small = tmp_path / "digits", dataclasses.replace(FULL, image_size=8)
     position_encodings.write_images(root, small)
@@ -123,9 +123,8 @@ def test_six_of_each_digit_are_held_out_always_the_same_and_written_once(tmp_pat
     assert [len(indices) for indices in held_out] == [6] * 10
     assert held_out[0] == ["0055", "0458", "0536", "0877", "1105", "1470"]
     assert held_out[9] == ["0423", "0555", "0715", "1406", "1434", "1452"]
-    (root / "val" / "0" / "0055.png").unlink()
+    monkeypatch.setattr(position_encodings, "enlarged_digits", pytest.fail)
     position_encodings.write_images(root, small)
-    assert len(list(root.glob("val/*/*.png"))) == 59
 
 
 def parsed(options: dict, folder) -> object:
