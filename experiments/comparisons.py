@@ -10,6 +10,7 @@ from scipy import stats
 from runtime.monitor import save_figure, use_log_scale
 
 CONFIDENCE = 0.95
+SIGNIFICANT = 0.05
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
@@ -53,6 +54,11 @@ def plus_minus(values: np.ndarray, form: str) -> str:
 
 def p_value(p: float) -> str:
     return f"{p:.1e}" if p < 0.001 else f"{p:.3f}"
+
+
+def mark(p: float, corrected: float) -> str:
+    """‡ at a p below 0.05 that holds after Holm's correction, † at one that does not."""
+    return " ‡" if corrected < SIGNIFICANT else " †" if p < SIGNIFICANT else ""
 
 
 class Curve(NamedTuple):

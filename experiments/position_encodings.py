@@ -15,12 +15,22 @@ from scipy import stats
 
 from demo.digits import enlarged_digits, whole_folder
 from experiments import runs
-from experiments.comparisons import CONFIDENCE, Curve, band, draw, holm, p_value, plus_minus, steps_to_reach, table
+from experiments.comparisons import (
+    CONFIDENCE,
+    Curve,
+    band,
+    draw,
+    holm,
+    mark,
+    p_value,
+    plus_minus,
+    steps_to_reach,
+    table,
+)
 from runtime import monitor, options
 from runtime.monitor import REPOSITORY
 
 PUBLISHED = REPOSITORY / "experiments" / "position_encodings.json"
-SIGNIFICANT = 0.05
 TENTHS = [f"{100 * k}–{100 * k + 99}" for k in range(10)]  # timesteps
 
 Run = tuple[str, float, int]  # variant, learning rate, seed
@@ -176,11 +186,6 @@ def compare(losses: Losses, pairs: list[tuple[str, str]]) -> tuple[np.ndarray, n
     """Differences (seeds, pairs, points); relative to the second of a pair, and p of two-sided paired t-tests."""
     first, second = (np.stack([losses[name] for name in names], axis=1) for names in zip(*pairs, strict=True))
     return first - second, (first - second).mean(0) / second.mean(0), stats.ttest_rel(first, second).pvalue
-
-
-def mark(p: float, corrected: float) -> str:
-    """‡ at a p below 0.05 that holds after Holm's correction, † at one that does not."""
-    return " ‡" if corrected < SIGNIFICANT else " †" if p < SIGNIFICANT else ""
 
 
 def pair_label(pair: tuple[str, str]) -> str:

@@ -76,8 +76,7 @@ def run_all(
 ) -> None:
     """Train in folders with options of train.py, parallel runs at a time, and record each that finishes.
 
-    begin(folder, options) starts another kind of run; one is over when its folder has finished.json.
-
+    begin(folder, options) starts runs of another program; one has finished when its folder has finished.json.
     Raises UserError when a run fails, and ends this process when a signal asks to stop; the others are then stopped so
     that they can go on later.
     """

@@ -26,7 +26,7 @@ from torch import Tensor
 from diffusion import create_diffusion
 from diffusion.objectives import OBJECTIVES, NoisePrediction
 from experiments import runs
-from experiments.comparisons import CONFIDENCE, SIGNIFICANT, Row, band, holm, plus_minus, steps_to_reach, table
+from experiments.comparisons import CONFIDENCE, band, holm, mark, plus_minus, steps_to_reach, table
 from experiments.encodings import ENCODINGS, LearnedRoPE
 from experiments.kernels import ASPECT, WIDTH, best, features, oriented, query_places
 from experiments.runs import Results
@@ -301,7 +301,7 @@ def by_angle(records: list[dict]) -> np.ndarray:
     return np.array([record["classes"] for record in records]).reshape(len(records), -1, len(ANGLES)).mean(1)
 
 
-def named(encoding: str, heads: int) -> Row:
+def named(encoding: str, heads: int) -> dict[str, str]:
     return {"encoding": ENCODINGS[encoding].label, "heads": str(heads)}
 
 
@@ -333,9 +333,8 @@ def differences_table(groups: Groups) -> str:
             p_values.append(stats.ttest_1samp(difference, 0).pvalue)
         rows.append(row | {"of the mean": f"{100 * (values.mean() / others.mean() - 1):+.0f} %"})
     corrected = holm(np.array(p_values))
-    for k, (p, p_holm) in enumerate(zip(p_values, corrected, strict=True)):
-        mark = " ‡" if p_holm < SIGNIFICANT else " †" if p < SIGNIFICANT else ""
-        rows[k // len(PARTS)][list(PARTS)[k % len(PARTS)]] += mark
+    for k, tested in enumerate(zip(p_values, corrected, strict=True)):
+        rows[k // len(PARTS)][list(PARTS)[k % len(PARTS)]] += mark(*tested)
     return table(rows)
 
 
@@ -499,12 +498,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(description=__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="three encodings, two seeds: ten minutes; results in --work-dir")
-    add(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cpu",
-        help="cuda: larger images, models and batches, ten times the steps",
-    )
+    help = "cuda: larger images, models and batches, ten times the steps"
+    add("--device", choices=("cpu", "cuda"), default="cpu", help=help)
     add("--train", metavar="RUN", help=argparse.SUPPRESS)  # what the processes of the study are started with
     args = runs.parse_args(parser, PUBLISHED, argv)
     args.study = QUICK if args.quick else ON_GPU if args.device == "cuda" else Study()
@@ -528,22 +523,27 @@ def main(argv: list[str] | None = None) -> None:
     if args.train is not None:
         return train_one(args)
 
-    def begin(folder: Path, options: dict) -> subprocess.Popen:
-        words = [sys.executable, "-m", "experiments.textures", "--device", args.device, "--work-dir", str(folder)]
-        words += ["--train", options["run"], *(["--quick"] if args.quick else [])]
-        return runs.launch(folder, words, os.environ if args.device == "cuda" else runs.ENVIRONMENT)
-
-    def prepare(results: Results) -> None:
+    settings = {"device": args.device} | asdict(args.study)
+    results = Results(args.out, settings)
+    if not args.dry_run and "fits" not in results.sections:
         for name, errors in fit_errors(args.study).items():
             results.add("fits", name, errors)
 
-    def measure(key: str, folder: Path) -> dict:
-        return files.read_json(folder / "finished.json")
+    def begin(folder: Path, given: dict) -> subprocess.Popen:
+        words = [sys.executable, "-m", "experiments.textures", "--device", args.device, "--work-dir", str(folder)]
+        words += ["--train", given["run"], *(["--quick"] if args.quick else [])]
+        return runs.launch(folder, words, os.environ if args.device == "cuda" else runs.ENVIRONMENT)
 
-    given = {run.key: {"run": run.key} for run in args.study.runs}
-    found = runs.complete(args, {"device": args.device} | asdict(args.study), given, prepare, measure, begin)
+    found = runs.complete(
+        args,
+        settings,
+        {run.key: {"run": run.key} for run in args.study.runs},
+        prepare=lambda: None,
+        measure=lambda folder: files.read_json(folder / "finished.json"),
+        begin=begin,
+    )
     if found is not None:
-        fits = files.read_json(args.out)["fits"]
+        fits = results.sections["fits"]
         groups = grouped(args.study, found)
         monitor.save_figure(draw_excess(args.study, groups, fits), args.figures / "evidence_textures.png")
         monitor.save_figure(draw_attention(args.study, groups), args.figures / "evidence_attention.png")
