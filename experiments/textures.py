@@ -173,11 +173,11 @@ class Study:
     hidden: tuple[tuple[int, int], ...] = ((2, 128), (6, 192))  # by number of heads
     steps: int = 2000
     batch: int = 16
-    lr: float = 4e-3
+    lr: float = 8e-3
     warmup_steps: int = 150
     ema_decay: float = 0.98
     measured_every: int = 200  # steps
-    sweep: tuple[float, ...] = (2e-3, 4e-3, 8e-3)  # learning rates for sin-cos and axial
+    sweep: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2)  # learning rates for sin-cos and axial
     sweep_seeds: int = 2
 
     @property
