@@ -5,9 +5,11 @@ import json
 import re
 import shutil
 import struct
+from dataclasses import asdict
 
 import pytest
 import torch
+from huggingface_hub import hub_mixin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_checkpoint import DAMAGED, build, disk_full_at, rejection, write
@@ -169,6 +171,16 @@ def test_what_python_saves_is_a_checkpoint(rope, tmp_path):
     with pytest.raises(RuntimeError, match=BIAS):
         DiT.from_pretrained(tmp_path / "saved")
     assert rejection(tmp_path / "saved") == f"checkpoint FILE lacks 1 weights, such as {BIAS}"
+
+
+def test_versions_of_the_hub_that_know_no_dataclass_save_rope_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_mixin, "is_dataclass", lambda _: False)
+    rope = RopeConfig(rotate=2, theta=100.0)
+    model = build(num_classes=3, rope=rope)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["rope"] == asdict(rope)
+    assert load_trained(tmp_path).config.model.rope == rope
+    assert torch.equal(DiT.from_pretrained(tmp_path).rope_embedder.freqs, model.rope_embedder.freqs)
 
 
 def test_half_is_of_the_folder_too(source, tmp_path):
