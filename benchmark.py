@@ -209,7 +209,7 @@ def tokens(args: Namespace, folder: Path) -> Iterator[Variant]:
 
 
 def sampling(args: Namespace, folder: Path) -> Iterator[Variant]:
-    """Every sampler, without decoding, and decoding alone, in float32."""
+    """Every sampler, without decoding; and decoding alone, which is in float32."""
     config, count, vae = config_of(args), max(args.batch_size // 4, 1), random_vae(args, folder)
     model, shape = config.build().to(args.device).eval(), (config.in_channels, *config.input_size)
     variants = [("on", SamplingConfig(sampler, steps)) for sampler, steps in args.samplers.items()]

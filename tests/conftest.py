@@ -215,6 +215,23 @@ def stops(main, arguments: list[str], number: int = signal.SIGTERM) -> None:
     assert ended.value.code == 128 + number
 
 
+def metrics_and_features(options: dict) -> tuple[dict, dict]:
+    """What evaluate.py measures with these options, and the features that it extracted from each .npz, by its stem."""
+    import evaluate
+    from runtime import inception
+
+    extract, features = inception.extract, {}
+
+    def remember(images, *args):
+        features[images.path.stem] = extract(images, *args)
+        return features[images.path.stem]
+
+    with pytest.MonkeyPatch.context() as patch, tiny(patch):
+        patch.setattr(inception, "extract", remember)
+        evaluate.main(command_line(options))
+    return json.loads(options["samples"].with_suffix(".metrics.json").read_text()), features
+
+
 def command_line(options: dict) -> list[str]:
     """Options as arguments: True is a flag, None is left out, a tuple is several values."""
     arguments = []

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity.feature_extractor_inceptionv3 as torch_fidelity_inception
-from conftest import command_line, contents, tiny
+from conftest import command_line, contents, metrics_and_features
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -91,16 +91,7 @@ def command(sets, inception_file):
     settings = {"sampler": "ddim", "cfg_scale": 1.5, "step": 7, "weights": "ema"}
     (sets / "samples.json").write_text(json.dumps(settings))
     options = {"samples": sets / NAMES[0], "reference": sets / NAMES[1], "inception_weights": inception_file}
-    extract, features = inception.extract, {}
-
-    def remember(images, *args):
-        features[images.path.name] = extract(images, *args)
-        return features[images.path.name]
-
-    with pytest.MonkeyPatch.context() as patch, tiny(patch):
-        patch.setattr(inception, "extract", remember)
-        evaluate.main(command_line(options | KID | {"cache_dir": sets / "cache"}))
-    return json.loads((sets / "samples.metrics.json").read_text()), features
+    return metrics_and_features(options | KID | {"cache_dir": sets / "cache"})
 
 
 class FakeInception:
@@ -193,7 +184,7 @@ def test_sfid_is_of_seven_channels_of_mixed_6d_in_the_order_of_tensorflow(comman
     for h, w, c in [(0, 0, 0), (0, 0, 6), (0, 1, 0), (1, 0, 0), (16, 16, 6), (5, 11, 3)]:
         assert torch.equal(spatial[:, (h * 17 + w) * 7 + c], block[:, c, h, w])
     metrics, features = command
-    expected = frechet_by_gram(*(features[name]["spatial"].double().numpy() for name in NAMES))
+    expected = frechet_by_gram(*(features[name]["spatial"].double().numpy() for name in ("samples", "reference")))
     assert metrics["sfid"] == pytest.approx(expected, rel=1e-5)
 
 

@@ -250,6 +250,18 @@ def test_compiled_blocks_equal_eager_ones_and_are_compiled_once(rope, wrap, fill
     assert compilations.frame_count == 2
 
 
+@pytest.mark.parametrize(
+    ("capability", "set_before", "expected"),
+    [("AVX512", None, True), ("AVX512", False, False), ("AVX2", None, None), ("DEFAULT", None, None)],
+)
+def test_trials_of_vector_code_are_spared_where_pytorch_runs_on_it(capability, set_before, expected, monkeypatch):
+    """And where the user has not said whether to use it."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": set_before}):
+        DiT(**TINY).compile_blocks()
+        assert torch._inductor.config.cpp.vec_isa_ok is expected
+
+
 def test_machine_code_of_blocks_equals_eager_ones_within_the_stated_tolerance(fill_weights):
     """docs/benchmark.md: float32 results differ by 1e-5 of the largest value at most."""
     model = fill_weights(DiT(**TINY, class_dropout_prob=0.0, rope=RopeConfig(rotate=4))).train()
