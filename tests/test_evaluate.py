@@ -508,7 +508,7 @@ def test_two_processes_measure_as_one(two, evaluated, image_folder, tmp_path):
 
 def test_all_processes_end_when_one_meets_an_unreadable_image(fake, arguments, refused, monkeypatch):
     monkeypatch.setattr(distributed, "gather", lambda value: [value, "image 'b.png' cannot be read (damaged)"])
-    assert refused(evaluate.main, arguments()) == "image 'b.png' cannot be read (damaged)"
+    assert refused(evaluate.main, arguments(), has_begun=True) == "image 'b.png' cannot be read (damaged)"
 
 
 # Weights
@@ -709,5 +709,5 @@ def test_references_that_do_not_fit(fake, arguments, refused, tmp_path, changes,
 def test_images_of_a_folder_that_cannot_be_read(fake, arguments, refused, tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"damaged")
-    found = refused(evaluate.main, arguments(reference=tmp_path, metrics="kid", kid_subset_size=2))
+    found = refused(evaluate.main, arguments(reference=tmp_path, metrics="kid", kid_subset_size=2), has_begun=True)
     assert found.startswith("image ") and found.endswith("; repair it or remove it from the data set")
