@@ -12,10 +12,8 @@ import numpy as np
 
 from demo.digits import write_digits
 from experiments import runs
-from experiments.comparisons import band, table
-from experiments.figures import draw
+from experiments.comparisons import Curve, band, draw, table
 from experiments.runs import Results
-from experiments.study import Variant
 from runtime import monitor, options
 from runtime.monitor import REPOSITORY
 from runtime.options import UserError
@@ -102,10 +100,10 @@ def check(folder: Path, reference: Bands) -> None:
 
 
 def draw_bands(reference: Bands, path: Path) -> None:
-    looks = (Variant(label, colour) for label, colour in zip(CURVES.values(), ("C0", "C2", "C1"), strict=True))
-    curves = [(look, *found) for look, found in zip(looks, reference.values(), strict=True)]
+    looks = [dict(label=label, color=color) for label, color in zip(CURVES.values(), ("C0", "C2", "C1"), strict=True)]
+    curves = [Curve(look, *found) for look, found in zip(looks, reference.values(), strict=True)]
     title = f"The demo's losses: mean of {SEEDS} seeds, band in which one more run falls ({100 * CONFIDENCE:g} %)"
-    draw(path, title, "training step", {"": [("loss", None, curves)]}, size=(9, 5))
+    draw(path, title, "training step", "loss", curves)
 
 
 def bands_table(reference: Bands) -> str:
@@ -129,8 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.check is not None:
         return check(args.check, bands(Results(args.out, settings()).sections["runs"]))
     given = {f"seed{seed}": training_options(seed, args.work_dir) for seed in range(SEEDS)}
-    kept = {"prepare": lambda _: prepare(args.work_dir), "measure": lambda _, folder: curves_of(folder)}
-    found = runs.complete(args, settings(), given, **kept)
+    found = runs.complete(args, settings(), given, lambda: prepare(args.work_dir), curves_of)
     if found is not None:
         reference = bands(found)
         draw_bands(reference, args.figures / "evidence_reference.png")

@@ -97,7 +97,7 @@ def run_all(options: dict[Path, dict], parallel: int, record: Callable[[Path], N
 
 
 class Results:
-    """Measurements by section ("runs", "data", ...) and key, under the settings that they belong to.
+    """Measurements by section ("runs", "environment") and key, under the settings that they belong to.
 
     Raises UserError when the file holds results of other settings.
     """
@@ -129,7 +129,7 @@ class Results:
         """Commit of new runs, and the number of their environment, which is added where it is new."""
         described = monitor.describe_environment(torch.device("cpu")) | {"cores": os.cpu_count()}
         commit = described.pop("git_commit")
-        described["versions"] |= {name: monitor.version_of(name) for name in ("scikit-learn", "scikit-image", "scipy")}
+        described["versions"] |= {name: monitor.version_of(name) for name in ("scikit-learn", "scipy")}
         known = self.sections["environment"]
         number = next((number for number, other in known.items() if other == described), str(len(known) + 1))
         if number not in known:
@@ -159,8 +159,8 @@ def complete(
 ) -> dict[str, dict] | None:
     """What is kept of every run, by key, once those that are missing are trained and measured.
 
-    options are those of train.py by key. prepare(results) makes what the runs read; measure(key, folder) gives what is
-    to keep of a finished one. None for a dry run. Raises UserError.
+    options are those of train.py by key. prepare() makes what the runs read; measure(folder) gives what is to keep of a
+    finished one. None for a dry run. Raises UserError.
     """
     results = Results(args.out, settings)
     missing = {args.work_dir / "runs" / key: key for key in options if key not in results.sections["runs"]}
@@ -169,12 +169,11 @@ def complete(
     if args.dry_run:
         return None
     if missing:
-        prepare(results)
-        torch.set_num_threads(1)  # measurements are one of the processes that share the machine
+        prepare()
         origin = results.origin()
 
         def record(folder: Path) -> None:
-            results.add("runs", missing[folder], origin | measure(missing[folder], folder))
+            results.add("runs", missing[folder], origin | measure(folder))
             shutil.rmtree(folder)
 
         run_all({folder: options[key] for folder, key in missing.items()}, args.jobs, record)

@@ -1,6 +1,7 @@
 """TensorBoard and Weights & Biases, beside metrics.jsonl and with its keys. Both packages are optional."""
 
 import argparse
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ def add_options(parser: Parser) -> None:
     group = parser.add_argument_group("monitors, beside metrics.jsonl")
     group.add_argument("--tensorboard", action="store_true", help="write <results-dir>/tensorboard")
     group.add_argument("--use-wandb", action="store_true", help="log to Weights & Biases (WANDB_MODE=offline: locally)")
-    group.add_argument("--wandb-project", default=None, help="project of the run (None: spiral-rope-dit)")
+    group.add_argument("--wandb-project", default=None, help="its project (None: WANDB_PROJECT, else spiral-rope-dit)")
     group.add_argument("--wandb-entity", default=None, help="user or team of the project (None: your default)")
 
 
@@ -73,7 +74,7 @@ def open_trackers(
     if args.tensorboard:
         found.append(TensorBoard(folder, config, step))
     if args.use_wandb:
-        project = args.wandb_project or "spiral-rope-dit"
+        project = args.wandb_project or os.environ.get("WANDB_PROJECT") or "spiral-rope-dit"
         found.append(WeightsAndBiases(folder, config, project, args.wandb_entity))
     return found
 

@@ -68,8 +68,9 @@ def test_wandb_offline(train_arguments, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     results, sent, log = tmp_path / "run", [], Run.log
     monkeypatch.setattr(Run, "log", lambda run, *args, **named: (sent.append((run, *args)), log(run, *args, **named)))
-    for changes in ({"max_steps": 3}, {}):
-        train.main(train_arguments(results, use_wandb=True, wandb_project="digits", **ROPE, **changes))
+    for changes in ({"max_steps": 3, "wandb_project": "digits"}, {}):
+        train.main(train_arguments(results, use_wandb=True, **ROPE, **changes))
+        monkeypatch.setenv("WANDB_PROJECT", "digits")  # in place of the option
     wandb.teardown()  # finish() returns before W&B's own process has written its file to the end
     stored = json.loads((results / "wandb.json").read_text())["id"]
     assert [file.stem for file in (results / "wandb").glob("offline-run-*/*.wandb")] == [f"run-{stored}"] * 2
