@@ -147,8 +147,11 @@ def is_finished(args, images: data.ImageList) -> bool:
 def is_damaged(cache: LatentCache) -> bool:
     """Whether any row of a finished cache does not prove itself. Every process reads its share."""
     mine = np.array_split(cache.rows, distributed.world_size())[distributed.rank()]
-    flips = range(cache.moments.shape[1])
-    found = any(not cache.proves(row, flip, cache.moments[row, flip]) for row in mine for flip in flips)
+    flips, found = range(cache.moments.shape[1]), False
+    with monitor.progress_bar(len(mine), 0, "image", "verifying") as bar:
+        for row in mine:
+            found = found or any(not cache.proves(row, flip, cache.moments[row, flip]) for flip in flips)
+            bar.update()
     return int(distributed.all_reduce(torch.tensor(int(found)), "max")) == 1
 
 
@@ -177,7 +180,8 @@ def main(argv: list[str] | None = None) -> None:
         if not finished and distributed.on_main(writer.check, args.changed):  # by another command, meanwhile
             return logger.info(done)
         logger.info(f"encoding {size}")
-        distributed.on_main(writer.create, args.changed)
+        if distributed.on_main(writer.create, args.changed):
+            logger.info("what an early version encoded is kept; it is read once, for the checksums that it has not")
         fill(writer, images, vae, args, logger)
 
 

@@ -257,7 +257,9 @@ def measure(
     compared, names = {}, features_of(comparing_images(args.metrics, reference))
     if names:
         contents = distributed.on_main(checksum, args.reference)  # where an error reaches all processes
-        compared = inception.extract_cached(reference.images, contents, names, network, args.batch_size, args.cache_dir)
+        compared = inception.extract_cached(
+            reference.images, contents, names, network, args.batch_size, args.cache_dir, say
+        )
     features = inception.extract(samples, features_of(args.metrics), network, args.batch_size, "samples")
     stored = reference.statistics if reference else {}
     return {"samples": len(samples)} | distributed.on_main(compute, args, features, compared, stored, network.device)

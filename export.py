@@ -45,8 +45,8 @@ def check_out(out: Path, overwrite: bool) -> None:
         files.check_folder(out, "--out")
         if not out.parent.is_dir():
             raise UserError(f"{name} is in a folder that does not exist; make the folder first")
-        if (out / "checkpoints").exists():
-            raise UserError(f"{name} is the folder of a run; choose another")
+        if (out / "checkpoints").exists() or out.resolve().name == "checkpoints":
+            raise UserError(f"{name} is the folder of a run or of its checkpoints; choose another")
         written = [out / name for name in (model_folder.CONFIG, model_folder.WEIGHTS, model_card.README)]
     for path in written:
         if path.exists() and not overwrite:
@@ -74,15 +74,15 @@ def describe(trained: Trained, tensors: dict[str, Tensor], weights: str) -> dict
     return files.sealed(about)
 
 
-def write(args: argparse.Namespace, trained: Trained, tensors: dict[str, Tensor], about: dict) -> list[str]:
-    """Write the file or the folder, each file whole or not at all; names in the folder. Raises OSError, UserError."""
+def write(args: argparse.Namespace, trained: Trained, tensors: dict[str, Tensor], about: dict) -> list[Path]:
+    """Write the file, or those of the folder, each whole or not at all; which these are. Raises OSError, UserError."""
     if args.out.suffix == FILE:
         checkpoint.save_safetensors(args.out, tensors, about)
-        return []
+        return [args.out]
     address = f"hf://{args.push}" if args.push else str(args.out)
     card = model_card.make(trained, args.weights, args.half, address)
     model_folder.write(args.out, tensors, about, card)
-    return [model_folder.WEIGHTS, model_folder.CONFIG, *card]
+    return [args.out / name for name in (model_folder.WEIGHTS, model_folder.CONFIG, *card)]
 
 
 @options.command
@@ -96,19 +96,19 @@ def main(argv: list[str] | None = None) -> None:
     about, size = describe(trained, tensors, args.weights), checkpoint.tensor_bytes(tensors)
     with files.cannot_write(f"--out {str(args.out)!r}", "free some space, or choose another"):
         files.check_space(args.out.parent, size)
-        names = [] if args.dry_run else write(args, trained, tensors, about)
+        written = [] if args.dry_run else write(args, trained, tensors, about)
     if args.dry_run:
         size, pushed = files.format_bytes(size), f" and upload it to {args.push}" if args.push else ""
         return print(
             f"dry run: would export the {args.weights} weights of {trained.path}, {size}, to {args.out}{pushed}"
         )
-    size, source_size = map(size_of, (args.out, trained.path))
+    size = sum(map(size_of, written))
     print(
-        f"exported: {args.out}, {args.weights} weights, {size / 1e6:,.1f} MB ({size / source_size:.0%} of "
+        f"exported: {args.out}, {args.weights} weights, {size / 1e6:,.1f} MB ({size / size_of(trained.path):.0%} of "
         f"{trained.path.name}), sha256 of the weights {about['weights_sha256']}"
     )
     if args.push:
-        print(f"uploaded: {hub.push(args.out, names, args.push)}")
+        print(f"uploaded: {hub.push(args.out, [path.name for path in written], args.push)}")
 
 
 if __name__ == "__main__":

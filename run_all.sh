@@ -50,7 +50,7 @@ say() { # FORMAT VALUE...: where nobody can read it any more, the run goes on
 }
 
 make_plan() { # ARGUMENT...: asks runtime/pipeline.py; sets what it names, and the arguments of each stage
-  local name value
+  local name value status=1
   CACHE=() TRAIN=() SAMPLE=() EVALUATE=()
   while IFS= read -r -d '' name && IFS= read -r -d '' value; do
     case $name in
@@ -58,13 +58,19 @@ make_plan() { # ARGUMENT...: asks runtime/pipeline.py; sets what it names, and t
       train) TRAIN+=("$value") ;;
       sample) SAMPLE+=("$value") ;;
       evaluate) EVALUATE+=("$value") ;;
-      status) if ((value != 0)); then exit "$value"; fi ;;
+      child) follow "$value" ;;
+      status) status=$value ;;
       *) printf -v "$name" '%s' "$value" ;;
     esac
   done < <(
-    "$PYTHON" -m runtime.pipeline "$START_DIR" "$@" && status=0 || status=$?
+    "$PYTHON" -m runtime.pipeline "$START_DIR" "$@" &
+    printf 'child\0%s\0' "$!"
+    wait "$!" && status=0 || status=$?
     printf 'status\0%s\0' "$status"
   )
+  CHILD=''
+  if [[ -n $STOPPED ]]; then end_at "the checks" "$status"; fi
+  if ((status != 0)); then exit "$status"; fi # it has said why
 }
 
 choose_launchers() { # sets LAUNCH for all machines, and LAUNCH_HERE for this one alone
@@ -89,6 +95,11 @@ on_signal() { # NAME
   if [[ -n $CHILD ]]; then kill -TERM "$CHILD" 2>/dev/null || true; fi
 }
 
+follow() { # PROCESS: signals go on to it from now on, and one that came before
+  CHILD=$1
+  if [[ -n $STOPPED ]]; then on_signal "$STOPPED"; fi
+}
+
 end_at() { # STAGE STATUS: ends this script with work left, and says how to go on
   if [[ -n $STOPPED ]]; then
     say '\nrun_all.sh: stopped during %s; run the same command again to go on from there\n' "$1"
@@ -109,8 +120,7 @@ run_stage() { # STAGE COMMAND...: shows the command and runs it to its end
   say '\n'
   # In the background with wait, since bash would hold back a signal until a foreground command ends.
   "$@" &
-  CHILD=$!
-  if [[ -n $STOPPED ]]; then on_signal "$STOPPED"; fi
+  follow $!
   wait "$CHILD" || status=$?
   while [[ -n $STOPPED ]] && kill -0 "$CHILD" 2>/dev/null; do # the signal ended `wait`, not the stage
     status=0
@@ -177,14 +187,14 @@ main() {
   source "$ROOT/setup_env.sh"
   setup_env requirements.txt
   PYTHON=${PYTHON#"$ROOT"/}
-  make_plan "$@"
-  choose_launchers
   local name
   for name in INT TERM HUP USR1; do
     # shellcheck disable=SC2064 # the name of now
     trap "on_signal $name" "$name"
   done
   trap '' PIPE
+  make_plan "$@"
+  choose_launchers
   export PYTHONUNBUFFERED=1 # so that a log file has the lines of all stages in their order
   run_stages
   print_results

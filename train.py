@@ -17,7 +17,7 @@ from runtime import data, distributed, estimate, files, monitor, options, tracke
 from runtime.config import DEFAULT_OBJECTIVE, DataConfig, ModelConfig, Recipe, RunConfig
 from runtime.latents import LatentCache, LatentData
 from runtime.options import UserError, check_image_size, check_rope
-from runtime.run import RunFolder, is_finished, steps_done
+from runtime.run import RunFolder, is_finished, recorded_warmup, steps_done
 from runtime.training import Trainer, initial_model
 from runtime.vae import VAE, check_unloaded, latents_from, load_same
 
@@ -68,7 +68,7 @@ def add_optimisation(parser: options.Parser) -> None:
     add("--objective", choices=list(OBJECTIVES), default=DEFAULT_OBJECTIVE, help="what the model learns to predict")
     add("--lr", type=options.positive, default=1e-4, help="learning rate of AdamW")
     add("--lr-schedule", choices=["constant", "linear"], default="constant", help="linear: to 0 at the last step")
-    help = "steps of linear rise to --lr; auto: 100, or a tenth of a run of less than 1,000 steps"
+    help = "steps of linear rise to --lr; auto: 100, or a tenth of a run of less than 1,000 steps as it begins"
     add("--warmup-steps", type=warmup_steps, default=0, help=help)
     add("--weight-decay", type=options.non_negative, default=0.0, help="weight decay of AdamW")
     add("--grad-clip", type=options.positive, default=None, help="largest gradient norm (None: no clipping)")
@@ -169,16 +169,20 @@ def plan(args: argparse.Namespace, device: torch.device) -> Job:
         image_size=args.image_size,
         vae=vae_config,
         data=DataConfig(source.fingerprint, len(training), source.classes),
-        recipe=recipe_of(args, total),
+        recipe=recipe_of(args, total, distributed.on_main(recorded_warmup, args.results_dir)),
         validation=held_out and held_out.config,
         objective=args.objective,
     )
     return Job(args, device, dataset, vae, held_out, config, total, steps_per_epoch)
 
 
-def recipe_of(args: argparse.Namespace, total: int) -> Recipe:
+def recipe_of(args: argparse.Namespace, total: int, recorded: int | None = None) -> Recipe:
+    """The recipe of a run of so many steps; recorded is its automatic warm-up where it has begun, with other steps."""
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
-    return replace(recipe, warmup_steps=min(100, total // 10)) if recipe.warmup_steps == "auto" else recipe
+    auto = min(100, total // 10)
+    if recorded is not None and 0 <= recorded <= 100:
+        auto = recorded
+    return replace(recipe, warmup_steps=auto) if recipe.warmup_steps == "auto" else recipe
 
 
 def check_cache(cache: LatentCache, args: argparse.Namespace, device: torch.device) -> None:

@@ -10,11 +10,13 @@ import math
 import os
 import shutil
 import socket
+import struct
+import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 import numpy as np
 
@@ -255,32 +257,46 @@ class FolderLock:
     def __init__(self, folder: Path):
         self.folder, self._file = folder, None
 
-    def holder(self) -> str | None:
-        """Lock the folder, unless another process did: who that is. Raises OSError."""
+    def take(self) -> str | None:
+        """Lock the folder, made where it is missing, unless another process did: who that is. Raises OSError."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         if self._file is None:
             self._file = open(self.folder / LOCK, "a+", encoding="utf-8", errors="replace")
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            self._file.seek(0)
-            return self._file.read(200).strip() or "another process"
+            return _told_by(self._file)
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+        os.fsync(self._file.fileno())  # for readers on other machines
         return None
-
-    def take(self) -> str | None:
-        """As holder, in a folder that is made where it is missing; the lock then tells of this process."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        holder = self.holder()
-        if holder is None:
-            self._file.truncate(0)
-            self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            self._file.flush()
-            os.fsync(self._file.fileno())  # for readers on other machines
-        return holder
 
     def close(self) -> None:
         """Give it back, if it was taken."""
         if self._file is not None:
             self._file.close()
+
+
+def holder_of(folder: Path) -> str | None:
+    """Who has the lock of a folder, by a look that neither takes it nor writes. Raises OSError."""
+    try:
+        file = open(folder / LOCK, encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    # struct flock: type, whence, start, length and process; on macOS the first two come last.
+    layout, kind = ("qqihh", 3) if sys.platform == "darwin" else ("hhqqi", 0)
+    asked = [0] * 5
+    asked[kind] = fcntl.F_WRLCK
+    with file:
+        found = struct.unpack(layout, fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(layout, *asked)))
+        return None if found[kind] == fcntl.F_UNLCK else _told_by(file)
+
+
+def _told_by(file: TextIO) -> str:
+    """Who has the lock, as its file says."""
+    file.seek(0)
+    return file.read(200).strip() or "another process"
 
 
 @contextmanager

@@ -99,6 +99,9 @@ def find(name: str | Path) -> Source:
     when a name is unknown or cannot be fetched.
     """
     text = str(name)
+    if os.path.basename(text) == model_folder.CONFIG and (os.path.isfile(text) or "://" in text):
+        folder = os.path.dirname(text).removesuffix(f"/{model_folder.BELOW}") or "."
+        raise UserError(f"checkpoint {text!r} is a model's settings without its weights; give the folder, {folder!r}")
     if os.path.isfile(text):
         return Source(Path(text))
     if os.path.isdir(text):
@@ -123,6 +126,9 @@ def _in_folder(folder: Path) -> Path:
     runs = folder / "checkpoints"
     newest = training_checkpoints(runs)[-1:]
     found = newest[0] if newest else None if runs.is_dir() else model_folder.find(folder)
+    if found is None and training_checkpoints(folder):
+        run = os.path.dirname(os.path.abspath(folder))
+        raise UserError(f"checkpoint {str(folder)!r} is a folder of several; give one of them, or their run's, {run!r}")
     if found is None:
         raise UserError(
             f"checkpoint {str(folder)!r} is a folder without checkpoints/0050000.pt or the like, or config.json and "

@@ -4,6 +4,8 @@ import hashlib
 import io
 import textwrap
 import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -133,31 +135,44 @@ def extract(images, names: list[str], network: Inception, batch_size: int, descr
 
 
 def extract_cached(
-    images, contents: str, names: list[str], network: Inception, batch_size: int, folder: Path
+    images, contents: str, names: list[str], network: Inception, batch_size: int, folder: Path, say: Callable
 ) -> dict[str, Tensor]:
     """Features of a reference as extract gives them, but complete on rank 0 alone.
 
-    They are kept in folder for the next time, a file for each (contents of the images, their size, weights, name).
+    They are kept for the next time in a folder for (contents of the images, their size, weights), a file for each name.
+    One command at a time makes them; another that needs them says that it waits, and reads them then. Where that folder
+    cannot be written, a warning says so, and they are for this time alone.
     """
-    features = {}
-    paths = {
-        name: folder / f"{contents}-{format_size(images.size)}-{network.weights}-{name}.safetensors" for name in names
-    }
-    if distributed.is_main():
-        found = {name: load_kept(path, name, len(images)) for name, path in paths.items()}
-        features = {name: values for name, values in found.items() if values is not None}
-    missing = distributed.on_main(lambda: [name for name in names if name not in features])
-    if missing:
-        made = extract(images, missing, network, batch_size, "reference")
-        if distributed.is_main():
+    place = folder / f"{contents}-{format_size(images.size)}-{network.weights}"
+    features: dict[str, Tensor] = {}
+
+    def look() -> list[str]:
+        """Read what is kept and was not read before; names of what is not."""
+        for name in (name for name in names if name not in features):
+            values = load_kept(place, name, len(images))
+            features.update({} if values is None else {name: values})
+        return [name for name in names if name not in features]
+
+    if not distributed.on_main(look):
+        return features
+    with ExitStack() as stack:
+        is_held = True
+        try:
+            stack.enter_context(distributed.hold(place, f"--cache-dir {str(folder)!r}", say))
+        except UserError as error:
+            is_held = False
+            distributed.on_main(warnings.warn, f"features of the reference are not kept: {error}")
+        missing = distributed.on_main(look)  # of another command, meanwhile
+        made = extract(images, missing, network, batch_size, "reference") if missing else {}
+        if is_held and distributed.is_main():
             for name, values in made.items():
-                keep(paths[name], name, values)
-        features |= made
-    return features
+                keep(place, name, values)
+    return features | made
 
 
-def load_kept(path: Path, name: str, count: int) -> Tensor | None:
-    """Features (count, WIDTHS[name]) from a file; None without one, and for a damaged one, which is told."""
+def load_kept(place: Path, name: str, count: int) -> Tensor | None:
+    """Features (count, WIDTHS[name]) from their file; None without one, and for a damaged one, which is told."""
+    path = place / f"{name}.safetensors"
     if not path.exists():
         return None
     try:
@@ -171,10 +186,10 @@ def load_kept(path: Path, name: str, count: int) -> Tensor | None:
         return None
 
 
-def keep(path: Path, name: str, values: Tensor) -> None:
+def keep(place: Path, name: str, values: Tensor) -> None:
     """Write features for the next time. Where that fails they are told to be lost, and this time goes on."""
+    path = place / f"{name}.safetensors"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with files.whole_file(path) as file:
             file.write(save({name: values}, {"sha256": checkpoint.tensor_hash({name: values})}))
     except OSError as error:

@@ -186,6 +186,11 @@ class CacheWriter:
         """Stands for the checksums of an image that cannot be read."""
         return checksum(b"left out", self.seed)
 
+    @property
+    def early(self) -> int:
+        """Stands for the checksums of an image that an early version encoded, until it is its turn."""
+        return checksum(b"early", self.seed)
+
     def check(self, changed: str | None = None) -> bool:
         """Whether the cache is finished, and all of it but the moments is whole.
 
@@ -242,10 +247,11 @@ class CacheWriter:
                 "--changed keep where only their times are others, as in a copy of the data set"
             )
 
-    def create(self, changed: str | None = None) -> None:
+    def create(self, changed: str | None = None) -> bool:
         """Make the files ready to be written: what is there is kept, and made where it is missing or too short.
 
-        A cache of an early version gets checksums of the moments that it has. changed is as in check. Raises UserError.
+        Returns whether an early version wrote any of it, which gets its checksums from unproven. changed is as in
+        check. Raises UserError.
         """
         with files.cannot_write(f"--latents-dir {str(self.root)!r}"):
             self.root.mkdir(parents=True, exist_ok=True)
@@ -263,6 +269,7 @@ class CacheWriter:
                 os.replace(self.finished, self.begun)
             self._write_array("stamps.npy", self.images.stamps)
             self._write_array("paths.npy", self.images.paths)
+        return marked is not None
 
     def _marked_by_early_version(self) -> np.ndarray | None:
         """Mask (N,) of the rows that an early version, which wrote no checksums, marked as done; None without any."""
@@ -275,16 +282,15 @@ class CacheWriter:
         return np.resize(np.repeat(marks, CHUNK), self.shape[0]) if len(marks) == len(self.chunks()) else None
 
     def _adopt(self, marked: np.ndarray) -> None:
-        """Write checksums for what an early version encoded: moments that can be, and images that it left out."""
+        """Note in place of checksums what an early version encoded, for unproven to look at, and what it left out."""
         try:
             labels = files.read_npy(self.root / "labels.npy", self.shape[:1], "int64")
         except (OSError, ValueError):
             labels = self.images.labels
-        for row in np.flatnonzero(marked).tolist():
-            if labels[row] < 0:
-                self.write(row, None)
-            elif is_sane(self.moments[row]):
-                self._write_checksums(row, self._checksums_of(self.moments[row]))
+        checksums = np.array(self.checksums)
+        empty = marked & (checksums == 0).any(axis=1)
+        checksums[empty] = np.where(labels[empty, None] < 0, self.left_out, self.early)
+        write_at(self.files[CHECKSUMS].fileno(), checksums.tobytes(), self.offsets[CHECKSUMS])
         self.sync()
 
     def _write_array(self, name: str, array: np.ndarray) -> None:
@@ -321,14 +327,18 @@ class CacheWriter:
         return [batch for batch in batches if not set(batch).isdisjoint(rows)]
 
     def unproven(self, rows: range) -> list[int]:
-        """Those of the rows that have to be encoded."""
+        """Those of the rows that have to be encoded; what can be an early version's moments gets its checksums."""
         written = np.array(self.checksums[rows.start : rows.stop])
         return [row for row, stored in zip(rows, written, strict=True) if not self._proves(row, stored.tolist())]
 
     def _proves(self, row: int, stored: list[int]) -> bool:
-        if 0 in stored:
-            return False
-        return stored == [self.left_out] * len(stored) or stored == self._checksums_of(self.moments[row])
+        if 0 in stored or stored == [self.left_out] * len(stored):
+            return 0 not in stored
+        moments, found = self.moments[row], self._checksums_of(self.moments[row])
+        if stored == [self.early] * len(stored):
+            stored = found if is_sane(moments) else [0] * len(stored)
+            self._write_checksums(row, stored)
+        return stored == found
 
     def _checksums_of(self, moments: np.ndarray) -> list[int]:
         return [checksum(np.ascontiguousarray(flip).data, self.seed) for flip in moments]

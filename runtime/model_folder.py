@@ -17,14 +17,14 @@ from runtime.options import UserError, first_line
 CONFIG = "config.json"
 BELOW = "transformer"  # folder of config and weights in a pipeline of diffusers
 WEIGHTS = "model.safetensors"
+FILES = (CONFIG, WEIGHTS, *diffusers_layout.WEIGHTS)  # those of them that are there are the model
 NEEDED = ("patch_size", "hidden_size", "depth", "num_heads", "num_classes")  # which tell a DiT from other models
 
 
 def find(folder: Path) -> Path | None:
     """The folder itself, or the one below it, where config.json or weights are; None where there is neither."""
-    names = (CONFIG, WEIGHTS, *diffusers_layout.WEIGHTS)
     holders = (folder, folder / BELOW)
-    return next((holder for holder in holders if any((holder / name).exists() for name in names)), None)
+    return next((holder for holder in holders if any((holder / name).exists() for name in FILES)), None)
 
 
 def weights_names(config: dict) -> tuple[str, ...]:

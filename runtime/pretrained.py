@@ -146,8 +146,9 @@ def _step(state: dict, path: Path) -> int | None:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a checkpoint: of the file, or of all that is in the folder."""
-    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file())
+    """Bytes of a checkpoint: of the file, or of those in a folder that are the model."""
+    parts = [path / name for name in model_folder.FILES] if path.is_dir() else [path]
+    return sum(part.stat().st_size for part in parts if part.exists())
 
 
 def _announce(found: Description, name: str) -> None:

@@ -7,7 +7,7 @@ has all its steps, finished.json.
 import argparse
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, suppress
 from logging import Logger
 from pathlib import Path
 
@@ -75,18 +75,17 @@ def is_finished(folder: Path, config: RunConfig, total_steps: int) -> bool:
 
 
 def steps_done(folder: Path, config: RunConfig, report: Callable[[str], None]) -> int:
-    """Step from which a run would go on in this folder, 0 for a fresh start; nothing is left locked.
+    """Step from which a run would go on in this folder, 0 for a fresh start; nothing is locked.
 
     Raises UserError as the resume of RunFolder does. A run that uses the folder is reported, and checkpoints that do
     not verify are.
     """
-    if (folder / files.LOCK).exists():
-        lock = files.FolderLock(folder)
-        with files.cannot_write(f"--results-dir {str(folder)!r}"), closing(lock):
-            try:
-                refuse_second(folder, lock.holder())
-            except UserError as error:
-                report(f"warning: {error}")
+    with files.cannot_write(f"--results-dir {str(folder)!r}"):
+        holder = files.holder_of(folder)
+    try:
+        refuse_second(folder, holder)
+    except UserError as error:
+        report(f"warning: {error}")
     path = checkpoint.latest(folder / "checkpoints", report)
     if path is None:
         return 0
@@ -97,6 +96,16 @@ def steps_done(folder: Path, config: RunConfig, report: Callable[[str], None]) -
     with going_on_from(path):
         checkpoint.check_training_state(state, model, path)
     return step
+
+
+def recorded_warmup(folder: Path) -> int | None:
+    """What --warmup-steps auto was when the run in this folder began; None where it was none, or is not known."""
+    for path in reversed(checkpoint.training_checkpoints(folder / "checkpoints")):
+        with suppress(UserError), going_on_from(path):  # resuming will report it
+            state = checkpoint.load(path)
+            steps = state["config"]["recipe"]["warmup_steps"]
+            return steps if state["args"]["warmup_steps"] == "auto" and type(steps) is int else None
+    return None
 
 
 def refuse_second(folder: Path, holder: str | None) -> None:

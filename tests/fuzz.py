@@ -3,10 +3,11 @@
     python tests/fuzz.py --mutations 10000
 
 The kinds: training checkpoints, read as sampling commands read them and as a resumed training does; exported
-.safetensors; .npz of images and of statistics; latent caches; folders of samples; JSON; metrics.jsonl. Bytes of a file
-are flipped, cut, zeroed or inserted. In archives, entries are also damaged, dropped, renamed or exchanged, with
-checksums that fit; in checkpoints, values are replaced by others of a wrong type, shape, dtype or size, not finite, or
-missing, in a file that is otherwise in order. Every answer has to come within ten seconds, and all of them within one
+.safetensors and folders for the hub; .npz of images and of statistics; latent caches; folders of samples; JSON;
+metrics.jsonl. Bytes of a file are flipped, cut, zeroed or inserted. In archives, entries are also damaged, dropped,
+renamed or exchanged, with checksums that fit; in checkpoints, and in the config.json of a folder for the hub, values
+are replaced by others of a wrong type, shape, dtype or size, not finite, or missing, in a file that is otherwise in
+order. Every answer has to come within ten seconds, and all of them within one
 gigabyte of memory beyond what the program took before.
 """
 
@@ -40,7 +41,7 @@ import models
 import sample_ddp
 import train
 from demo.digits import write_digits
-from runtime import checkpoint, data, files, monitor, pictures, pretrained, report
+from runtime import checkpoint, data, files, model_folder, monitor, pictures, pretrained, report
 from runtime.image_sets import NpzImages, Reference
 from runtime.inception import WIDTHS
 from runtime.latents import LatentCache, LatentData
@@ -52,9 +53,10 @@ SMALLEST_XS = {"depth": 1, "hidden_size": 32}
 FLAWED = (torch.zeros(3, dtype=torch.long), torch.zeros(2, 2, dtype=torch.complex64), torch.full((2, 3), float("inf")))
 OTHER_VALUES = (None, "text", -1, 10**30, float("nan"), [], {}, [[1.0, 2.0]])
 OTHER_VALUES += (torch.zeros(0), torch.zeros(1).expand(10**10), *FLAWED)
+OTHER_SETTINGS = (*OTHER_VALUES[:8], True, 0, 3, 64, 1e308, "DiT-XL/2", "x" * 10**5, [4, 8], [[[[1]]]], {"rotate": 4})
 WRITE_REPORT = report.write  # trainings do without, and it is taken away from them
 SECONDS, KILOBYTES = 10, 10**6  # that answers may take: each of them; all of them
-SHARES = dict(checkpoint=4, safetensors=1, npz=2, statistics=0.5, cache=2, samples=1, json=1, metrics=1)
+SHARES = dict(checkpoint=4, safetensors=0.5, hub=0.5, npz=2, statistics=0.5, cache=2, samples=1, json=1, metrics=1)
 
 
 # Damage
@@ -133,6 +135,25 @@ def damage_values(state: dict, rng: random.Random) -> bytes:
     return buffer.getvalue()
 
 
+def damage_settings(whole: bytes, rng: random.Random) -> bytes:
+    """A config.json without its checksum, and often without that of the weights, with a value changed or missing."""
+    if not whole.startswith(b"{"):
+        return damage_bytes(whole, rng)
+    settings = json.loads(whole)
+    for name in ("sha256", *rng.choice([(), ("weights_sha256",), ("weights", "weights_sha256")])):
+        del settings[name]
+    for _ in range(rng.randint(1, 2)):
+        parent, key = settings, rng.choice(list(settings))
+        while isinstance(parent[key], dict) and parent[key] and rng.random() < 0.8:
+            parent = parent[key]
+            key = rng.choice(list(parent))
+        if rng.random() < 0.3 and len(parent) > 1:
+            del parent[key]
+        else:
+            parent[key] = rng.choice(OTHER_SETTINGS)
+    return json.dumps(settings).encode()
+
+
 # Files, and who reads them
 
 
@@ -184,6 +205,22 @@ def safetensors(folder: Path, run: Path) -> Subject:
     export.main([f"--ckpt={run}", f"--out={path}"])
     return Subject(
         [path], {"sampling": lambda: assert_finite(pretrained.load_trained(path).model)}, [str(path), "--rope"]
+    )
+
+
+def hub(folder: Path, run: Path) -> Subject:
+    """What export.py writes for the hub: what is taken is a model of finite weights, and what describes it."""
+    root = folder / "model"
+    export.main([f"--ckpt={run}", f"--out={root}"])
+
+    def read() -> bool:
+        found = pretrained.load_trained(root)
+        assert found.config == pretrained.describe(root).config and found.config.model.build().state_dict()
+        return assert_finite(found.model)
+
+    paths = [root / model_folder.CONFIG, root / model_folder.WEIGHTS]
+    return Subject(
+        paths, {"sampling": read}, [str(root), "--rope"], {"bytes": damage_bytes, "settings": damage_settings}
     )
 
 
@@ -300,6 +337,7 @@ def prepare(folder: Path, images: Path, vae: Path) -> dict[str, Subject]:
     return {
         "checkpoint": trained,
         "safetensors": safetensors(folder / "safetensors", run),
+        "hub": hub(folder / "hub", run),
         "npz": npz(folder / "npz"),
         "statistics": statistics(folder / "statistics"),
         "cache": cache(folder / "cache", images, vae),
@@ -340,13 +378,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutations", type=int, default=10_000, help="of all kinds")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", choices=list(SHARES), default=None, help="mutate files of this kind alone")
     args = parser.parse_args()
+    shares = SHARES if args.kind is None else {args.kind: 1}
     with tempfile.TemporaryDirectory() as folder:
         write_digits(Path(folder) / "digits", 32)
         subjects = prepare(Path(folder) / "files", Path(folder) / "digits", ROOT / "assets" / "demo_vae")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for name, subject in subjects.items():
-            mutations = round(args.mutations * SHARES[name] / sum(SHARES.values()))
+        for name in shares:
+            subject, mutations = subjects[name], round(args.mutations * shares[name] / sum(shares.values()))
             outcomes, slowest = fuzz(subject, mutations, args.seed)
             subject.close()
             for (reader, change, outcome), times in sorted(outcomes.items()):

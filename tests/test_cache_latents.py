@@ -327,6 +327,17 @@ def test_a_cache_of_an_early_version_is_used_and_completed(
     assert contents(early) == contents(cache)
 
 
+def test_every_process_reads_its_share_of_what_an_early_version_wrote(early, cache, image_folder, monkeypatch):
+    """Others do not wait while the first one reads tens of gigabytes."""
+    writer = latents.CacheWriter(early, LatentCache(early).meta, ImageList(image_folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(latents.CacheWriter, "moments", None)
+        assert writer.create()
+    assert writer.unproven(range(5)) == []
+    found, whole = (np.load(folder / "checksums.npy") for folder in (early, cache))
+    assert np.array_equal(found[:5], whole[:5]) and (found[5:] != whole[5:]).all()
+
+
 @pytest.mark.parametrize("marks", [b"\1\1\0\1\0", b"", b"\1", b"\1\1\1\1\1"], ids=str)
 @pytest.mark.parametrize("begun_again", [False, True])
 def test_what_an_early_version_was_interrupted_in_goes_on(

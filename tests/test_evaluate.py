@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pwd
+import re
 import resource
 import shutil
 import sys
@@ -14,6 +15,7 @@ import urllib.error
 import zipfile
 from pathlib import Path
 
+import kill
 import numpy as np
 import pytest
 import torch
@@ -339,8 +341,7 @@ def test_a_checksum_follows_the_contents(sets, tmp_path):
 
 def test_cached_features_follow_contents_weights_and_size(evaluated, fake, sets, tmp_path, monkeypatch):
     first, calls = evaluated(), fake.calls
-    (path,) = (tmp_path / "cache").iterdir()
-    assert path.name.endswith("-pool.safetensors")
+    assert [path.name for path in (tmp_path / "cache").rglob("*.safetensors")] == ["pool.safetensors"]
     (tmp_path / "reference.npz").rename(tmp_path / "moved.npz")
     again = evaluated(reference=tmp_path / "moved.npz")
     assert fake.calls == 2 * calls - 1  # those of the samples alone
@@ -360,7 +361,7 @@ def test_cached_features_follow_contents_weights_and_size(evaluated, fake, sets,
 @pytest.mark.parametrize("how", ["other values", "other shape", "no checksum"])
 def test_cached_features_that_are_not_as_written_are_made_again(how, evaluated, tmp_path):
     first = evaluated()
-    (path,) = (tmp_path / "cache").iterdir()
+    (path,) = (tmp_path / "cache").rglob("pool.safetensors")
     whole, values = path.read_bytes(), load_file(path)["pool"]
     metadata = {"sha256": checkpoint.tensor_hash({"pool": values})}
     changed = values + 1 if how == "other values" else values[1:] if how == "other shape" else values
@@ -374,7 +375,7 @@ def test_cached_features_that_are_not_as_written_are_made_again(how, evaluated, 
 
 def test_cached_features_that_cannot_be_read_or_written(evaluated, tmp_path, monkeypatch):
     first, cache = evaluated(), tmp_path / "cache"
-    (path,) = cache.iterdir()
+    (path,) = cache.rglob("pool.safetensors")
     whole = path.read_bytes()
     path.write_bytes(whole[:-1000])
     with pytest.warns(UserWarning, match="cannot be read .*; it is made again"):
@@ -383,8 +384,37 @@ def test_cached_features_that_cannot_be_read_or_written(evaluated, tmp_path, mon
     shutil.rmtree(cache)
     cache.touch()
     monkeypatch.setattr(files, "check_folder", lambda *_: None)  # the disk became full since
-    with pytest.warns(UserWarning, match="cannot be written .*; the next command makes it again"):
+    with pytest.warns(UserWarning, match=re.escape(f"are not kept: --cache-dir {str(cache)!r} cannot be written (")):
         assert evaluated() == first
+    cache.unlink()
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="written .*; the next command makes it again"):
+        patch.setattr(inception, "save", full)
+        assert evaluated() == first
+
+
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_second_command_waits_for_the_first_and_reads_its_features(evaluated, fake, tmp_path, monkeypatch, capsys):
+    first, calls = evaluated(), fake.calls
+    (path,) = (tmp_path / "cache").rglob("pool.safetensors")
+    whole = path.read_bytes()
+    holder = kill.Holder(path.parent)
+    assert evaluated() == first and fake.calls == 2 * calls - 1  # a reader is not kept waiting
+    path.unlink()
+
+    def finish(_):
+        path.write_bytes(whole)
+        holder.release()
+        patch.undo()  # others sleep, too
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed.time, "sleep", finish)
+        assert evaluated() == first and fake.calls == 3 * calls - 2  # those of the samples alone
+    assert capsys.readouterr().out.startswith(f"waiting for {holder.name}, which writes into {path.parent}\n")
+    assert path.read_bytes() == whole
 
 
 # Finished, and not yet begun
@@ -478,7 +508,7 @@ def test_two_processes_measure_as_one(two, evaluated, image_folder, tmp_path):
 
 def test_all_processes_end_when_one_meets_an_unreadable_image(fake, arguments, refused, monkeypatch):
     monkeypatch.setattr(distributed, "gather", lambda value: [value, "image 'b.png' cannot be read (damaged)"])
-    assert refused(evaluate.main, arguments()) == "image 'b.png' cannot be read (damaged)"
+    assert refused(evaluate.main, arguments(), has_begun=True) == "image 'b.png' cannot be read (damaged)"
 
 
 # Weights
@@ -679,5 +709,5 @@ def test_references_that_do_not_fit(fake, arguments, refused, tmp_path, changes,
 def test_images_of_a_folder_that_cannot_be_read(fake, arguments, refused, tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"damaged")
-    found = refused(evaluate.main, arguments(reference=tmp_path, metrics="kid", kid_subset_size=2))
+    found = refused(evaluate.main, arguments(reference=tmp_path, metrics="kid", kid_subset_size=2), has_begun=True)
     assert found.startswith("image ") and found.endswith("; repair it or remove it from the data set")

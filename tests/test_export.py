@@ -5,9 +5,11 @@ import json
 import re
 import shutil
 import struct
+from dataclasses import asdict
 
 import pytest
 import torch
+from huggingface_hub import hub_mixin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_checkpoint import DAMAGED, build, disk_full_at, rejection, write
@@ -171,6 +173,16 @@ def test_what_python_saves_is_a_checkpoint(rope, tmp_path):
     assert rejection(tmp_path / "saved") == f"checkpoint FILE lacks 1 weights, such as {BIAS}"
 
 
+def test_versions_of_the_hub_that_know_no_dataclass_save_rope_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_mixin, "is_dataclass", lambda _: False)
+    rope = RopeConfig(rotate=2, theta=100.0)
+    model = build(num_classes=3, rope=rope)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["rope"] == asdict(rope)
+    assert load_trained(tmp_path).config.model.rope == rope
+    assert torch.equal(DiT.from_pretrained(tmp_path).rope_embedder.freqs, model.rope_embedder.freqs)
+
+
 def test_half_is_of_the_folder_too(source, tmp_path):
     folder = export_to(tmp_path / "half", source, "--half")
     model, expected = DiT.from_pretrained(folder), load_trained(source).model
@@ -298,12 +310,24 @@ def test_a_folder_that_is_not_to_be_written(source, folder, refused, tmp_path):
     assert refused(export.main, [*arguments, tmp_path / "file"]).endswith("is a file); choose another")
     assert refused(export.main, [*arguments, tmp_path / "no" / "folder"]).endswith("make the folder first")
     run = source.parent.parent
-    assert refused(export.main, [*arguments, run, "--overwrite"]) == (
-        f"--out {str(run)!r} is the folder of a run; choose another"
-    )
-    (folder / "notes.txt").write_text("mine")
-    export_to(folder, source, "--overwrite", "--weights", "model")
-    assert load_trained(folder, "model").step == 7 and (folder / "notes.txt").read_text() == "mine"
+    for part in (run, run / "checkpoints"):
+        assert refused(export.main, [*arguments, part, "--overwrite"]) == (
+            f"--out {str(part)!r} is the folder of a run or of its checkpoints; choose another"
+        )
+
+
+def test_foreign_files_of_a_folder_are_left_alone_and_do_not_count(source, tmp_path, capsys):
+    def sizes(folder, source, *more) -> list[str]:
+        export_to(folder, source, "--weights=model", *more)
+        return re.search(r"weights, (\S+) MB \((\d+)% of ", capsys.readouterr().out).groups()
+
+    expected = sizes(tmp_path / "folder", source)
+    notes = tmp_path / "folder" / "notes.txt"
+    notes.write_text("mine" * 10**6)
+    assert sizes(tmp_path / "folder", source, "--overwrite") == expected
+    assert load_trained(tmp_path / "folder", "model").step == 7 and notes.read_text() == "mine" * 10**6
+    size, share = sizes(tmp_path / "again", tmp_path / "folder")
+    assert float(size) <= float(expected[0]) and 99 <= int(share) < 110  # it has a model card more
 
 
 def test_a_full_disk_leaves_no_half_folder(source, folder, refused, tmp_path):

@@ -254,6 +254,12 @@ def test_a_folder_is_told_apart_from_a_missing_file(tmp_path):
     (tmp_path / "run" / "config.json").write_text("{}")
     for folder in (tmp_path, tmp_path / "pipeline", tmp_path / "run"):
         assert rejection(folder) == nothing
+    (tmp_path / "run" / "checkpoints" / "0000007.pt").touch()
+    several = f"checkpoint FILE is a folder of several; give one of them, or their run's, {str(tmp_path / 'run')!r}"
+    assert rejection(tmp_path / "run" / "checkpoints") == several
+    settings = "checkpoint FILE is a model's settings without its weights; give the folder, "
+    assert rejection(tmp_path / "run" / "config.json") == f"{settings}{str(tmp_path / 'run')!r}"
+    assert rejection("hf://user/repo/transformer/config.json") == f"{settings}'hf://user/repo'"
     assert rejection(tmp_path / "none").startswith("checkpoint FILE does not exist; expected a file such as ")
 
 

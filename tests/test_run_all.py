@@ -177,6 +177,8 @@ def test_a_stage_that_leaves_its_last_file_out_is_gone_on_with(repository, scrip
 @pytest.mark.parametrize(
     "script, number, status",
     [
+        ("runtime.pipeline", signal.SIGTERM, 143),
+        ("runtime.pipeline", signal.SIGINT, 0),  # all was in order, but nothing is done
         ("cache_latents.py", signal.SIGTERM, 143),
         ("train.py", signal.SIGTERM, 0),  # it was done, but sampling is left
         ("train.py", signal.SIGINT, 143),
@@ -194,7 +196,7 @@ def test_signals_reach_the_stage_and_end_the_script_cleanly(repository, script, 
     process.send_signal(number)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number and errors == ""
-    assert re.search(r"\nrun_all.sh: stopped during Stage \d \(\w+\); run the same command again", output)
+    assert re.search(r"\nrun_all.sh: stopped during (Stage \d \(\w+\)|the checks); run the same command again", output)
     assert script in [call for call in repository.calls() if "--print-name" not in call][-1]
 
 

@@ -541,7 +541,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(train_arg
 # One run in a folder, one recipe in a run
 
 
-def test_a_second_run_in_the_same_folder_is_refused(run, train_arguments, refused, tmp_path, capsys):
+def test_a_second_run_in_the_same_folder_is_refused(run, train_arguments, refused, tmp_path, capsys, monkeypatch):
     results = shutil.copytree(run, tmp_path / "run")
     holder = Holder(results)
     arguments = train_arguments(results, **OF_RUN, max_steps=8)
@@ -550,12 +550,29 @@ def test_a_second_run_in_the_same_folder_is_refused(run, train_arguments, refuse
         message == f"--results-dir {str(results)!r} is in use by {holder.name}; wait for it, end it, or choose another"
     )
     before = contents(results)
-    train.main([*arguments, "--dry-run"])  # may look while it is in use
+    with monkeypatch.context() as patch:
+        patch.setattr(files.fcntl, "lockf", None)  # a look takes no lock, not for an instant
+        train.main([*arguments, "--dry-run"])
     output = capsys.readouterr().out
     assert f"warning: {message}\n" in output and "would go on from step 7" in output and contents(results) == before
     holder.release()
+    train.main([*arguments, "--dry-run"])
+    assert "in use" not in capsys.readouterr().out
     train.main(arguments)
     assert newest(results)["step"] == 8
+
+
+def test_a_longer_run_keeps_its_automatic_warm_up(train_arguments, refused, stop_after_step, tmp_path):
+    arguments = train_arguments(tmp_path / "run", max_steps=40, warmup_steps="auto", ckpt_every=50)
+    stop_after_step(2)
+    stops(train.main, arguments)
+    train.main([*arguments, "--max-steps=3"])  # of which a tenth is none
+    stop_after_step(1)
+    stops(train.main, [*arguments, "--max-steps=60"])
+    state = newest(tmp_path / "run")
+    assert (state["step"], state["config"]["recipe"]["warmup_steps"], state["args"]["warmup_steps"]) == (4, 4, "auto")
+    assert read_metrics(tmp_path / "run")[0]["lr"] == pytest.approx(0.001 * 3 / 4)
+    assert "recipe.warmup_steps 4 (now 6)" in refused(train.main, [*arguments, "--warmup-steps=6"], has_begun=True)
 
 
 def test_another_model_data_set_or_recipe_is_refused_by_name(run, train_arguments, image_folder, refused, tmp_path):
