@@ -21,7 +21,7 @@ TINY_RUN |= dict(ckpt_every=4, sample_every=0, lr=0.001, precision="fp32")
 os.environ |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}  # before a session with the hub looks at the proxies
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
 TINY_XS = {"depth": 2, "hidden_size": 64}  # head dimension 32; a checkpoint of 3 MB in place of 30
-SLOW = "evaluate validation sample_grid demo benchmark experiments cache_latents train pipeline reliability"
+SLOW = "evaluate validation sample_grid demo benchmark textures experiments cache_latents train pipeline reliability"
 SLOW_FILES = [f"test_{name}.py" for name in [*SLOW.split(), "setup_env", "run_all"]]  # the last ones start processes
 
 # A shell's background job ignores SIGINT, and one under nohup SIGHUP; the processes that the tests start would too.

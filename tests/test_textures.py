@@ -35,12 +35,12 @@ def noised(found: Textures, label: int, step: int, count: int) -> tuple[torch.Te
     return noise, x_t, found.best_noise(x_t.view(-1, 1, 4, 4), t, labels).flatten(1)
 
 
-@pytest.mark.parametrize("label, step", [(1, 50), (2, 350), (12, 50), (15, 750)])
+@pytest.mark.parametrize("label, step", [(1, 50), (12, 350), (15, 750)])
 def test_the_optimum_is_what_linear_regression_finds(small, label, step):
     """For Gaussian images the best of all predictions is linear, so that least squares finds it, and its loss."""
-    noise, x_t, best = noised(small, label, step, 200_000)
+    noise, x_t, best = noised(small, label, step, 100_000)
     weights = torch.linalg.lstsq(x_t.double(), noise.double()).solution
-    torch.testing.assert_close(x_t @ weights.float(), best, atol=0.05, rtol=0)
+    assert float((x_t @ weights.float() - best).square().mean()) < 1e-3
     loss = (noise - x_t @ weights.float()).square().mean()
     assert float(loss) == pytest.approx(float(small.least_loss(torch.tensor([step]))[label]), rel=0.01)
 
@@ -162,7 +162,7 @@ def test_attention_is_that_of_the_models_forward():
     assert "attend" not in vars(model.blocks[0].attn)
 
 
-@pytest.mark.parametrize("total, more", [(76, []), (6, ["--quick"]), (76, ["--device", "cuda"])])
+@pytest.mark.parametrize("total, more", [(69, []), (6, ["--quick"]), (69, ["--device", "cuda"])])
 def test_a_dry_run_counts_and_writes_nothing(total, more, tmp_path, capsys):
     textures.main(["--work-dir", str(tmp_path), "--out", str(tmp_path / "again.json"), "--dry-run", *more])
     assert f"{total} of {total} runs to train" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
@@ -202,6 +202,8 @@ def test_tables_say_what_the_runs_gave(groups):
     assert difference["oblique"].startswith("-0.0070 [-0.0070, -0.0070] ‡") and difference["of the mean"] == "-29 %"
     steps = cells(textures.steps_table(groups))
     assert steps[0]["to 0.04"] == "314 ± 9" and steps[0]["to 0.012"] == "not by 3 of 3"
+    white = dataclasses.replace(TINY, noise=1.0)  # whose eigenvalues are 1: the least loss is alpha-bar, mean 0.2750
+    assert textures.least_losses(white).endswith(" 0.2750 on average.")
     assert [row["12"] for row in cells(textures.grids_table(groups))] == ["1.0000", "2.0000"]
 
 
