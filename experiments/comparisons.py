@@ -48,8 +48,8 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def plus_minus(values: np.ndarray, form: str) -> str:
-    """Mean ± standard deviation."""
-    return f"{values.mean():{form}} ± {values.std(ddof=1):{form}}"
+    """Mean ± standard deviation, or a single value."""
+    return f"{values.mean():{form}} ± {values.std(ddof=1):{form}}" if len(values) > 1 else f"{values[0]:{form}}"
 
 
 def p_value(p: float) -> str:

@@ -185,6 +185,7 @@ def groups():
     return {
         ("axial", 2): [record(0.010 + s, 0.020 + s) for s in seeds],
         ("spiral4", 2): [record(0.011 + s, 0.013 + s * 1.01, grids=2.0) for s in seeds],
+        ("golden", 2): [record(0.012, 0.014)],  # a single seed has no interval
     }
 
 
@@ -194,17 +195,19 @@ def cells(text: str) -> list[dict[str, str]]:
 
 
 def test_tables_say_what_the_runs_gave(groups):
-    axial, spiral = cells(textures.excess_table(groups))
+    axial, spiral, golden = cells(textures.excess_table(groups))
     assert (axial["0°"], axial["22.5°"], axial["axes"], axial["oblique"]) == ("0.0100", "0.0200", "0.0100", "0.0200")
     assert (axial["mean"], axial["oblique / axes"], spiral["mean"]) == ("0.0175 ± 0.0010", "2.0", "0.0125 ± 0.0010")
-    (difference,) = cells(textures.differences_table(groups))
+    assert golden["mean"] == "0.0135"
+    difference, single = cells(textures.differences_table(groups))
     assert difference["axes"].startswith("+0.0010 [+0.0010, +0.0010] ‡")
     assert difference["oblique"].startswith("-0.0070 [-0.0070, -0.0070] ‡") and difference["of the mean"] == "-29 %"
+    assert single["oblique"] == "-0.0050"
     steps = cells(textures.steps_table(groups))
     assert steps[0]["to 0.04"] == "314 ± 9" and steps[0]["to 0.012"] == "not by 3 of 3"
     white = dataclasses.replace(TINY, noise=1.0)  # whose eigenvalues are 1: the least loss is alpha-bar, mean 0.2750
     assert textures.least_losses(white).endswith(" 0.2750 on average.")
-    assert [row["12"] for row in cells(textures.grids_table(groups))] == ["1.0000", "2.0000"]
+    assert [row["12"] for row in cells(textures.grids_table(groups))] == ["1.0000", "2.0000", "1.0000"]
 
 
 def test_agreement_is_a_rank_correlation(groups):
