@@ -285,7 +285,9 @@ def attention(model: DiT, textures: Textures, label: int, images: int = 64) -> T
 # Tables and pictures
 
 Groups = dict[tuple[str, int], list[dict]]  # what is kept of the runs by encoding and heads, in the order of seeds
-PARTS = {"axes": AXES, "oblique": OBLIQUE, "mean": slice(None)}  # of the angles
+IS_AXIS = np.isin(np.arange(len(ANGLES)), AXES)
+PARTS = {"axes": IS_AXIS / len(AXES), "oblique": ~IS_AXIS / len(OBLIQUE), "mean": np.full(len(ANGLES), 1 / len(ANGLES))}
+PARTS["oblique − axes"] = PARTS["oblique"] - PARTS["axes"]  # (angles,) weights of the angles in each
 
 
 def grouped(study: Study, found: dict[str, dict]) -> Groups:
@@ -307,15 +309,13 @@ def named(encoding: str, heads: int) -> dict[str, str]:
 
 
 def excess_table(groups: Groups) -> str:
-    """Mean over the seeds by angle, and with its standard deviation over all of them."""
+    """Mean over the seeds by angle; over several angles with its standard deviation between seeds."""
     rows = []
     for names, records in groups.items():
         values = by_angle(records)
         row = named(*names) | {"seeds": str(len(records))}
         row |= {f"{angle:g}°": f"{mean:.4f}" for angle, mean in zip(ANGLES, values.mean(0), strict=True)}
-        row |= {part: f"{values[:, angles].mean():.4f}" for part, angles in PARTS.items()}
-        row["mean"] = plus_minus(values.mean(1), ".4f")
-        rows.append(row | {"oblique / axes": f"{values[:, OBLIQUE].mean() / values[:, AXES].mean():.1f}"})
+        rows.append(row | {part: plus_minus(values @ weights, ".4f") for part, weights in PARTS.items()})
     return table(rows)
 
 
@@ -327,8 +327,8 @@ def differences_table(groups: Groups) -> str:
             continue
         values, others = by_angle(records), by_angle(groups["axial", heads][: len(records)])
         row = named(name, heads)
-        for part, angles in PARTS.items():
-            difference = (values - others)[:, angles].mean(1)
+        for part, weights in PARTS.items():
+            difference = (values - others) @ weights
             row[part] = f"{difference.mean():+.4f}"
             if len(difference) > 1:
                 mean, half = band(difference, CONFIDENCE)
@@ -381,9 +381,9 @@ def fits_table(groups: Groups, fits: dict) -> str:
             continue
         row, learned = {"encoding": ENCODINGS[name].label}, by_angle(groups[name, 2]).mean(0)
         for budget, part in product(BUDGETS, ("axes", "oblique")):
-            error = np.array(errors[str(budget)]).reshape(-1, len(ANGLES))[:, PARTS[part]].mean()
+            error = (np.array(errors[str(budget)]).reshape(-1, len(ANGLES)) @ PARTS[part]).mean()
             row[f"misplaced at budget {budget}, {part}"] = f"{error:.2f}"
-        rows.append(row | {f"excess, {part}": f"{learned[PARTS[part]].mean():.4f}" for part in ("axes", "oblique")})
+        rows.append(row | {f"excess, {part}": f"{learned @ PARTS[part]:.4f}" for part in ("axes", "oblique")})
     return table(rows)
 
 
