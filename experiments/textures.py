@@ -440,19 +440,16 @@ def all_tables(study: Study, found: dict[str, dict], fits: dict) -> str:
 
 
 def draw_excess(study: Study, groups: Groups, fits: dict) -> Figure:
-    """By angle, by step, and against what one head could express."""
+    """By angle and by step, the mean and every seed; and against what one head could express, a point an angle."""
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     around, falling, against = figure.subplots(1, 3)
     for name in study.main:
         look, records = ENCODINGS[name], groups[name, 2]
-        style = {"color": look.colour, "linestyle": look.dashes}
-        mean, half = band(by_angle(records), CONFIDENCE)
         closed = [*range(len(ANGLES)), 0]  # 180 degrees are 0 again
-        around.errorbar([*ANGLES, 180], mean[closed], half[closed], label=look.label, capsize=2, **style)
-        steps = curve(records[0])[0]
-        mean, half = band(np.array([curve(record)[1] for record in records]), CONFIDENCE)
-        falling.plot(steps, mean, **style)
-        falling.fill_between(steps, np.maximum(mean - half, mean / 10), mean + half, color=look.colour, alpha=0.15)
+        angles, steps = by_angle(records)[:, closed], np.array([curve(record)[1] for record in records])
+        for panel, x, values in ((around, [*ANGLES, 180], angles), (falling, curve(records[0])[0], steps)):
+            panel.plot(x, values.T, color=look.colour, alpha=0.3, linewidth=0.8)
+            panel.plot(x, values.mean(0), color=look.colour, linewidth=2, label=look.label)
     for name in fits:
         if (name, 2) in groups:
             look, errors = ENCODINGS[name], np.array(fits[name][str(BUDGETS[0])]).reshape(-1, len(ANGLES)).mean(0)
@@ -464,7 +461,8 @@ def draw_excess(study: Study, groups: Groups, fits: dict) -> Figure:
     around.set_ylim(0)
     for panel in (around, falling, against):
         panel.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=len(study.main), frameon=False)
+    handles, labels = around.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(study.main), frameon=False)
     return figure
 
 
