@@ -41,7 +41,6 @@ BUDGETS = (8, 32)  # of a head, at which section 1 measures what it could expres
 ANGLES = tuple(22.5 * k for k in range(8))  # degrees from the x axis; y counts downwards
 AXES, OBLIQUE = [0, 4], [1, 2, 3, 5, 6, 7]  # of the angles
 TARGETS = (0.04, 0.02, 0.012)  # mean excess
-SWEPT = ("sincos", "axial")
 TENTHS = torch.arange(50, 1000, 100)  # timesteps at which a model is measured
 
 
@@ -174,21 +173,25 @@ class Study:
     hidden: tuple[tuple[int, int], ...] = ((2, 128), (6, 192))  # by number of heads
     steps: int = 2000
     batch: int = 16
-    lr: float = 8e-3
+    lr: float = 4e-3
     warmup_steps: int = 150
     ema_decay: float = 0.98
     measured_every: int = 200  # steps
-    sweep: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2)  # learning rates for sin-cos and axial
-    sweep_seeds: int = 2
+    sweep: tuple[tuple[float, tuple[str, ...], int], ...] = (  # learning rate, encodings, seeds
+        (2e-3, ("sincos", "axial"), 2),
+        (4e-3, ("sincos", "axial", "spiral4", "best"), 5),
+        (8e-3, ("sincos", "axial", "spiral4", "best"), 5),
+        (1.6e-2, ("sincos", "axial"), 2),
+    )
 
     @property
     def runs(self) -> list[Run]:
         """Every run, once, in the order in which they are made."""
         compared = [(name, 2, self.lr, seed) for seed in range(self.seeds) for name in self.main]
         wide = [(name, 6, self.lr, seed) for seed in range(self.wide_seeds) for name in self.wide]
-        swept = list(product(SWEPT, (2,), self.sweep, range(self.sweep_seeds)))
+        swept = [(name, 2, lr, seed) for lr, names, seeds in self.sweep for seed in range(seeds) for name in names]
         others = [(name, 2, self.lr, seed) for seed in range(self.other_seeds) for name in ENCODINGS]
-        return list(dict.fromkeys(Run(*names) for names in [*swept, *compared, *wide, *others]))
+        return list(dict.fromkeys(Run(*names) for names in [*swept, *compared, *others, *wide]))
 
     def textures(self, grid: int, device: torch.device) -> Textures:
         return Textures(grid, self.sigmas, self.noise, device)
@@ -405,15 +408,14 @@ def agreement(groups: Groups, fits: dict) -> str:
 
 
 def sweep_table(study: Study, found: dict[str, dict]) -> str:
-    """Mean excess at each learning rate, of the seeds of the sweep."""
-    rows = []
-    for name in SWEPT:
-        row = {"encoding": ENCODINGS[name].label}
-        for lr in study.sweep:
-            values = by_angle([found[Run(name, 2, lr, seed).key] for seed in range(study.sweep_seeds)]).mean(1)
-            row[f"learning rate {lr:g}"] = " and ".join(f"{value:.4f}" for value in values)
-        rows.append(row)
-    return table(rows)
+    """Mean excess at each learning rate, of every seed."""
+    rows: dict[str, dict[str, str]] = {}
+    for lr, names, seeds in study.sweep:
+        for name in names:
+            values = by_angle([found[Run(name, 2, lr, seed).key] for seed in range(seeds)]).mean(1)
+            row = rows.setdefault(name, {"encoding": ENCODINGS[name].label})
+            row[f"learning rate {lr:g}"] = ", ".join(f"{value:.4f}" for value in values)
+    return table(list(rows.values()))
 
 
 def least_losses(study: Study) -> str:

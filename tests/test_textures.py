@@ -162,7 +162,7 @@ def test_attention_is_that_of_the_models_forward():
     assert "attend" not in vars(model.blocks[0].attn)
 
 
-@pytest.mark.parametrize("total, more", [(69, []), (6, ["--quick"]), (69, ["--device", "cuda"])])
+@pytest.mark.parametrize("total, more", [(79, []), (6, ["--quick"]), (79, ["--device", "cuda"])])
 def test_a_dry_run_counts_and_writes_nothing(total, more, tmp_path, capsys):
     textures.main(["--work-dir", str(tmp_path), "--out", str(tmp_path / "again.json"), "--dry-run", *more])
     assert f"{total} of {total} runs to train" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
