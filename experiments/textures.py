@@ -24,7 +24,7 @@ from scipy import stats
 from torch import Tensor
 
 from diffusion import create_diffusion
-from diffusion.objectives import OBJECTIVES, NoisePrediction
+from diffusion.objectives import NoisePrediction
 from experiments import runs
 from experiments.comparisons import CONFIDENCE, band, holm, mark, plus_minus, steps_to_reach, table
 from experiments.encodings import ENCODINGS, LearnedRoPE
@@ -121,7 +121,7 @@ def excess(model: DiT, textures: Textures, images: int) -> Tensor:
     for label in range(len(textures)):
         labels, white, noise = torch.full_like(t, label), *torch.randn(2, len(t), textures.grid**2, generator=source)
         labels, white, noise, moment = (value.to(textures.device) for value in (labels, white, noise, t))
-        x_t = OBJECTIVES[OBJECTIVE].noised(textures.images(labels, white), moment, textures._square(noise))
+        x_t = NOISE_ALONE.noised(textures.images(labels, white), moment, textures._square(noise))
         difference = model(x_t, moment, labels) - textures.best_noise(x_t, moment, labels)
         found[label] = difference.square().flatten(1).mean(1).view(len(TENTHS), images).mean(1).cpu()
     return found
@@ -139,8 +139,7 @@ class NoiseAlone(NoisePrediction):
         self.diffusion = create_diffusion(None, learn_sigma=False)
 
 
-OBJECTIVE = "noise alone"
-OBJECTIVES[OBJECTIVE] = NoiseAlone()
+NOISE_ALONE = NoiseAlone()
 
 
 class Run(NamedTuple):
@@ -230,7 +229,8 @@ def trained(run: Run, study: Study, device: torch.device) -> dict:
         ema_decay=study.ema_decay,
     )
     precision, curve = distributed.resolve_precision("auto", device), []
-    trainer = Trainer(build(run, study), recipe, study.steps, lambda x: x, device, precision, OBJECTIVE)
+    trainer = Trainer(build(run, study), recipe, study.steps, lambda x: x, device, precision)
+    trainer.objective = NOISE_ALONE
     while trainer.step < study.steps:
         labels = torch.randint(len(textures), (study.batch,), generator=source)
         white = torch.randn(study.batch, study.grid**2, generator=source)
@@ -279,7 +279,7 @@ def attention(model: DiT, textures: Textures, label: int, images: int = 64) -> T
     white, noise = torch.randn(2, images, textures.grid**2, generator=source)
     labels, white, noise = (value.to(textures.device) for value in (labels, white, noise))
     t = torch.full_like(labels, int(TENTHS[1]))
-    model(OBJECTIVES[OBJECTIVE].noised(textures.images(labels, white), t, textures._square(noise)), t, labels)
+    model(NOISE_ALONE.noised(textures.images(labels, white), t, textures._square(noise)), t, labels)
     for block in model.blocks:
         del block.attn.attend
     return torch.cat(kept)
