@@ -15,27 +15,27 @@ from rope import RopeConfig, SpiralRoPE
 
 
 class GoldenRoPE(SpiralRoPE):
-    """Every channel pair has its own direction, the golden angle away from its neighbour's.
+    """Every channel pair has its own direction and frequency; frequencies fall as axial RoPE's do.
 
-    Source: J. Xiong, On N-dimensional Rotary Positional Embeddings (2025), jerryxio.ng/posts/nd-rope.
+    Directions are the golden section of half a turn apart, since opposite ones are the same encoding. Source: J. Xiong,
+    On N-dimensional Rotary Positional Embeddings (2025), jerryxio.ng/posts/nd-rope, there with other directions in
+    each head.
     """
 
     def table(self) -> tuple[Tensor, Tensor]:
-        frequency, _ = super().table()
-        return frequency, unit(torch.arange(len(frequency), device=frequency.device) * (math.pi * (3 - math.sqrt(5))))
+        pair = torch.arange(self.head_dim // 2, device=self.freqs.device)
+        return geometric(self.config, pair / len(pair)), unit(pair * (math.pi * (math.sqrt(5) - 1) / 2))
 
 
 class SimplexRoPE(SpiralRoPE):
-    """Three directions, 120 degrees apart, at each frequency; frequencies fall as axial RoPE's do.
+    """Three directions, 120 degrees apart, at each frequency; the last has fewer where D/2 is no multiple of 3.
 
     Source: nD-RoPE, arXiv 2606.12146, whose wave vectors of one scale are the corners of a regular simplex.
     """
 
     def table(self) -> tuple[Tensor, Tensor]:
         pair = torch.arange(self.head_dim // 2, device=self.freqs.device)
-        scale, scales = pair // 3, math.ceil(self.head_dim / 6)
-        frequency = self.config.max_freq_lang * self.config.theta ** (-scale / scales)
-        return frequency, unit(pair % 3 * (2 * math.pi / 3))
+        return geometric(self.config, pair // 3 / math.ceil(len(pair) / 3)), unit(pair % 3 * (2 * math.pi / 3))
 
 
 class LearnedRoPE(SpiralRoPE):
@@ -51,6 +51,11 @@ class LearnedRoPE(SpiralRoPE):
 
     def table(self) -> tuple[Tensor, Tensor]:
         return self.vectors.norm(dim=1), normalize(self.vectors, dim=1)
+
+
+def geometric(config: RopeConfig, place: Tensor) -> Tensor:
+    """The frequencies of "lang" at places (n,) from 0, the highest, towards 1, in radians per patch."""
+    return config.max_freq_lang * config.theta**-place
 
 
 def unit(angle: Tensor) -> Tensor:

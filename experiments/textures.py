@@ -27,13 +27,14 @@ from diffusion import create_diffusion
 from diffusion.objectives import NoisePrediction
 from experiments import runs
 from experiments.comparisons import CONFIDENCE, band, holm, mark, plus_minus, steps_to_reach, table
-from experiments.encodings import ENCODINGS, LearnedRoPE
+from experiments.encodings import ENCODINGS, Encoding, LearnedRoPE
 from experiments.kernels import ASPECT, WIDTH, best, features, oriented, query_places
 from experiments.runs import Results
 from models import DiT
 from runtime import distributed, files, monitor, options
 from runtime.config import Recipe
 from runtime.monitor import REPOSITORY
+from runtime.options import UserError
 from runtime.training import Trainer
 
 PUBLISHED = REPOSITORY / "experiments" / "textures.json"
@@ -41,6 +42,7 @@ BUDGETS = (8, 32)  # of a head, at which section 1 measures what it could expres
 ANGLES = tuple(22.5 * k for k in range(8))  # degrees from the x axis; y counts downwards
 AXES, OBLIQUE = [0, 4], [1, 2, 3, 5, 6, 7]  # of the angles
 TARGETS = (0.04, 0.02, 0.012)  # mean excess
+FEWEST = 3  # seeds of which a difference gets an interval and a test
 TENTHS = torch.arange(50, 1000, 100)  # timesteps at which a model is measured
 
 
@@ -157,13 +159,13 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Study:
-    """All that decides the results, stored with them."""
+    """What decides the results beside the encodings and the code, stored with them."""
 
     main: tuple[str, ...] = ("sincos", "axial", "spiral4", "best")  # with all the seeds
     wide: tuple[str, ...] = ("sincos", "axial", "best")  # again with more heads
     seeds: int = 5
-    wide_seeds: int = 3
-    other_seeds: int = 2  # of all other encodings
+    wide_seeds: int = 2
+    other_seeds: int = 1  # of all other encodings
     sigmas: tuple[float, ...] = (0.7, 1.0, 1.5)  # short axis of the filter in pixels; the long one is 5.7 times that
     noise: float = 0.01  # white part of the variance
     grid: int = 8  # pixels a side, tokens a side
@@ -312,18 +314,22 @@ def named(encoding: str, heads: int) -> dict[str, str]:
 
 
 def excess_table(groups: Groups) -> str:
-    """Mean over the seeds by angle; over several angles with its standard deviation between seeds."""
+    """Mean over the seeds by angle; over several angles with the standard deviation between seeds, too."""
     rows = []
     for names, records in groups.items():
         values = by_angle(records)
         row = named(*names) | {"seeds": str(len(records))}
         row |= {f"{angle:g}°": f"{mean:.4f}" for angle, mean in zip(ANGLES, values.mean(0), strict=True)}
-        rows.append(row | {part: plus_minus(values @ weights, ".4f") for part, weights in PARTS.items()})
+        row |= {part: plus_minus(values @ weights, ".4f") for part, weights in PARTS.items()}
+        rows.append(row | {"median seed": f"{np.median(values.mean(1)):.4f}"})
     return table(rows)
 
 
 def differences_table(groups: Groups) -> str:
-    """To axial RoPE with as many heads at the same seeds, with 95 % intervals; Holm's correction is over the table."""
+    """To axial RoPE with as many heads at the same seeds, with 95 % intervals where there are seeds enough.
+
+    Holm's correction is over the table.
+    """
     rows, tested = [], []  # tested: row, part of the angles, p
     for (name, heads), records in groups.items():
         if name == "axial":
@@ -333,7 +339,7 @@ def differences_table(groups: Groups) -> str:
         for part, weights in PARTS.items():
             difference = (values - others) @ weights
             row[part] = f"{difference.mean():+.4f}"
-            if len(difference) > 1:
+            if len(difference) >= FEWEST:
                 mean, half = band(difference, CONFIDENCE)
                 row[part] += f" [{mean - half:+.4f}, {mean + half:+.4f}]"
                 tested.append((row, part, stats.ttest_1samp(difference, 0).pvalue))
@@ -391,19 +397,25 @@ def fits_table(groups: Groups, fits: dict) -> str:
 
 
 def agreement(groups: Groups, fits: dict) -> str:
-    """Spearman's rank correlation between the misplaced attention of section 1 and the excess, over the classes."""
-    lines = []
-    both = [name for name in fits if (name, 2) in groups]
-    learned = np.array([np.mean([record["classes"] for record in groups[name, 2]], axis=0) for name in both])
+    """Spearman's rank correlation of the misplaced attention of one head, in whole percents, with the excess."""
+    lines, both = [], [name for name in fits if (name, 2) in groups]
+    learned = np.mean([[record["classes"] for record in groups[name, 2][:1]] for name in both], axis=1)
+    learned = learned.reshape(len(both), -1, len(ANGLES))  # (encodings, widths, angles), of seed 0, which all have
     for budget in BUDGETS:
-        errors = np.array([fits[name][str(budget)] for name in both])  # (encodings, classes)
-        within = np.mean([stats.spearmanr(*pair).statistic for pair in zip(errors, learned, strict=True)])
-        oblique = np.isin(np.arange(errors.shape[1]) % len(ANGLES), OBLIQUE)
-        between = stats.spearmanr(errors[:, oblique].mean(1), learned[:, oblique].mean(1)).statistic
-        lines.append(
-            f"Rank correlation at budget {budget}: {within:+.2f} over the {errors.shape[1]} classes of an encoding, "
-            f"mean of {len(both)} encodings; {between:+.2f} over the encodings, of their means over oblique classes."
+        # Rounded, because the solver's own error ranks nothing.
+        errors = np.round([fits[name][str(budget)] for name in both], 2).reshape(learned.shape)
+        pairs = zip(errors.reshape(-1, len(ANGLES)), learned.reshape(-1, len(ANGLES)), strict=True)
+        within = [stats.spearmanr(*pair).statistic for pair in pairs if len(set(pair[0])) > 1]
+        line = (
+            f"Rank correlation at budget {budget}: {np.mean(within):+.2f} over the eight angles, mean of {len(within)} "
         )
+        line += "encodings and widths whose angles differ"
+        if len(both) > 2:
+            between = stats.spearmanr(
+                (errors @ PARTS["oblique"]).mean(1), (learned @ PARTS["oblique"]).mean(1)
+            ).statistic
+            line += f"; {between:+.2f} over {len(both)} encodings, of their means over oblique angles"
+        lines.append(f"{line}.")
     return "\n".join(lines)
 
 
@@ -455,8 +467,10 @@ def draw_excess(study: Study, groups: Groups, fits: dict) -> Figure:
     for name in fits:
         if (name, 2) in groups:
             look, errors = ENCODINGS[name], np.array(fits[name][str(BUDGETS[0])]).reshape(-1, len(ANGLES)).mean(0)
-            style = {"color": look.colour, "marker": "x" if look.dashes == "--" else "o", "linestyle": ""}
-            against.plot(errors, by_angle(groups[name, 2]).mean(0), markersize=4, **style)
+            colour = look.colour if name in study.main else "silver"
+            against.plot(
+                errors, by_angle(groups[name, 2]).mean(0), "o", color=colour, markersize=4, zorder=name in study.main
+            )
     around.set(xlabel="angle of the texture, degrees", ylabel="loss above the optimum", xticks=range(0, 181, 45))
     falling.set(xlabel="training step", yscale="log")
     against.set(xlabel=f"misplaced by one head at best, budget {BUDGETS[0]}", ylim=(0, None))
@@ -491,20 +505,15 @@ ON_GPU = Study(
 )
 
 
-def fit_errors(study: Study) -> dict[str, dict[str, list[float]]]:
-    """What one head could express at its best, by encoding and budget: misplaced attention by class.
+def fit_errors(encoding: Encoding, study: Study) -> dict[str, list[float]]:
+    """What one head of the models with two could express at its best: misplaced attention by budget and class.
 
-    For 4 x 4 queries of the training grid together, because with clamp a query's place matters. Learned vectors are
-    left out: they are not known beforehand.
+    For 4 x 4 queries of the training grid together, because with clamp a query's place matters.
     """
-    queries, found = query_places(study.grid, 4), {}
-    for name, encoding in ENCODINGS.items():
-        if encoding.rope is None or encoding.kind is LearnedRoPE:
-            continue
-        waves = features(encoding.build(64, study.grid), (study.grid, study.grid), queries)
-        wanted = [oriented((study.grid,) * 2, queries, angle, sigma) for sigma, angle in product(study.sigmas, ANGLES)]
-        found[name] = {str(budget): [best(waves, pattern, budget).error for pattern in wanted] for budget in BUDGETS}
-    return found
+    queries, shape = query_places(study.grid, 4), (study.grid, study.grid)
+    waves = features(encoding.build(dict(study.hidden)[2] // 2, study.grid), shape, queries)
+    wanted = [oriented(shape, queries, angle, sigma) for sigma, angle in product(study.sigmas, ANGLES)]
+    return {str(budget): [best(waves, pattern, budget).error for pattern in wanted] for budget in BUDGETS}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -513,44 +522,50 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="three encodings, two seeds: ten minutes; results in --work-dir")
     help = "cuda: larger images, models and batches, ten times the steps"
     add("--device", choices=("cpu", "cuda"), default="cpu", help=help)
-    add("--train", metavar="RUN", help=argparse.SUPPRESS)  # what the processes of the study are started with
+    add("--run", help="train one run alone, as axial/heads2/lr0.004/seed0, into --work-dir/finished.json")
     args = runs.parse_args(parser, PUBLISHED, argv)
     args.study = QUICK if args.quick else ON_GPU if args.device == "cuda" else Study()
-    if args.train is None and (args.quick or args.device == "cuda"):
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here; leave it out for the CPU")
+    if args.run is not None and args.run not in (known := [run.key for run in args.study.runs]):
+        raise UserError(f"--run {args.run!r} is not a run of this study; expected one such as {known[0]}")
+    if args.run is None and (args.quick or args.device == "cuda"):
         args.work_dir /= "quick" if args.quick else "cuda"
         if args.out == PUBLISHED:
             args.out, args.figures = args.work_dir / PUBLISHED.name, args.work_dir
     return args
 
 
-def train_one(args: argparse.Namespace) -> None:
-    """One run, in a process of its own: writes finished.json into --work-dir."""
-    run = next(run for run in args.study.runs if run.key == args.train)
-    torch.set_num_threads(1)
-    files.write_json(args.work_dir / "finished.json", trained(run, args.study, torch.device(args.device)))
-
-
 @options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.train is not None:
-        return train_one(args)
-
-    settings = {"device": args.device} | asdict(args.study)
+    device, all_runs = torch.device(args.device), {run.key: run for run in args.study.runs}
+    if args.run is not None:
+        torch.set_num_threads(1)
+        return files.write_json(args.work_dir / "finished.json", trained(all_runs[args.run], args.study, device))
+    precision = distributed.resolve_precision("auto", device)
+    settings = {"device": args.device, "precision": precision} | asdict(args.study)
     results = Results(args.out, settings)
-    if not args.dry_run and "fits" not in results.sections:
-        for name, errors in fit_errors(args.study).items():
-            results.add("fits", name, errors)
+
+    def prepare() -> None:
+        for name in {run.encoding for run in all_runs.values()} - set(results.sections["fits"]):
+            # sin-cos rotates nothing, and what learned vectors become is not known beforehand
+            if ENCODINGS[name].rope is not None and ENCODINGS[name].kind is not LearnedRoPE:
+                results.add("fits", name, fit_errors(ENCODINGS[name], args.study))
 
     def begin(folder: Path, given: dict) -> subprocess.Popen:
+        (folder / "finished.json").unlink(missing_ok=True)  # of other settings
         words = [sys.executable, "-m", "experiments.textures", "--device", args.device, "--work-dir", str(folder)]
-        words += ["--train", given["run"], *(["--quick"] if args.quick else [])]
-        return runs.launch(folder, words, os.environ if args.device == "cuda" else runs.ENVIRONMENT)
+        words += ["--run", given["run"], *(["--quick"] if args.quick else [])]
+        visible = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")} if device.type == "cuda" else {}
+        return runs.launch(folder, words, runs.ENVIRONMENT | visible)
 
+    if not args.dry_run:
+        prepare()
     found = runs.complete(
         args,
         settings,
-        {run.key: {"run": run.key} for run in args.study.runs},
+        {key: {"run": key} for key in all_runs},
         prepare=lambda: None,
         measure=lambda folder: files.read_json(folder / "finished.json"),
         begin=begin,

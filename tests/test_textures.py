@@ -19,6 +19,7 @@ from rope import RopeConfig, SpiralRoPE, rotate
 CPU = torch.device("cpu")
 TINY = Study(grid=4, larger_grids=(5,), depth=1, hidden=((2, 32),), sigmas=(0.7,), steps=4, batch=4, measured_every=2)
 TINY = dataclasses.replace(TINY, warmup_steps=1)
+TOTAL = len(Study().runs)
 
 
 @pytest.fixture
@@ -107,9 +108,10 @@ def test_example_of_the_page_runs(run_page):
 
 def test_directions_of_the_added_encodings():
     exact = RopeConfig(border="exact")
-    _, golden = GoldenRoPE(64, 8, exact).table()
+    frequency, golden = GoldenRoPE(64, 8, exact).table()
     apart = torch.rad2deg(torch.acos((golden[1:] * golden[:-1]).sum(1)))
-    torch.testing.assert_close(apart, torch.full((31,), 137.5078), atol=1e-3, rtol=0)
+    torch.testing.assert_close(apart, torch.full((31,), 180 / 1.6180340), atol=1e-3, rtol=0)
+    torch.testing.assert_close(frequency, 1.5 * 10000 ** (-torch.arange(32) / 32))
     frequency, simplex = SimplexRoPE(48, 8, exact).table()  # 24 pairs: eight frequencies, three directions each
     corners = simplex.view(8, 3, 2)
     assert float(corners.sum(1).abs().max()) < 1e-6  # the corners of a regular triangle about the origin
@@ -119,7 +121,7 @@ def test_directions_of_the_added_encodings():
 
 @pytest.mark.parametrize("rotate", [0, 4])
 def test_learned_vectors_begin_as_the_settings_and_are_trained(rotate):
-    config = RopeConfig(rotate=rotate, border="exact", truncate_percentage=0.25)  # a frequency of 0 has a gradient too
+    config = RopeConfig(rotate=rotate, border="exact", truncate_percentage=0.25)  # a frequency of 0 gives no NaN
     learned, fixed = LearnedRoPE(64, 16, config), SpiralRoPE(64, 16, config)
     torch.testing.assert_close(learned.phases(16, 16), fixed.phases(16, 16), atol=1e-5, rtol=0)
     learned.phases(16, 16).cos().sum().backward()
@@ -149,7 +151,7 @@ def test_a_run_keeps_what_the_page_needs_and_repeats_to_the_bit():
 
 
 def test_attention_is_that_of_the_models_forward():
-    """Of a model that looks at nothing but position, whose every pixel then gets the mean of the values."""
+    """Of a model whose queries and keys are the same at every pixel, so that position alone decides."""
     model, found = textures.build(Run("axial", 2, 1e-3, 0), TINY), TINY.textures(4, CPU)
     torch.nn.init.zeros_(model.blocks[0].attn.qkv.weight)
     q, k = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
@@ -162,12 +164,24 @@ def test_attention_is_that_of_the_models_forward():
     assert "attend" not in vars(model.blocks[0].attn)
 
 
-@pytest.mark.parametrize("total, more", [(79, []), (6, ["--quick"]), (79, ["--device", "cuda"])])
-def test_a_dry_run_counts_and_writes_nothing(total, more, tmp_path, capsys):
+@pytest.mark.parametrize("total, more", [(TOTAL, []), (6, ["--quick"]), (TOTAL, ["--device", "cuda"])])
+def test_a_dry_run_counts_and_writes_nothing(total, more, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(textures.distributed, "resolve_precision", lambda *_: "fp32")
     textures.main(["--work-dir", str(tmp_path), "--out", str(tmp_path / "again.json"), "--dry-run", *more])
     assert f"{total} of {total} runs to train" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
     args = textures.parse_args(more)
     assert (args.out == textures.PUBLISHED) == (not more)  # what is published is left alone
+
+
+def test_wrong_input_is_refused(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert refused(textures.main, ["--device", "cuda"]) == (
+        "--device cuda: PyTorch sees no GPU here; leave it out for the CPU"
+    )
+    assert refused(textures.main, ["--run", "axial", "--work-dir", tmp_path]) == (
+        "--run 'axial' is not a run of this study; expected one such as sincos/heads2/lr0.002/seed0"
+    )
 
 
 # Tables
@@ -215,17 +229,17 @@ def test_tables_say_what_the_runs_gave(groups):
 def test_agreement_is_a_rank_correlation(groups):
     errors = {str(budget): [0.0 if k % 8 in AXES else 0.5 for k in range(24)] for budget in textures.BUDGETS}
     better = {budget: [error / 2 for error in values] for budget, values in errors.items()}
-    text = textures.agreement(groups, {"axial": errors, "spiral4": better})
-    assert text.count("+1.00 over the 24 classes") == 2 and text.count("+1.00 over the encodings") == 2
-    assert "-1.00 over the encodings" in textures.agreement(groups, {"axial": better, "spiral4": errors})
+    text = textures.agreement(groups, {"axial": errors, "spiral4": better, "golden": better})
+    assert text.count("+1.00 over the eight angles, mean of 9 encodings and widths") == 2
+    assert text.count("+0.87 over 3 encodings") == 2  # of three, two are told apart by the excess alone
+    assert "-1.00 over the eight" in textures.agreement(
+        groups, {"axial": {k: [1 - e for e in v] for k, v in errors.items()}}
+    )
 
 
-def test_what_one_head_could_express_has_no_learned_vectors_and_axial_fails_where_it_must(monkeypatch):
-    some = {name: ENCODINGS[name] for name in ("sincos", "axial", "best", "learned_axial")}
-    monkeypatch.setattr(textures, "ENCODINGS", some)
-    found = textures.fit_errors(dataclasses.replace(Study(), sigmas=(0.7,)))
-    assert list(found) == ["axial", "best"]
-    axial, best = (np.array(found[name]["32"]) for name in ("axial", "best"))
+def test_axial_could_not_express_what_is_oblique():
+    study = dataclasses.replace(Study(), sigmas=(0.7,))
+    axial, best = (np.array(textures.fit_errors(ENCODINGS[name], study)["32"]) for name in ("axial", "best"))
     assert axial[AXES].max() < 0.01 < 0.3 < axial[OBLIQUE].min() and best.max() < 0.05
 
 
