@@ -130,6 +130,7 @@ def test_wandb_that_does_not_start_is_refused(train_arguments, refused, tmp_path
     monkeypatch.setattr(wandb, "login", lambda prompt: prompt)
     message = refused(train.main, [*train_arguments(tmp_path / "run", use_wandb=True), "--dry-run"])
     assert message.startswith("--use-wandb: W&B does not start (no API key); log in with `wandb login`")
+    wandb.teardown()  # of the settings that it has read, which the next test may have others of
 
 
 def test_options_that_cannot_be_followed_are_refused(train_arguments, refused, tmp_path, monkeypatch):
