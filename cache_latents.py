@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
             return logger.info(done)
         logger.info(f"encoding {size}")
         if distributed.on_main(writer.create, args.changed):
-            logger.info("what an early version encoded is kept; it is read once, for the checksums that it has not")
+            logger.info("what an early version encoded is kept; it is read for the checksums that it has not")
         fill(writer, images, vae, args, logger)
 
 

@@ -1,6 +1,7 @@
 """Export one set of weights of a checkpoint, averaged unless told otherwise: a folder for the hub, or one file."""
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -45,9 +46,10 @@ def check_out(out: Path, overwrite: bool) -> None:
         files.check_folder(out, "--out")
         if not out.parent.is_dir():
             raise UserError(f"{name} is in a folder that does not exist; make the folder first")
-        if (out / "checkpoints").exists() or out.resolve().name == "checkpoints":
+        if (out / "checkpoints").exists() or os.path.basename(os.path.realpath(out)) == "checkpoints":
             raise UserError(f"{name} is the folder of a run or of its checkpoints; choose another")
-        written = [out / name for name in (model_folder.CONFIG, model_folder.WEIGHTS, model_card.README)]
+        names = (model_folder.CONFIG, model_folder.WEIGHTS, model_card.README, model_card.PICTURE)
+        written = [out / name for name in names]
     for path in written:
         if path.exists() and not overwrite:
             raise UserError(f"--out {str(path)!r} exists; choose another name, or pass --overwrite to replace it")

@@ -70,7 +70,8 @@ make_plan() { # ARGUMENT...: asks runtime/pipeline.py; sets what it names, and t
   )
   CHILD=''
   if [[ -n $STOPPED ]]; then end_at "the checks" "$status"; fi
-  if ((status != 0)); then exit "$status"; fi # it has said why
+  if ((status == 2)); then exit 2; fi # it has said why
+  if ((status != 0)); then end_at "the checks" "$status"; fi
 }
 
 choose_launchers() { # sets LAUNCH for all machines, and LAUNCH_HERE for this one alone

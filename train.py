@@ -177,12 +177,22 @@ def plan(args: argparse.Namespace, device: torch.device) -> Job:
 
 
 def recipe_of(args: argparse.Namespace, total: int, recorded: int | None = None) -> Recipe:
-    """The recipe of a run of so many steps; recorded is its automatic warm-up where it has begun, with other steps."""
+    """The recipe of a run of so many steps; recorded is its automatic warm-up where it has begun, with other steps.
+
+    Raises UserError.
+    """
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
     auto = min(100, total // 10)
     if recorded is not None and 0 <= recorded <= 100:
         auto = recorded
-    return replace(recipe, warmup_steps=auto) if recipe.warmup_steps == "auto" else recipe
+    recipe = replace(recipe, warmup_steps=auto) if recipe.warmup_steps == "auto" else recipe
+    check_warmup(recipe.warmup_steps, recipe.lr_schedule, total)
+    return recipe
+
+
+def check_warmup(steps: int, schedule: str, total: int) -> None:
+    if schedule == "linear" and steps >= total:
+        raise UserError(f"--warmup-steps {steps} leaves nothing of the run's {total} steps; use fewer")
 
 
 def check_cache(cache: LatentCache, args: argparse.Namespace, device: torch.device) -> None:
@@ -214,8 +224,8 @@ def total_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
     epochs = args.epochs or (None if args.max_steps else DEFAULT_EPOCHS)
     limits = [args.max_steps, epochs and epochs * steps_per_epoch]
     total = min(limit for limit in limits if limit)
-    if args.lr_schedule == "linear" and args.warmup_steps != "auto" and args.warmup_steps >= total:
-        raise UserError(f"--warmup-steps {args.warmup_steps} leaves nothing of the run's {total} steps; use fewer")
+    if args.warmup_steps != "auto":
+        check_warmup(args.warmup_steps, args.lr_schedule, total)
     return total
 
 

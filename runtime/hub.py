@@ -99,7 +99,9 @@ def find(name: str | Path) -> Source:
     when a name is unknown or cannot be fetched.
     """
     text = str(name)
-    if os.path.basename(text) == model_folder.CONFIG and (os.path.isfile(text) or "://" in text):
+    address = ADDRESS.fullmatch(text)
+    of_repository = address and address[4] in (model_folder.CONFIG, f"{model_folder.BELOW}/{model_folder.CONFIG}")
+    if of_repository or (os.path.basename(text) == model_folder.CONFIG and os.path.isfile(text)):
         folder = os.path.dirname(text).removesuffix(f"/{model_folder.BELOW}") or "."
         raise UserError(f"checkpoint {text!r} is a model's settings without its weights; give the folder, {folder!r}")
     if os.path.isfile(text):
@@ -126,9 +128,12 @@ def _in_folder(folder: Path) -> Path:
     runs = folder / "checkpoints"
     newest = training_checkpoints(runs)[-1:]
     found = newest[0] if newest else None if runs.is_dir() else model_folder.find(folder)
-    if found is None and training_checkpoints(folder):
-        run = os.path.dirname(os.path.abspath(folder))
-        raise UserError(f"checkpoint {str(folder)!r} is a folder of several; give one of them, or their run's, {run!r}")
+    path = os.path.abspath(folder)
+    if found is None and os.path.basename(path) == "checkpoints" and training_checkpoints(folder):
+        run = os.path.dirname(path)
+        raise UserError(
+            f"checkpoint {str(folder)!r} has those of a run; give one of them, or the run's folder, {run!r}"
+        )
     if found is None:
         raise UserError(
             f"checkpoint {str(folder)!r} is a folder without checkpoints/0050000.pt or the like, or config.json and "

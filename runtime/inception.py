@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import textwrap
 import warnings
 from collections.abc import Callable
@@ -173,7 +174,7 @@ def extract_cached(
 def load_kept(place: Path, name: str, count: int) -> Tensor | None:
     """Features (count, WIDTHS[name]) from their file; None without one, and for a damaged one, which is told."""
     path = place / f"{name}.safetensors"
-    if not path.exists():
+    if not os.path.exists(path):  # False also where somebody else's folder is closed to us
         return None
     try:
         with files.reading(repr(str(path)), "it is made again"), safe_open(path, framework="pt") as file:

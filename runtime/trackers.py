@@ -125,9 +125,10 @@ class WeightsAndBiases:
 
         stored = folder / "wandb.json"
         if not stored.exists():
-            files.write_json(stored, {"id": uuid.uuid4().hex[:12]})
+            files.write_json(stored, {"id": uuid.uuid4().hex[:12], "project": project})
         with files.reading(repr(str(stored)), "remove it"):
-            run_id = str(files.read_json(stored)["id"])
+            known = files.read_json(stored)
+            run_id, project = str(known["id"]), str(known.get("project", project))
         with starting_wandb():
             self.run = wandb.init(
                 project=project,

@@ -255,7 +255,7 @@ def test_a_folder_is_told_apart_from_a_missing_file(tmp_path):
     for folder in (tmp_path, tmp_path / "pipeline", tmp_path / "run"):
         assert rejection(folder) == nothing
     (tmp_path / "run" / "checkpoints" / "0000007.pt").touch()
-    several = f"checkpoint FILE is a folder of several; give one of them, or their run's, {str(tmp_path / 'run')!r}"
+    several = f"checkpoint FILE has those of a run; give one of them, or the run's folder, {str(tmp_path / 'run')!r}"
     assert rejection(tmp_path / "run" / "checkpoints") == several
     settings = "checkpoint FILE is a model's settings without its weights; give the folder, "
     assert rejection(tmp_path / "run" / "config.json") == f"{settings}{str(tmp_path / 'run')!r}"

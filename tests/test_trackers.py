@@ -1,5 +1,6 @@
 """TensorBoard and W&B: the keys and values of metrics.jsonl, one run over interruptions, failures that do no harm."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_wandb_offline(train_arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "log", lambda run, *args, **named: (sent.append((run, *args)), log(run, *args, **named)))
     for changes in ({"max_steps": 3, "wandb_project": "digits"}, {}):
         train.main(train_arguments(results, use_wandb=True, **ROPE, **changes))
-        monkeypatch.setenv("WANDB_PROJECT", "digits")  # in place of the option
+        monkeypatch.setenv("WANDB_PROJECT", "another")  # the run stays where it began
     wandb.teardown()  # finish() returns before W&B's own process has written its file to the end
     stored = json.loads((results / "wandb.json").read_text())["id"]
     assert [file.stem for file in (results / "wandb").glob("offline-run-*/*.wandb")] == [f"run-{stored}"] * 2
@@ -79,6 +80,15 @@ def test_wandb_offline(train_arguments, tmp_path, monkeypatch):
     for run, _ in sent:
         assert (run.project, run.group, run.id) == ("digits", "DiT-XS/2 spiral-R2-clamp", stored)
         assert run.name == "DiT-XS/2 spiral-R2-clamp seed 0" and run.config["model"]["rope"]["rotate"] == 2
+
+
+def test_project_is_the_options_else_the_shells(monkeypatch, tmp_path):
+    monkeypatch.setattr(trackers, "WeightsAndBiases", lambda folder, config, project, entity: project)
+    args = argparse.Namespace(tensorboard=False, use_wandb=True, wandb_project=None, wandb_entity=None)
+    monkeypatch.setenv("WANDB_PROJECT", "of the shell")
+    assert trackers.open_trackers(args, None, tmp_path, 0) == ["of the shell"]
+    args.wandb_project = "of the option"
+    assert trackers.open_trackers(args, None, tmp_path, 0) == ["of the option"]
 
 
 def test_names_tell_the_positions():
@@ -120,6 +130,7 @@ def test_wandb_that_does_not_start_is_refused(train_arguments, refused, tmp_path
     monkeypatch.setattr(wandb, "login", lambda prompt: prompt)
     message = refused(train.main, [*train_arguments(tmp_path / "run", use_wandb=True), "--dry-run"])
     assert message.startswith("--use-wandb: W&B does not start (no API key); log in with `wandb login`")
+    wandb.teardown()  # of the settings that it has read, which the next test may have others of
 
 
 def test_options_that_cannot_be_followed_are_refused(train_arguments, refused, tmp_path, monkeypatch):
