@@ -243,7 +243,6 @@ def trained(run: Run, study: Study, device: torch.device) -> dict:
             curve.append([trainer.step, *(float(by_angle[part].mean()) for part in (AXES, OBLIQUE))])
     final = excess(trainer.ema, textures, 8)
     found = {
-        "precision": precision,
         "curve": curve,
         "classes": final.mean(1).tolist(),
         "tenths": final.mean(0).tolist(),
@@ -411,10 +410,12 @@ def agreement(groups: Groups, fits: dict) -> str:
         )
         line += "encodings and widths whose angles differ"
         if len(both) > 2:
-            between = stats.spearmanr(
-                (errors @ PARTS["oblique"]).mean(1), (learned @ PARTS["oblique"]).mean(1)
-            ).statistic
-            line += f"; {between:+.2f} over {len(both)} encodings, of their means over oblique angles"
+            parts = ("oblique", "oblique − axes")
+            means = [[(values @ PARTS[part]).mean(1) for values in (errors, learned)] for part in parts]
+            found = [
+                f"{stats.spearmanr(*pair).statistic:+.2f} ({part})" for pair, part in zip(means, parts, strict=True)
+            ]
+            line += f"; over {len(both)} encodings {' and '.join(found)}"
         lines.append(f"{line}.")
     return "\n".join(lines)
 

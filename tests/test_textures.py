@@ -231,7 +231,9 @@ def test_agreement_is_a_rank_correlation(groups):
     better = {budget: [error / 2 for error in values] for budget, values in errors.items()}
     text = textures.agreement(groups, {"axial": errors, "spiral4": better, "golden": better})
     assert text.count("+1.00 over the eight angles, mean of 9 encodings and widths") == 2
-    assert text.count("+0.87 over 3 encodings") == 2  # of three, two are told apart by the excess alone
+    assert (
+        text.count("over 3 encodings +0.87 (oblique) and +0.87 (oblique − axes)") == 2
+    )  # of three, two are told apart by the excess alone
     assert "-1.00 over the eight" in textures.agreement(
         groups, {"axial": {k: [1 - e for e in v] for k, v in errors.items()}}
     )
