@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
         runs.make_latents(images / "train", latents, study.image_size)
 
     given = {key(*run): training_options(run, study, images, latents) for run in study.runs}
-    found = runs.complete(args, study.settings(), given, prepare, validation_curve)
+    found = runs.complete(args, runs.Results(args.out, study.settings()), given, prepare, validation_curve)
     if found is not None:
         draw_all(study, found, args.figures)
         print(all_tables(study, found))

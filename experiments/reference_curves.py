@@ -124,10 +124,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 @options.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    results = Results(args.out, settings())
     if args.check is not None:
-        return check(args.check, bands(Results(args.out, settings()).sections["runs"]))
+        return check(args.check, bands(results.sections["runs"]))
     given = {f"seed{seed}": training_options(seed, args.work_dir) for seed in range(SEEDS)}
-    found = runs.complete(args, settings(), given, lambda: prepare(args.work_dir), curves_of)
+    found = runs.complete(args, results, given, lambda: prepare(args.work_dir), curves_of)
     if found is not None:
         reference = bands(found)
         draw_bands(reference, args.figures / "evidence_reference.png")

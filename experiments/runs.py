@@ -164,7 +164,7 @@ def parse_args(parser: Parser, published: Path, argv: list[str] | None) -> argpa
 
 def complete(
     args: argparse.Namespace,
-    settings: dict,
+    results: Results,
     options: dict[str, dict],
     prepare: Callable,
     measure: Callable,
@@ -172,10 +172,9 @@ def complete(
 ) -> dict[str, dict] | None:
     """What is kept of every run, by key, once those that are missing are trained and measured.
 
-    options are those of train.py by key. prepare() makes what the runs read; measure(folder) gives what is to keep of a
-    finished one. None for a dry run. Raises UserError.
+    options are those of train.py by key, or of what begin starts. prepare() makes what the runs read; measure(folder)
+    gives what is to keep of a finished one. None for a dry run. Raises UserError.
     """
-    results = Results(args.out, settings)
     missing = {args.work_dir / "runs" / key: key for key in options if key not in results.sections["runs"]}
     where = f"{args.jobs} at a time; {args.out} has the others"
     print(f"{len(missing)} of {len(options)} runs to train, {where}", file=sys.stderr)

@@ -102,6 +102,11 @@ class Textures:
         signal = self.alphas[t][None, :, None] * self.eigenvalues[:, None]  # (C, len(t), N)
         return (signal / (signal + 1 - self.alphas[t][None, :, None])).mean(2)
 
+    def noised(self, labels: Tensor, t: Tensor, source: torch.Generator) -> Tensor:
+        """Images (n, 1, grid, grid) of classes (n,), diffused to timesteps (n,), from the random numbers of source."""
+        white, noise = torch.randn(2, len(labels), self.grid**2, generator=source).to(self.device)
+        return NOISE_ALONE.noised(self.images(labels, white), t, self._square(noise))
+
     def _square(self, pixels: Tensor) -> Tensor:
         return pixels.view(-1, 1, self.grid, self.grid)
 
@@ -119,12 +124,11 @@ def excess(model: DiT, textures: Textures, images: int) -> Tensor:
     """
     source, found = random("held out", textures.grid), torch.zeros(len(textures), len(TENTHS))
     model.eval()
-    t = TENTHS.repeat_interleave(images)
+    t = TENTHS.repeat_interleave(images).to(textures.device)
     for label in range(len(textures)):
-        labels, white, noise = torch.full_like(t, label), *torch.randn(2, len(t), textures.grid**2, generator=source)
-        labels, white, noise, moment = (value.to(textures.device) for value in (labels, white, noise, t))
-        x_t = NOISE_ALONE.noised(textures.images(labels, white), moment, textures._square(noise))
-        difference = model(x_t, moment, labels) - textures.best_noise(x_t, moment, labels)
+        labels = torch.full_like(t, label)
+        x_t = textures.noised(labels, t, source)
+        difference = model(x_t, t, labels) - textures.best_noise(x_t, t, labels)
         found[label] = difference.square().flatten(1).mean(1).view(len(TENTHS), images).mean(1).cpu()
     return found
 
@@ -276,11 +280,9 @@ def attention(model: DiT, textures: Textures, label: int, images: int = 64) -> T
 
     for block in model.blocks:
         block.attn.attend = attend
-    source, labels = random("attention"), torch.full((images,), label)
-    white, noise = torch.randn(2, images, textures.grid**2, generator=source)
-    labels, white, noise = (value.to(textures.device) for value in (labels, white, noise))
+    labels = torch.full((images,), label, device=textures.device)
     t = torch.full_like(labels, int(TENTHS[1]))
-    model(NOISE_ALONE.noised(textures.images(labels, white), t, textures._square(noise)), t, labels)
+    model(textures.noised(labels, t, random("attention")), t, labels)
     for block in model.blocks:
         del block.attn.attend
     return torch.cat(kept)
@@ -549,10 +551,12 @@ def main(argv: list[str] | None = None) -> None:
     results = Results(args.out, settings)
 
     def prepare() -> None:
-        for name in {run.encoding for run in all_runs.values()} - set(results.sections["fits"]):
-            # sin-cos rotates nothing, and what learned vectors become is not known beforehand
-            if ENCODINGS[name].rope is not None and ENCODINGS[name].kind is not LearnedRoPE:
-                results.add("fits", name, fit_errors(ENCODINGS[name], args.study))
+        trained_ones = {run.encoding for run in all_runs.values()}
+        for name, encoding in ENCODINGS.items():
+            # sin-cos rotates nothing, and what learned vectors become is not known beforehand.
+            known = encoding.rope is not None and encoding.kind is not LearnedRoPE
+            if known and name in trained_ones and name not in results.sections["fits"]:
+                results.add("fits", name, fit_errors(encoding, args.study))
 
     def begin(folder: Path, given: dict) -> subprocess.Popen:
         (folder / "finished.json").unlink(missing_ok=True)  # of other settings
@@ -561,16 +565,10 @@ def main(argv: list[str] | None = None) -> None:
         visible = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")} if device.type == "cuda" else {}
         return runs.launch(folder, words, runs.ENVIRONMENT | visible)
 
-    if not args.dry_run:
-        prepare()
-    found = runs.complete(
-        args,
-        settings,
-        {key: {"run": key} for key in all_runs},
-        prepare=lambda: None,
-        measure=lambda folder: files.read_json(folder / "finished.json"),
-        begin=begin,
-    )
+    def measure(folder: Path) -> dict:
+        return files.read_json(folder / "finished.json")
+
+    found = runs.complete(args, results, {key: {"run": key} for key in all_runs}, prepare, measure, begin)
     if found is not None:
         fits = results.sections["fits"]
         groups = grouped(args.study, found)
